@@ -1,0 +1,122 @@
+"""Ensemble Confident Learning (EfficientCLIP, arXiv 2109.04699): pairs the model keeps not believing are thrown out.
+
+Every visit gives a pair one score, the cosine of its text and image. Scores are z-scored within the global batch, since
+pairs late in an epoch look cleaner than early ones, and averaged over the visits: the ensemble is over time. After an
+epoch a rule chooses the pairs of the next one. All ranks hold the same table and see the same scores, so they choose alike.
+Dropped pairs are re-auditioned on a small share of visits with weight 0, and come back if they turn out better.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import Confidence
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float64]
+
+
+class ConfidenceTable:
+    """Scores and verdicts of n pairs; every array is indexed by the store's pair row."""
+
+    def __init__(self, n_pairs: int, config: Confidence) -> None:
+        self.config = config
+        self.score_sum = np.zeros(n_pairs, np.float64)
+        self.times_seen = np.zeros(n_pairs, np.int32)
+        self.kept = np.ones(n_pairs, bool)
+        self.dropped_epoch = np.full(n_pairs, -1, np.int32)
+        self.drops_done = 0
+
+    def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
+        """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
+        if epoch < self.config.warmup_epochs or not counted_N.any():
+            return
+        trained = cosine_N[counted_N]
+        z_N = (cosine_N - trained.mean()) / max(float(trained.std()), 1e-12)
+        np.add.at(self.score_sum, rows_N, z_N)
+        np.add.at(self.times_seen, rows_N, 1)
+
+    @property
+    def mean_score(self) -> FloatArray:
+        """Average z-score of each pair; NaN where it was never scored."""
+        seen = self.times_seen > 0
+        return np.divide(self.score_sum, self.times_seen, out=np.full(len(seen), np.nan), where=seen)
+
+    def select(self, epoch: int) -> None:
+        """Choose the pairs that the epoch after `epoch` trains on."""
+        rule = self.config.selection
+        if rule == "none" or epoch < self.config.warmup_epochs:
+            return
+        if rule == "mixture":
+            keep = self._by_mixture()
+        elif rule == "schedule" and self.drops_done == self.config.drops:
+            keep = self._lowest_dropped(int(self.kept.sum()))
+        else:
+            keep = self._lowest_dropped(round(float(self.kept.sum()) * (1 - self.config.drop_share)))
+            self.drops_done += 1
+        if keep.sum() == 0:
+            return
+        self.dropped_epoch[self.kept & ~keep] = epoch
+        self.dropped_epoch[keep] = -1
+        self.kept = keep
+
+    def _lowest_dropped(self, count: int) -> BoolArray:
+        """Keep the `count` best; published ECL never lets a dropped pair return; unscored pairs stay as they are."""
+        score = self.mean_score
+        candidates = self.kept | (self.config.selection != "published")
+        # An unscored pair has not been judged: kept ones rank first, dropped ones last.
+        score = np.where(np.isnan(score), np.where(self.kept, np.inf, -np.inf), score)
+        score = np.where(candidates, score, -np.inf)
+        keep = np.zeros(len(score), bool)
+        keep[np.argsort(-score, kind="stable")[:count]] = True
+        return keep & candidates
+
+    def _by_mixture(self) -> BoolArray:
+        """Drop the pairs that the lower of two Gaussians fitted to the scores explains better."""
+        score = self.mean_score
+        scored = ~np.isnan(score)
+        keep = self.kept.copy()
+        keep[scored] = clean_probability(score[scored]) >= 0.5
+        return keep
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as arrays."""
+        return {
+            "score_sum": self.score_sum,
+            "times_seen": self.times_seen,
+            "kept": self.kept,
+            "dropped_epoch": self.dropped_epoch,
+            "drops_done": np.int64(self.drops_done),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.score_sum, self.times_seen = state["score_sum"].copy(), state["times_seen"].copy()
+        self.kept, self.dropped_epoch = state["kept"].copy(), state["dropped_epoch"].copy()
+        self.drops_done = int(state["drops_done"])
+
+
+def clean_probability(score: FloatArray, iterations: int = 200) -> FloatArray:
+    """Posterior of the upper component of a two-Gaussian mixture fitted by expectation maximisation."""
+    if len(score) < 2 or np.ptp(score) == 0:
+        return np.ones(len(score))
+    mean = np.quantile(score, [0.15, 0.7])
+    deviation = np.full(2, score.std())
+    share = np.array([0.3, 0.7])
+    posterior = np.full((len(score), 2), 0.5)
+    for _ in range(iterations):
+        log_density = -0.5 * ((score[:, None] - mean) / deviation) ** 2 - np.log(deviation) + np.log(share)
+        posterior = np.exp(log_density - log_density.max(axis=1, keepdims=True))
+        posterior /= posterior.sum(axis=1, keepdims=True)
+        weight = posterior.sum(axis=0) + 1e-12
+        mean = (posterior * score[:, None]).sum(axis=0) / weight
+        deviation = np.sqrt((posterior * (score[:, None] - mean) ** 2).sum(axis=0) / weight) + 1e-6
+        share = weight / weight.sum()
+    upper = int(mean.argmax())
+    # Beyond the upper mean the wider Gaussian may win again: a higher score is never less clean.
+    order = np.argsort(score, kind="stable")
+    probability = np.empty(len(score))
+    probability[order] = np.maximum.accumulate(posterior[order, upper])
+    return probability

@@ -1,0 +1,36 @@
+"""Pictures for the image tower: decode, resize the short side, centre crop, normalise."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+Image.MAX_IMAGE_PIXELS = 100_000_000
+
+
+def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
+    """RGB uint8 [size, size, 3]; transparency lies over white. Raises OSError or ValueError on a broken picture."""
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise OSError(str(error)) from error
+    if picture.size != (size, size):
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def normalise(
+    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> torch.Tensor:
+    """Pixels uint8 or float 0..255 [M, S, S, 3] to normalised float [M, 3, S, S]."""
+    scaled = pixels.permute(0, 3, 1, 2).float() / 255
+    return (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

@@ -1,0 +1,120 @@
+"""Pictures against frozen sentence features: the image start trains a small tower on them, held in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from .. import config as settings
+from ..errors import UserError
+from .batches import IntArray, PairSource
+from .pictures import decode_square, normalise
+from .shards import Sample, list_shards, read_shard
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Decoded pictures uint8 [n, S, S, 3], their keys, and their English captions, the name first."""
+
+    pixels: torch.Tensor
+    keys: list[str]
+    captions: list[list[str]]
+
+
+def load_pictures(sources: Sequence[Path], size: int) -> Pictures:
+    """All pictures of the shards that carry `captions_en`."""
+    pixels, keys, captions = [], [], []
+    for shard in [tar for source in sources for tar in list_shards(source)]:
+        for sample in read_shard(shard):
+            if isinstance(sample, Sample) and sample.captions_en:
+                try:
+                    pixels.append(torch.from_numpy(decode_square(sample.image, size).copy()))
+                except (OSError, ValueError) as error:
+                    raise UserError(f"shard {shard}: picture {sample.key} cannot be decoded ({error})") from error
+                keys.append(sample.key)
+                captions.append(sample.captions_en)
+    if not pixels:
+        raise UserError(f"data.shards: no picture with `captions_en` in {', '.join(map(str, sources)) or 'no shard'}")
+    return Pictures(torch.stack(pixels), keys, captions)
+
+
+class PicturePairs(PairSource):
+    """Pictures paired with their English captions, which a frozen teacher has encoded."""
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        encode: Callable[[list[str]], npt.NDArray[np.float32]],
+        tower: settings.ImageTower,
+        augmentation: settings.Augmentation,
+        seed: int,
+    ) -> None:
+        caption_of: dict[str, int] = {}
+        pairs = [
+            (image, caption_of.setdefault(caption, len(caption_of)))
+            for image, captions in enumerate(pictures.captions)
+            for caption in dict.fromkeys(captions)
+        ]
+        image_ids, caption_ids = np.array(pairs, np.int64).T
+        super().__init__(
+            trained_ids=np.ascontiguousarray(image_ids),
+            frozen_ids=np.ascontiguousarray(caption_ids),
+            features=encode(list(caption_of)).astype(np.float16),
+            n_trained=len(pictures.keys),
+        )
+        self.pictures, self.tower, self.augmentation, self.seed = pictures, tower, augmentation, seed
+
+    def names(self, rows: IntArray) -> list[str]:
+        return [self.pictures.keys[image] for image in self.trained_ids[rows]]
+
+    def inputs(self, rows_M: IntArray, step: int, rank: int, world_size: int) -> tuple[list[dict[str, Any]], int, int]:
+        m = len(rows_M)
+        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # Drawn for the whole batch, then sliced: the views do not depend on the world size.
+        draws = torch.rand((m * world_size, 11), generator=generator)[rank * m : (rank + 1) * m]
+        pixels = self.pictures.pixels[torch.from_numpy(self.trained_ids[rows_M])]
+        views = augment(pixels.float() / 255, draws, self.augmentation)
+        return [{"pixels": normalise(views * 255, self.tower.mean, self.tower.std)}], 0, 0
+
+
+def augment(pixels: torch.Tensor, draws: torch.Tensor, how: settings.Augmentation) -> torch.Tensor:
+    """Random views of pictures [M, S, S, 3] in 0..1 from uniform draws [M, 11]; the ground is white."""
+    u = draws * 2 - 1
+    zoom = torch.exp(
+        math.log(how.min_scale) + (math.log(how.max_zoom_out) - math.log(how.min_scale)) * draws[:, 0]
+    )
+    stretch = torch.exp(u[:, 10] * 0.5 * (1 - how.min_scale))
+    angle = u[:, 1] * how.rotation_degrees * math.pi / 180
+    mirror = torch.where(draws[:, 2] < 0.5, -1.0, 1.0) if how.flip else torch.ones(len(u))
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    affine = torch.stack(
+        [
+            torch.stack([zoom * stretch * cos * mirror, -zoom * sin, u[:, 3] * how.shift], 1),
+            torch.stack([zoom * sin * mirror, zoom / stretch * cos, u[:, 4] * how.shift], 1),
+        ],
+        1,
+    )
+    planes = pixels.permute(0, 3, 1, 2) - 1
+    grid = F.affine_grid(affine, list(planes.shape), align_corners=False)
+    planes = F.grid_sample(planes, grid, padding_mode="zeros", align_corners=False) + 1
+    strength = how.colour
+    if strength > 0:
+        brightness, contrast = 1 + 0.5 * strength * u[:, 5], 1 + 0.5 * strength * u[:, 6]
+        saturation = 1 + strength * u[:, 7]
+        tint = 1 + 0.3 * strength * torch.stack([u[:, 8], u[:, 5] * u[:, 7], -u[:, 8]], 1)
+        grey = planes.mean(1, keepdim=True)
+        planes = grey + (planes - grey) * saturation[:, None, None, None]
+        planes = (planes - 0.5) * contrast[:, None, None, None] + 0.5
+        planes = (planes * brightness[:, None, None, None] * tint[:, :, None, None]).clamp(0, 1)
+    if how.grey_share > 0:
+        to_grey = (draws[:, 9] < how.grey_share)[:, None, None, None]
+        planes = torch.where(to_grey, planes.mean(1, keepdim=True).expand_as(planes), planes)
+    return planes.permute(0, 2, 3, 1)

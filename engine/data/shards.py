@@ -1,0 +1,118 @@
+"""Shards: webdataset and img2dataset tars, read sequentially into samples; bad samples are named, not raised."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+IMAGE_SUFFIXES = {"png", "jpg", "jpeg", "webp"}
+
+
+@dataclass
+class Sample:
+    """One picture with its captions, as it lies in a tar."""
+
+    key: str
+    image: bytes
+    offset: int
+    length: int
+    captions: list[str]
+    captions_en: list[str] = field(default_factory=list)
+    noise: list[bool | None] = field(default_factory=list)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    shard: str
+    key: str
+    cause: str
+
+
+def list_shards(source: Path) -> list[Path]:
+    """The tars of `source` (one tar, or a folder of them), sorted by name."""
+    if not source.exists():
+        raise UserError(f"source {source}: no such file or folder; give a .tar or a folder of .tar files")
+    shards = [source] if source.is_file() else sorted(source.glob("*.tar"))
+    if not shards:
+        raise UserError(f"source {source}: holds no .tar file; give a folder of webdataset or img2dataset shards")
+    return shards
+
+
+def read_shard(shard: Path) -> Iterator[Sample | BadSample]:
+    """Samples of one tar in order; a sample is the run of members that share a name up to the first dot."""
+    try:
+        with tarfile.open(shard) as tar:
+            key, members = "", {}
+            for member in tar:
+                if not member.isfile():
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                this_key = f"{folder}/{stem}" if folder else stem
+                if this_key != key and members:
+                    yield _sample(shard, key, members)
+                    members = {}
+                key = this_key
+                stream = tar.extractfile(member)
+                members[suffix.lower()] = (stream.read() if stream else b"", member.offset_data)
+            if members:
+                yield _sample(shard, key, members)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"shard {shard}: not a whole tar file ({error}); copy or download it again") from error
+
+
+def read_picture(shard: Path, offset: int, length: int) -> bytes:
+    """The encoded picture that a store row points to."""
+    try:
+        with shard.open("rb") as file:
+            file.seek(offset)
+            return file.read(length)
+    except OSError as error:
+        raise UserError(f"shard {shard}: {error.strerror}; the store points to it, put it back or prepare anew") from error
+
+
+def _sample(shard: Path, key: str, members: dict[str, tuple[bytes, int]]) -> Sample | BadSample:
+    suffix = next((name for name in members if name in IMAGE_SUFFIXES), None)
+    if suffix is None:
+        return BadSample(shard.name, key, "caption without image")
+    image, offset = members[suffix]
+    try:
+        record = json.loads(members["json"][0]) if "json" in members else {}
+        text = members["txt"][0].decode("utf-8").strip() if "txt" in members else None
+    except UnicodeDecodeError:
+        return BadSample(shard.name, key, "caption is not UTF-8")
+    except json.JSONDecodeError:
+        return BadSample(shard.name, key, "json is malformed")
+    entries = _caption_entries(record, text)
+    if not entries:
+        return BadSample(shard.name, key, "image without caption")
+    captions = [str(entry["text"]).strip() for entry in entries]
+    if not all(captions):
+        return BadSample(shard.name, key, "empty caption")
+    return Sample(
+        key=key,
+        image=image,
+        offset=offset,
+        length=len(image),
+        captions=captions,
+        captions_en=[str(caption) for caption in record.get("captions_en", [])],
+        noise=[entry.get("noise") for entry in entries],
+        source=str(record.get("source", "")),
+    )
+
+
+def _caption_entries(record: dict[str, Any], text: str | None) -> list[dict[str, Any]]:
+    captions = record.get("captions")
+    if isinstance(captions, list):
+        return [entry if isinstance(entry, dict) and "text" in entry else {"text": entry} for entry in captions]
+    if text is not None:
+        return [{"text": text}]
+    caption = record.get("caption")
+    return [] if caption is None else [{"text": caption}]

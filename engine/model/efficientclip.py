@@ -1,0 +1,187 @@
+"""The model: a trained tower, its partner where it is needed, and the logit scale, in one Hugging Face class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from .. import config as settings
+from ..data.batches import Segments
+from ..errors import UserError
+from . import packed
+from .towers import ImageTower, TextTower, without_pooler, architecture
+
+
+class EfficientCLIPConfig(PreTrainedConfig):
+    model_type = "efficientclip"
+
+    def __init__(
+        self,
+        text: dict[str, Any] | None = None,
+        image: dict[str, Any] | None = None,
+        width: int = 512,
+        pooling: str = "cls",
+        logit_scale: float = 14.3,
+        logit_scale_max: float = 100.0,
+        **kwargs: Any,
+    ) -> None:
+        self.text, self.image = text, image
+        self.width, self.pooling = width, pooling
+        self.logit_scale, self.logit_scale_max = logit_scale, logit_scale_max
+        super().__init__(**{"tie_word_embeddings": True, **kwargs})
+
+
+class EfficientCLIP(PreTrainedModel):
+    """Text and image towers in one embedding space; either may be absent.
+
+    `forward` computes everything a training step needs, since under ZeRO-3 parameters exist only inside it.
+    """
+
+    config_class = EfficientCLIPConfig
+    _tied_weights_keys = {"text.mlm_head.decoder.weight": "text.backbone.embeddings.word_embeddings.weight"}
+    _keys_to_ignore_on_load_missing = [r"text\.mlm_head\.decoder\.weight"]
+
+    def __init__(
+        self,
+        config: EfficientCLIPConfig,
+        text_backbone: PreTrainedModel | None = None,
+        image_backbone: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.text: TextTower | None = None
+        self.image: ImageTower | None = None
+        if config.text is not None:
+            self.text = TextTower(architecture(config.text), config.width, config.pooling, text_backbone)
+        if config.image is not None:
+            self.image = ImageTower(architecture(config.image), config.width, image_backbone)
+        # Shape (1,): DeepSpeed fails on 0-dim parameters.
+        self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.logit_scale)))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        segments: Segments | None = None,
+        texts: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+        masked_labels: torch.Tensor | None = None,
+        pixels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Features of the trained side [M, width], the clamped logit scale (1,), and the MLM loss summed over masks.
+
+        Text: packed `input_ids` and `position_ids` int64 [T], `segments`, and `texts` int64 [M], the segment numbers of
+        the captions in pair order. Image: `pixels` float [M, 3, S, S].
+        """
+        # The clamp lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3.
+        scale = self.logit_scale.float().clamp(max=math.log(self.config.logit_scale_max)).exp()
+        if pixels is not None:
+            if self.image is None:
+                raise UserError("model: pixels were given but model.image_tower is not set")
+            return {"features": self.image(pixels), "logit_scale": scale}
+        if self.text is None or input_ids is None or position_ids is None or segments is None or texts is None:
+            raise UserError("model: a text batch needs model.text_tower, input_ids, position_ids, segments and texts")
+        states_TH = self.text.states(input_ids, position_ids, segments)
+        output = {"features": self.text.pool(states_TH, segments, texts), "logit_scale": scale}
+        if masked_positions is not None and masked_labels is not None:
+            logits = self.text.vocabulary_logits(states_TH, masked_positions)
+            output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
+        return output
+
+
+def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, sides: Sequence[str]) -> EfficientCLIP:
+    """The towers of `config` named in `sides` ("text", "image"): from hub, folder or run, or fresh by `seed`.
+
+    `vocabulary` is the size of the store's tokenizer; a pretrained text tower that has fewer rows is refused.
+    """
+    torch.manual_seed(seed)
+    text, image = config.text_tower, config.image_tower
+    text_backbone = image_backbone = None
+    text_config = image_config = None
+    if "text" in sides:
+        if text is None:
+            raise UserError("model.text_tower: not set, but this command needs a text tower")
+        if text.pretrained is not None:
+            text_backbone = _pretrained("model.text_tower", text, attn_implementation=packed.NAME)
+            text_config = text_backbone.config
+        else:
+            text_config = architecture(text.architecture or {}, **({"vocab_size": vocabulary} if vocabulary else {}))
+        if vocabulary is not None and text_config.vocab_size < vocabulary:
+            raise UserError(
+                f"model.text_tower: {text_config.vocab_size} vocabulary rows, but the store's tokenizer has {vocabulary}"
+                " tokens; prepare the store with this tower's tokenizer (data.tokenizer)"
+            )
+    image_run = None
+    if "image" in sides:
+        if image is None:
+            raise UserError("model.image_tower: not set, but this command needs an image tower")
+        if image.pretrained is not None and (Path(image.pretrained) / "model" / "config.json").is_file():
+            image_run = load_model(Path(image.pretrained))
+        elif image.pretrained is not None:
+            image_backbone = _pretrained("model.image_tower", image)
+            image_config = image_backbone.config
+        else:
+            image_config = architecture(image.architecture or {})
+    model = EfficientCLIP(
+        EfficientCLIPConfig(
+            text=None if text_config is None else text_config.to_dict(),
+            image=None if image_config is None else {**image_config.to_dict(), "image_size": image.size if image else 0},
+            width=config.width,
+            pooling=text.pooling if text else "cls",
+            logit_scale=config.logit_scale,
+            logit_scale_max=config.logit_scale_max,
+        ),
+        text_backbone=text_backbone,
+        image_backbone=image_backbone,
+    )
+    if image_run is not None:
+        _same_width(image_run, config.width, "model.image_tower.pretrained")
+        model.image, model.config.image = image_run.image, image_run.config.image
+    if config.start_from is not None:
+        start = load_model(config.start_from)
+        _same_width(start, config.width, "model.start_from")
+        for side in sides:
+            ours, theirs = getattr(model, side), getattr(start, side)
+            if theirs is not None and ours is not None:
+                _copy(theirs, ours, f"model.start_from {config.start_from}: its {side} tower")
+    return model
+
+
+def load_model(run: Path) -> EfficientCLIP:
+    """The consolidated model of a finished run, or of its best checkpoint so far."""
+    folder = run / "model"
+    if not (folder / "config.json").is_file():
+        raise UserError(f"run {run}: no finished model in {folder}; train it first, or give the right run folder")
+    model: EfficientCLIP = EfficientCLIP.from_pretrained(folder)
+    return model.eval()
+
+
+def _pretrained(field: str, tower: settings.Tower, **arguments: Any) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(tower.pretrained, revision=tower.revision)
+        return AutoModel.from_pretrained(
+            tower.pretrained, config=config, revision=tower.revision, **without_pooler(config), **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{field}.pretrained: {tower.pretrained!r} is no run, model folder or reachable hub id ({error})"
+        ) from error
+
+
+def _same_width(model: EfficientCLIP, width: int, field: str) -> None:
+    if model.config.width != width:
+        raise UserError(f"{field}: its embedding space has {model.config.width} dimensions, model.width is {width}")
+
+
+def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
+    try:
+        target.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"{name} has another shape than this config describes; {error}") from error

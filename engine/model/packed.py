@@ -1,0 +1,58 @@
+"""Packed attention: texts lie one behind the other in a single row, so no slot is computed for padding.
+
+Any Hugging Face tower that takes its attention from `AttentionInterface` runs on packed rows unchanged: the segments
+travel through the model's keyword arguments, positions restart at each text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..data.batches import Segments
+
+NAME = "efficientclip_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    segments: Segments,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each text of a packed row. Query, key, value [1, heads, T, d]; result [1, T, heads, d]."""
+    causal = bool(getattr(module, "is_causal", False))
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        cu, longest = segments.cu_seqlens, segments.longest
+        window = (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=window)[None], None
+    heads, width = query.shape[1], query.shape[3]
+    pieces = []
+    for start, texts, length in segments.groups:
+        q, k, v = (
+            x[0, :, start : start + texts * length].reshape(heads, texts, length, width).transpose(0, 1)
+            for x in (query, key, value)
+        )
+        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, dropout_p=dropout)
+        pieces.append(attended.transpose(1, 2).reshape(texts * length, heads, width))
+    return torch.cat(pieces)[None], None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Segments replace the mask."""
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

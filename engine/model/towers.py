@@ -1,0 +1,110 @@
+"""Towers: any Hugging Face image or text model, with a projection into the shared space."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.bert.modeling_bert import BertLMPredictionHead
+
+from ..data.batches import Segments
+from . import packed
+
+
+class ImageTower(nn.Module):
+    """Pixels float [M, 3, S, S] to L2-normalised features [M, width].
+
+    Models of the CLIP family bring their own projection; any other is pooled and projected by a new linear layer.
+    """
+
+    def __init__(self, config: PreTrainedConfig, width: int, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone if backbone is not None else AutoModel.from_config(config)
+        self.projection = None if hasattr(self.backbone, "get_image_features") else nn.LazyLinear(width, bias=False)
+        if self.projection is not None:
+            self._materialise(config)
+
+    @torch.no_grad()
+    def _materialise(self, config: PreTrainedConfig) -> None:
+        size = getattr(config, "image_size", 64)
+        training = self.training
+        self.eval()(torch.zeros(1, 3, size, size))
+        self.train(training)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.projection is None:
+            output = self.backbone.get_image_features(pixel_values=pixels)
+            features = getattr(output, "pooler_output", output)
+        else:
+            features = self.projection(self.backbone(pixel_values=pixels).pooler_output.flatten(1))
+        return F.normalize(features.float(), dim=-1)
+
+
+class TextTower(nn.Module):
+    """Packed tokens to L2-normalised text features [texts, width] and vocabulary logits at chosen positions."""
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        width: int,
+        pooling: Literal["cls", "mean", "last"],
+        backbone: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__()
+        # Dropout off: masks drawn per rank would make 2 ranks differ from 1; ECL and MLM regularise.
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
+        if backbone is None:
+            backbone = AutoModel.from_config(config, attn_implementation=packed.NAME, **without_pooler(config))
+        self.backbone = backbone
+        self.pooling = pooling
+        self.projection = nn.Linear(config.hidden_size, width, bias=False)
+        nn.init.normal_(self.projection.weight, std=config.hidden_size**-0.5)
+        self.mlm_head = BertLMPredictionHead(config)
+        self.mlm_head.decoder.weight = self.backbone.get_input_embeddings().weight
+
+    def states(self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Hidden states [T, hidden] of one packed row."""
+        output = self.backbone(
+            input_ids=input_ids_T[None],
+            position_ids=position_ids_T[None],
+            token_type_ids=torch.zeros_like(input_ids_T)[None],
+            segments=segments,
+        )
+        states_TH: torch.Tensor = output.last_hidden_state[0]
+        return states_TH
+
+    def pool(self, states_TH: torch.Tensor, segments: Segments, texts: torch.Tensor) -> torch.Tensor:
+        """Features [len(texts), width] of the texts at the given segment numbers."""
+        starts, ends = segments.cu_seqlens[:-1].long(), segments.cu_seqlens[1:].long()
+        if self.pooling == "cls":
+            pooled = F.embedding(starts[texts], states_TH)
+        elif self.pooling == "last":
+            pooled = F.embedding(ends[texts] - 1, states_TH)
+        else:
+            lengths = ends - starts
+            owner = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
+            sums = states_TH.new_zeros(len(lengths), states_TH.shape[1]).index_add(0, owner, states_TH)
+            pooled = F.embedding(texts, sums / lengths[:, None])
+        return F.normalize(self.projection(pooled).float(), dim=-1)
+
+    def vocabulary_logits(self, states_TH: torch.Tensor, positions_K: torch.Tensor) -> torch.Tensor:
+        """Logits [K, vocabulary] at the masked positions alone."""
+        logits: torch.Tensor = self.mlm_head(F.embedding(positions_K, states_TH))
+        return logits
+
+
+def without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
+    """BERT's unused pooler would be a parameter without gradient."""
+    return {"add_pooling_layer": False} if config.model_type in {"bert", "roberta", "xlm-roberta"} else {}
+
+
+def architecture(description: dict[str, Any], **extra: Any) -> PreTrainedConfig:
+    """The Hugging Face config that `architecture` in the YAML describes."""
+    arguments = dict(description)
+    config: PreTrainedConfig = AutoConfig.for_model(arguments.pop("model_type"), **{**extra, **arguments})
+    return config

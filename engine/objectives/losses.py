@@ -1,0 +1,58 @@
+"""The training loss: contrast over all ranks and the bank, regression to the frozen rows, masked-language modelling.
+
+Data parallelism averages gradients over W ranks, so every mean here is global sum / global count x W.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from efficientclip.kernels import contrastive_loss
+
+from ..config import MaskedLanguageModelling, Objective
+from ..data.batches import Batch
+
+
+@dataclass
+class Losses:
+    """`total` (0-dim) is to be differentiated; the parts are detached: `contrastive` global, the sums this rank's."""
+
+    total: torch.Tensor
+    contrastive: torch.Tensor
+    regression_sum: torch.Tensor
+    cosine_M: torch.Tensor
+
+
+def pair_losses(
+    features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Batch, objective: Objective
+) -> Losses:
+    """Loss of this rank's M pairs in the union batch of all ranks; cosine_M is ECL's online score."""
+    world_size = dist.get_world_size()
+    zero = features_MD.sum() * 0
+    frozen_MD = batch.frozen_MD
+    contrastive, cosine_M = zero, (features_MD.detach() * frozen_MD).sum(1)
+    if objective.contrastive_weight > 0:
+        contrastive = contrastive_loss(
+            features_MD,
+            frozen_MD,
+            batch.bank_QD,
+            logit_scale=logit_scale,
+            pair_weights=batch.weights_M,
+            excluded=batch.excluded,
+            label_smoothing=objective.label_smoothing,
+            direction_weights=objective.direction_weights,
+            group=dist.group.WORLD,
+        ).loss
+    distance_M = (1 - F.cosine_similarity(features_MD, frozen_MD)) * batch.weights_M
+    regression = distance_M.sum() * (world_size / max(float(batch.whole.weights_N.sum()), 1.0))
+    total = objective.contrastive_weight * contrastive + objective.regression_weight * regression
+    return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M)
+
+
+def mlm_loss(mlm_loss_sum: torch.Tensor, masked_everywhere: int, mlm: MaskedLanguageModelling) -> torch.Tensor:
+    """Weighted mean over the masked positions of all ranks, from this rank's sum."""
+    return mlm_loss_sum * (mlm.weight * dist.get_world_size() / max(masked_everywhere, 1))

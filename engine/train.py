@@ -1,0 +1,153 @@
+"""`deepspeed --module efficientclip.train CONFIG [key=value …]`: one run, from its config to its model folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .config import Augmentation, Config, load_config
+from .data.batches import CaptionPairs, MaskedTextBatches, PairSource
+from .data.pixels import PicturePairs, load_pictures
+from .data.store import Store, TextStore, edges
+from .data.tokenizer import fingerprint, load_tokenizer
+from .errors import UserError, reported
+from .model.efficientclip import build_model
+from .model.encode import encode_pictures, encode_store
+from .model.frozen import frozen_name
+from .model.teacher import Teacher
+from .objectives.retrieval import retrieval_report
+from .training.distributed import join_process_group
+from .training.trainer import Trainer, Validate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the `deepspeed` launcher."""
+    parser = argparse.ArgumentParser(prog="efficientclip train", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    return reported(lambda: train(load_config(given.config, given.overrides)))
+
+
+def train(config: Config) -> None:
+    """Run `config` to its end, or on from its newest checkpoint."""
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    rank, world_size = join_process_group()
+    try:
+        started = time.time()
+        source, vocabulary, validate = _image_start(config) if config.training.tower == "image" else _text_run(config)
+        if rank == 0:
+            config.run.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
+        trainer = Trainer(config, model, source, validate)
+        finished = trainer.train()
+        if rank == 0 and finished:
+            print(f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s")
+    finally:
+        dist.destroy_process_group()
+
+
+def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
+    if config.data.store is None:
+        raise UserError("data.store: not set; make one with `efficientclip prepare SOURCE STORE`")
+    store = Store(config.data.store)
+    _check_store(config, store)
+    masked_texts = None
+    if config.mlm.texts_per_batch:
+        if config.mlm.texts is None:
+            raise UserError("mlm.texts: not set, though mlm.texts_per_batch is; make a text store, or set it to 0")
+        texts = TextStore(config.mlm.texts)
+        if texts.manifest["tokenizer"] != store.manifest["tokenizer"]:
+            raise UserError(f"mlm.texts: {texts.path} was made with another tokenizer than {store.path}; prepare it anew")
+        masked_texts = MaskedTextBatches(
+            texts,
+            texts_per_batch=config.mlm.texts_per_batch,
+            mask_share=config.mlm.mask_share,
+            max_tokens=config.data.max_text_tokens,
+            seed=config.seed,
+        )
+    source = CaptionPairs(
+        store,
+        max_tokens=config.training.max_caption_tokens,
+        micro_batch_size=config.training.micro_batch_size,
+        masked_texts=masked_texts,
+    )
+    held_out = {name: Store(path) for name, path in config.data.validation.items()}
+    for held in held_out.values():
+        _check_store(config, held)
+
+    def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+        return {
+            name: store_report(encode_store(module, held, config.training.max_caption_tokens), held)
+            for name, held in held_out.items()
+        }
+
+    return source, store.manifest["vocabulary"], validate
+
+
+def store_report(text_ND: Any, store: Store) -> dict[str, Any]:
+    """Retrieval between a store's captions, encoded as `text_ND`, and its frozen features."""
+    return retrieval_report(
+        text_ND,
+        store.features.astype("float32"),
+        store.caption_edges,
+        edges(store.image_ids, store.caption_ids, len(store.features)),
+    )
+
+
+def _check_store(config: Config, store: Store) -> None:
+    expected, found = frozen_name(config), store.manifest["tower"]
+    if expected != found:
+        raise UserError(
+            f"store {store.path}: holds features of {found}, but model.image_tower or model.teacher is {expected};"
+            " prepare the store with this config, or give the tower it was made with"
+        )
+    if store.width != config.model.width:
+        raise UserError(f"store {store.path}: features are {store.width} wide, model.width is {config.model.width}")
+    if config.data.tokenizer is not None:
+        tokenizer = fingerprint(load_tokenizer(config.data.tokenizer))
+        if tokenizer != store.manifest["tokenizer"]:
+            raise UserError(f"data.tokenizer: not the one that made {store.path}; prepare the store anew")
+
+
+def _image_start(config: Config) -> tuple[PairSource, None, Validate]:
+    tower = config.model.image_tower
+    if tower is None or config.model.teacher is None:
+        raise UserError("model: training.tower=image needs image_tower (what trains) and teacher (what it learns from)")
+    teacher = Teacher(config.model.teacher)
+    source = PicturePairs(
+        load_pictures(config.data.shards, tower.size), teacher.encode, tower, config.training.augmentation, config.seed
+    )
+    held_out = {}
+    for name, path in config.data.validation.items():
+        pictures = load_pictures([path], tower.size)
+        names = [captions[:1] for captions in pictures.captions]
+        held_out[name] = PicturePairs(replace(pictures, captions=names), teacher.encode, tower, Augmentation(), config.seed)
+
+    def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+        return {name: _picture_report(module, held) for name, held in held_out.items()}
+
+    return source, None, validate
+
+
+def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, Any]:
+    images_ND = encode_pictures(module, held.pictures.pixels, held.tower)
+    names_KD = held.table.rows(np.arange(len(held.table))).numpy()
+    to_image = edges(held.frozen_ids, held.trained_ids, len(names_KD))
+    return retrieval_report(names_KD, images_ND, to_image, held.edges)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Process group and DeepSpeed configuration of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any
+
+import deepspeed
+import torch
+
+from ..config import Config
+from ..errors import UserError
+
+# What the YAML decides; DeepSpeed's JSON owns ZeRO, precision, communication and offload.
+OWNED = {
+    "train_batch_size": "training.batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "optimizer": "optimizer",
+    "scheduler": "optimizer",
+    "steps_per_print": "training.log_every",
+}
+
+
+def join_process_group() -> tuple[int, int]:
+    """Start torch.distributed from the launcher's environment, or alone; returns (rank, world size)."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(port)
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The user's DeepSpeed JSON with the keys that the YAML owns."""
+    user: dict[str, Any] = {}
+    if config.deepspeed is not None:
+        if not config.deepspeed.is_file():
+            raise UserError(f"deepspeed: {config.deepspeed} is missing; configs/deepspeed/ holds samples")
+        try:
+            user = json.loads(config.deepspeed.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"deepspeed: {config.deepspeed} is not JSON: {error}") from error
+    for key in user.keys() & OWNED.keys():
+        raise UserError(f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there")
+    if config.training.batch_size % world_size:
+        fitting = config.training.batch_size // world_size * world_size
+        raise UserError(
+            f"training.batch_size: {config.training.batch_size} pairs cannot be divided by {world_size} ranks;"
+            f" choose a multiple, for instance {max(fitting, world_size)}"
+        )
+    local = config.training.batch_size // world_size
+    micro = config.training.micro_batch_size or local
+    if local % micro:
+        raise UserError(f"training.micro_batch_size: {micro} does not divide the {local} pairs of a rank")
+    return {
+        **user,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": local // micro,
+        "gradient_clipping": config.optimizer.clip,
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

@@ -1,0 +1,400 @@
+"""The one training loop: any tower, any ZeRO stage, any number of ranks, resumable at every step."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import deepspeed
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ..confidence import ConfidenceTable
+from ..config import Config, save_config
+from ..data.batches import Bank, Batch, EpochPlan, PairSource
+from ..errors import UserError
+from ..model.efficientclip import EfficientCLIP
+from ..model.encode import to_device
+from ..objectives.losses import Losses, mlm_loss, pair_losses
+from .checkpoint import Checkpoints, save_model
+from .distributed import deepspeed_config
+from .optimizer import build_optimizer, learning_rate
+
+Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
+
+
+class Trainer:
+    """Trains `model` on `source` as `config` says. `validate` measures recall on held-out stores, by name."""
+
+    def __init__(self, config: Config, model: EfficientCLIP, source: PairSource, validate: Validate) -> None:
+        self.config, self.source, self.validate = config, source, validate
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run = config.run
+        settings = deepspeed_config(config, self.world_size)
+        self._freeze_unused(model)
+        optimizer = build_optimizer(model, config.optimizer, settings.get("zero_optimization", {}).get("stage", 0))
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        self.device = self.engine.device
+        self.confidence = ConfidenceTable(len(source), config.confidence)
+        self.bank = Bank(source.table, config.objective.bank_size, config.seed)
+        self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
+        self.step = self.epoch = self.epoch_step = 0
+        self.best = -math.inf
+        self.stop_requested = False
+        self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
+        self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
+        self._resume()
+        self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
+
+    @property
+    def visits(self) -> int:
+        """Pairs that passed through the trained tower so far, over all ranks."""
+        return self.step * self.config.training.batch_size
+
+    def train(self) -> bool:
+        """Spend the rest of the budget; False when a SIGTERM ended it early, after saving."""
+        previous = signal.signal(signal.SIGTERM, self._request_stop)
+        try:
+            return self._train()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _train(self) -> bool:
+        training = self.config.training
+        self.engine.train()
+        plan = self._plan()
+        bar = tqdm(
+            total=self.total_steps * training.batch_size,
+            initial=self.visits,
+            desc=f"{self.run.name}: pair visits",
+            unit="pair",
+            unit_scale=True,
+            disable=self.rank != 0,
+            mininterval=1.0,
+        )
+        saved_step = self.step
+        while self.step < self.total_steps:
+            started = time.perf_counter()
+            batch = self.source.batch(plan.batch(self.epoch_step), self.bank, self.step, self.rank, self.world_size)
+            waited = time.perf_counter() - started
+            values = self._train_step(batch)
+            self.step += 1
+            self.epoch_step += 1
+            values |= {"step_seconds": time.perf_counter() - started, "data_wait_seconds": waited}
+            self._log(values, force=self.step in (1, self.total_steps))
+            bar.update(training.batch_size)
+            bar.set_postfix(loss=f"{values['loss']:.3f}", kept=f"{self.confidence.kept.mean():.0%}", refresh=False)
+            best = False
+            if self.epoch_step == plan.steps or self.step == self.total_steps:
+                if self.epoch_step == plan.steps:
+                    self._end_epoch()
+                    plan = self._plan()
+                if self.epoch % training.validate_every == 0 or self.step == self.total_steps:
+                    best = self._validate()
+            stop = self._stop_everywhere()
+            if stop or best or self.step % training.checkpoint_every == 0 or self.step == self.total_steps:
+                self.checkpoints.save(self.engine, self.step, self._state(), best)
+                saved_step = self.step
+            if stop:
+                bar.close()
+                if self.rank == 0:
+                    tqdm.write(f"stopped by SIGTERM; checkpoint of step {saved_step} saved; the same command goes on")
+                return False
+        bar.close()
+        self._finish()
+        return True
+
+    def _train_step(self, batch: Batch) -> dict[str, float]:
+        """Forward, backward and update on one global batch; returns its figures and shows ECL its scores."""
+        config = self.config
+        visits = self.visits
+        rate = learning_rate(visits, self.total_steps * config.training.batch_size, config.optimizer)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        batch.frozen_MD = batch.frozen_MD.to(self.device)
+        batch.weights_M = batch.weights_M.to(self.device)
+        batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
+        batch.bank_QD = None if batch.bank_QD is None else batch.bank_QD.to(self.device)
+        inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
+        masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
+        dist.all_reduce(masked)
+        if len(inputs) == 1:
+            losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, int(masked))
+        else:
+            losses, scale, mlm_sum = self._cached_batch(inputs, batch, int(masked))
+        cosine_N = self._observe(losses, inputs, batch, mlm_sum)
+        self.bank.push(self.source.frozen_ids[batch.whole.rows_N[batch.whole.weights_N > 0]])
+        values = {
+            "loss": config.objective.contrastive_weight * float(losses.contrastive)
+            + config.objective.regression_weight * cosine_N["regression"]
+            + config.mlm.weight * cosine_N["mlm"] / max(int(masked), 1),
+            "contrastive": float(losses.contrastive),
+            "cosine": cosine_N["cosine"],
+            "mlm": cosine_N["mlm"] / max(int(masked), 1),
+            "logit_scale": float(scale),
+            "lr": rate,
+            "tokens": batch.tokens * self.world_size,
+        }
+        values["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
+        self._check_finite(values, batch)
+        return values
+
+    def _whole_batch(
+        self, inputs: dict[str, Any], batch: Batch, masked: int
+    ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
+        output = self.engine(**inputs)
+        losses = pair_losses(output["features"], output["logit_scale"], batch, self.config.objective)
+        mlm_sum = output.get("mlm_loss_sum", losses.total.new_zeros(()))
+        self.engine.backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
+        self.engine.step()
+        return losses, output["logit_scale"].detach(), mlm_sum.detach()
+
+    def _cached_batch(
+        self, inputs: list[dict[str, Any]], batch: Batch, masked: int
+    ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
+        """k micro-batches give exactly the gradients of one batch k times as large (GradCache, arXiv 2101.06983).
+
+        Features of all micro-batches first, without graph; the loss's gradient at the features; then each micro-batch
+        again, with graph, against its share of that gradient.
+        """
+        k = len(inputs)
+        with torch.no_grad():
+            outputs = [self.engine(**_without_masks(arguments)) for arguments in inputs]
+        features_MD = torch.cat([output["features"] for output in outputs]).requires_grad_()
+        scale = outputs[0]["logit_scale"].detach().requires_grad_()
+        losses = pair_losses(features_MD, scale, batch, self.config.objective)
+        losses.total.backward()
+        slopes = torch.split(_gradient(features_MD), [len(output["features"]) for output in outputs])
+        mlm_total = features_MD.new_zeros(())
+        for number, (arguments, slope) in enumerate(zip(inputs, slopes, strict=True)):
+            output = self.engine(**arguments)
+            surrogate = (output["features"] * slope).sum()
+            if number == 0:
+                surrogate = surrogate + (output["logit_scale"] * _gradient(scale)).sum()
+            if "mlm_loss_sum" in output:
+                mlm_total = output["mlm_loss_sum"].detach()
+                surrogate = surrogate + mlm_loss(output["mlm_loss_sum"], masked, self.config.mlm)
+            # DeepSpeed divides by the number of micro-batches.
+            self.engine.backward(surrogate * k)
+            self.engine.step()
+        return losses, scale.detach(), mlm_total
+
+    def _observe(
+        self, losses: Losses, inputs: list[dict[str, Any]], batch: Batch, mlm_sum: torch.Tensor
+    ) -> dict[str, float]:
+        """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
+        cosine_M = losses.cosine_M
+        if self.snapshot is not None:
+            with torch.no_grad():
+                features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
+            cosine_M = (features * batch.frozen_MD).sum(1)
+        m = len(cosine_M)
+        mine = torch.cat([cosine_M.double(), mlm_sum.double().view(1), losses.regression_sum.double().view(1)])
+        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(gathered, mine)
+        everywhere = torch.stack(gathered).cpu().numpy()
+        cosine_N, counted_N = everywhere[:, :m].reshape(-1), batch.whole.weights_N > 0
+        self.confidence.observe(self.epoch, batch.whole.rows_N, cosine_N, counted_N)
+        return {
+            "cosine": float(cosine_N[counted_N].mean()),
+            "mlm": float(everywhere[:, m].sum()),
+            "regression": float(everywhere[:, m + 1].sum() / counted_N.sum()),
+        }
+
+    def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
+        wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]
+        if wrong:
+            keys = ", ".join(self.source.names(batch.whole.rows_N[:8]))
+            raise UserError(
+                f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; the batch's pairs begin with {keys}. The last"
+                f" checkpoint in {self.checkpoints.folder} is sound. Lower optimizer.lr, set optimizer.clip, or look at"
+                " these pairs; then run the same command again"
+            )
+
+    def _end_epoch(self) -> None:
+        self.confidence.select(self.epoch)
+        if self.snapshot is not None:
+            parameters = list(self.engine.module.parameters())
+            sharded = self.engine.zero_optimization_stage() == 3
+            with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
+                self.snapshot.load_state_dict(self.engine.module.state_dict())
+        self.epoch += 1
+        self.epoch_step = 0
+
+    def _plan(self) -> EpochPlan:
+        return EpochPlan(
+            kept=self.confidence.kept,
+            batch_size=self.config.training.batch_size,
+            reaudition_share=self.config.confidence.reaudition_share,
+            seed=self.config.seed,
+            epoch=self.epoch,
+        )
+
+    def _validate(self) -> bool:
+        """Measure the validation sets; True when the mean text->image recall@10 is the best so far."""
+        reports = self.validate(self.engine.module)
+        if not reports:
+            return False
+        mean = float(np.mean([report["t2i"]["R@10"] for report in reports.values()]))
+        if self.metrics is not None:
+            self.metrics.validation(self.step, self.visits, self.epoch, reports)
+            shown = ", ".join(f"{name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
+            tqdm.write(f"epoch {self.epoch}, {self.visits} visits: {shown}, kept {self.confidence.kept.mean():.1%}")
+        best = mean > self.best
+        self.best = max(self.best, mean)
+        return best
+
+    def _log(self, values: dict[str, float], force: bool) -> None:
+        if self.metrics is not None:
+            self.metrics.add(values)
+            if force or self.step % self.config.training.log_every == 0:
+                self.metrics.write(
+                    self.step, self.visits, self.epoch, self.config.training.batch_size, float(self.confidence.kept.mean())
+                )
+
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self.stop_requested = True
+
+    def _stop_everywhere(self) -> bool:
+        """Ranks agree to stop together, whichever got the signal."""
+        flag = torch.tensor([int(self.stop_requested)], device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _freeze_unused(self, model: EfficientCLIP) -> None:
+        """Parameters without a gradient would desynchronise ZeRO: they do not train."""
+        if model.text is not None and self.config.mlm.texts_per_batch == 0:
+            for name, parameter in model.text.mlm_head.named_parameters():
+                if name != "decoder.weight":
+                    parameter.requires_grad_(False)
+        if self.config.objective.contrastive_weight == 0:
+            model.logit_scale.requires_grad_(False)
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
+            "step": np.int64(self.step),
+            "epoch": np.int64(self.epoch),
+            "epoch_step": np.int64(self.epoch_step),
+            "best": np.float64(self.best),
+        }
+        state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
+        state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
+        if self.snapshot is not None:
+            state |= {f"snapshot.{name}": value.cpu().numpy() for name, value in self.snapshot.state_dict().items()}
+        return state
+
+    def _resume(self) -> None:
+        checkpoint = self.checkpoints.latest()
+        saved_config = self.run / "config.yaml"
+        if checkpoint is None:
+            if self.rank == 0:
+                save_config(self.config, saved_config)
+            return
+        state = self.checkpoints.load(self.engine, checkpoint)
+        self.step, self.epoch = int(state["step"]), int(state["epoch"])
+        self.epoch_step, self.best = int(state["epoch_step"]), float(state["best"])
+        self.confidence.restore(_under(state, "confidence."))
+        self.bank.restore(_under(state, "bank."))
+        if self.snapshot is not None:
+            self.snapshot.load_state_dict(
+                {name: torch.from_numpy(value) for name, value in _under(state, "snapshot.").items()}
+            )
+        if self.rank == 0:
+            tqdm.write(f"resuming {self.run} at step {self.step} ({self.visits} pair visits)")
+
+    def _finish(self) -> None:
+        save_model(self.engine, self.run / "model")
+        if self.metrics is not None:
+            table = self.confidence
+            rows = np.arange(len(table.kept))
+            pq.write_table(
+                pa.table(
+                    {
+                        "row": rows,
+                        "score": table.mean_score,
+                        "times_seen": table.times_seen,
+                        "kept": table.kept,
+                        "dropped_epoch": table.dropped_epoch,
+                    }
+                ),
+                self.run / "confidence.parquet",
+            )
+            self.metrics.close()
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one run; lines after a resumed step are cut off first."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.file = run / "metrics.jsonl"
+        if self.file.is_file():
+            lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
+            self.file.write_text("".join(line + "\n" for line in lines))
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self.pending: list[dict[str, float]] = []
+
+    def add(self, values: dict[str, float]) -> None:
+        self.pending.append(values)
+
+    def write(self, step: int, visits: int, epoch: int, batch_size: int, kept: float) -> None:
+        """One line for the steps since the last: means, and rates over their time."""
+        n = len(self.pending)
+        total = {name: sum(values[name] for values in self.pending) for name in self.pending[0]}
+        line = {name: value / n for name, value in total.items() if name not in ("tokens", "data_wait_seconds")}
+        line |= {
+            "lr": self.pending[-1]["lr"],
+            "kept_share": kept,
+            "pairs_per_s": n * batch_size / total["step_seconds"],
+            "tokens_per_s": total["tokens"] / total["step_seconds"],
+            "data_wait_share": total["data_wait_seconds"] / total["step_seconds"],
+        }
+        self._write(step, {"visits": visits, "epoch": epoch, **line})
+        self.pending = []
+
+    def validation(self, step: int, visits: int, epoch: int, reports: dict[str, dict[str, Any]]) -> None:
+        self._write(step, {"visits": visits, "epoch": epoch, "validation": reports})
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"train/{name}", value, step)
+        for name, report in values.get("validation", {}).items():
+            for direction in ("t2i", "i2t"):
+                self.board.add_scalar(f"{name}/{direction} R@10", report[direction]["R@10"], step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def _step_of(line: str) -> int:
+    """A line cut short by a crash belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return 2**62
+
+
+def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _without_masks(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in arguments.items() if name not in ("masked_positions", "masked_labels")}
+
+
+def _gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad

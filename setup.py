@@ -1,0 +1,35 @@
+"""Packages and the C++ loader; everything else about the distribution stands in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def packages_under(folder: str, imported_as: str) -> list[str]:
+    return [imported_as, *(f"{imported_as}.{name}" for name in find_packages(str(ROOT / folder)))]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+loader = Pybind11Extension(
+    "efficientclip._loader",
+    sources("*.cpp"),
+    depends=sources("*.hpp"),
+    cxx_std=17,
+    extra_compile_args=["-O3", "-Wall", "-Wextra", *(["-Werror"] if os.environ.get("CI") else [])],
+    extra_link_args=["-pthread"],
+)
+
+setup(
+    packages=[*packages_under("engine", "efficientclip"), *packages_under("kernels", "efficientclip.kernels")],
+    # A top-level `kernels` would shadow the package of that name which transformers imports.
+    package_dir={"efficientclip": "engine", "efficientclip.kernels": "kernels"},
+    package_data={"efficientclip": ["*.pyi", "py.typed"]},
+    ext_modules=[loader],
+)
