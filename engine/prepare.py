@@ -169,8 +169,8 @@ def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Par
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
-            caption, tab, english = (piece.strip() for piece in line.partition("\t"))
-            if not tab or not caption or not english:
+            caption, _, english = (piece.strip() for piece in line.partition("\t"))
+            if not caption or not english:
                 bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
             else:
                 good.append((number, caption, english))

@@ -94,8 +94,8 @@ def contrastive_loss_naive(
 
     def direction(logits: Tensor, kept: Tensor, positive: Tensor) -> Tensor:
         log_p = torch.log_softmax(logits.masked_fill(~kept, -math.inf), dim=1).masked_fill(~kept, 0)
-        target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True)
-        target = target + label_smoothing * kept / kept.sum(1, keepdim=True)
+        target = (1 - label_smoothing) * positive.to(dtype) / positive.sum(1, keepdim=True)
+        target = target + label_smoothing * kept.to(dtype) / kept.sum(1, keepdim=True)
         return torch.where((kept & ~positive).any(1), -(target * log_p).sum(1), 0)
 
     row_loss = direction(logits, kept, positive)
@@ -148,6 +148,26 @@ class _Ranks:
         padded[: len(rows)] = rows
         gathered = self.gather(padded)
         return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
+
+    def with_own(self, own_M: Tensor) -> Tensor:
+        """The vectors of all ranks in rank order, [N]; this rank's part keeps its gradient."""
+        if self.group is None:
+            return own_M
+        all_N = self.gather_rows(own_M.detach())
+        return torch.cat([all_N[: self.own.start], own_M, all_N[self.own.stop :]])
+
+    def joined(self, lse_N: Tensor) -> Tensor:
+        """Global column log-sum-exps from this rank's; the gradient is this rank's share."""
+        if self.group is None:
+            return lse_N
+        joined: Tensor = _JoinColumns.apply(lse_N, self.gather(lse_N.detach()))
+        return joined
+
+    def summed(self, own: Tensor | None) -> Tensor | None:
+        """The sum over ranks; the gradient is this rank's share."""
+        if self.group is None or own is None:
+            return own
+        return _replace_value(self.gather(own.detach()).sum(0), own)
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """Sums [N, ...] over the ranks and returns this rank's rows of the sum."""
@@ -591,5 +611,179 @@ def contrastive_loss(
     direction_weights: tuple[float, float] = (0.5, 0.5),
     group: dist.ProcessGroup | None = None,
 ) -> ContrastiveOutput:
-    """TODO"""
-    raise NotImplementedError
+    """Symmetric InfoNCE of M text-image pairs on this rank, over the pairs of all ranks and a bank (CLIP, figure 3).
+
+    Text i sees the N images of all ranks and the Q bank rows; image j sees the N texts of all ranks. With logits
+    z = logit_scale * <text, image> + logit_bias and (a, b) = `direction_weights`,
+    loss = sum_i w_i (a * row_loss_i + b * col_loss_i) / sum_i w_i over the global batch.
+
+    Args:
+        text_MD, image_MD, bank_QD: fp64, fp32, fp16 or bf16, one dtype and device; used as given, so normalise first.
+            The bank is the same on every rank and takes no gradient.
+        logit_scale: the multiplier (not its logarithm), a float or a tensor of one element.
+        logit_bias: shifts every logit; the softmax does not see it, only `positive_logit_M` does.
+        pair_weights: [M], at least 0; a pair of weight 0 still is a negative of others.
+        positives: "pair" has the diagonal alone as positive and masks other pairs of equal id; "ids" takes those as
+            positives too, with the mean over positives outside the logarithm (SupCon's L_out).
+        image_ids, caption_ids, bank_ids: int64 [M], [M], [Q]; `bank_ids` are compared with `image_ids`.
+        excluded: int64 (rows, columns) that are no negatives: row in [0, M), column in [0, N + Q), the pairs of all
+            ranks first, then the bank. A pair's own column is never excluded.
+        label_smoothing: in [0, 1), spread over the columns that are not masked.
+        group: process group to gather over; every rank calls, M may differ. Returned gradients are W times this
+            rank's share, so the average over ranks that data parallelism takes is the union batch's gradient.
+
+    Returns:
+        ContrastiveOutput. A row without negatives has loss 0; if all weights are 0 so is the loss.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is computed.
+    """
+    _check(
+        text_MD, image_MD, bank_QD, pair_weights, positives, image_ids, caption_ids, bank_ids, label_smoothing,
+        direction_weights,
+    )  # fmt: skip
+    device, accumulate = text_MD.device, _accumulation(text_MD.dtype)
+    M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
+    given = {
+        "D": text_MD.shape[1],
+        "image_ids": image_ids is not None,
+        "caption_ids": caption_ids is not None,
+        "Q": Q,
+        "direction": hash(direction_weights) % (1 << 31),
+    }
+    ranks = _Ranks(group, given, M, device)
+    N = ranks.total
+    _check_excluded(excluded, M, N + Q)
+    scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(float(logit_scale), device=device)
+    ids_M = [ids for ids in (image_ids, caption_ids) if ids is not None]
+    row_step = min(TILE_ROWS, max(M, 1))
+    width = max(TILE_LOGITS // row_step, 1)
+    blocks = [_Block(at, min(at + width, N), at, False) for at in range(0, N, width)]
+    blocks += [_Block(at, min(at + width, Q), N + at, True) for at in range(0, Q, width)]
+    cells = _Cells(
+        blocks, ranks, ids_M, [ranks.gather_rows(ids) for ids in ids_M], bank_ids, excluded, positives == "ids", row_step
+    )
+    image_ND = ranks.gather_rows(image_MD.detach())
+    bank = None if bank_QD is None else bank_QD.detach()
+    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank, cells, ranks, label_smoothing > 0))
+
+    positive_N = ranks.with_own(sums.positive_M)
+    row_loss_M = _direction(
+        sums.positive_M, sums.row_lse_M, sums.row_extra_M, sums.row_logits_M, sums.row_extras_M,
+        N + Q - sums.row_masked_M, label_smoothing,
+    )  # fmt: skip
+    col_loss_N = _direction(
+        positive_N, ranks.joined(sums.col_lse_N), ranks.summed(sums.col_extra_N), ranks.summed(sums.col_logits_N),
+        ranks.summed(sums.col_extras_N), N - _given(ranks.summed(sums.col_masked_N)), label_smoothing,
+    )  # fmt: skip
+    weights_M = torch.ones(M, device=device, dtype=torch.float64) if pair_weights is None else pair_weights.double()
+    weights_N = ranks.gather_rows(weights_M)
+    total = torch.where(weights_N.sum() > 0, weights_N.sum(), 1.0)
+    a, b = direction_weights
+    rows = a * (weights_M * row_loss_M).sum() / total
+    columns = b * (weights_N * col_loss_N).sum() / total
+    own_share = rows + columns
+    loss = _replace_value(_given(ranks.summed(rows)).detach() + columns.detach(), ranks.world * own_share)
+    per_pair_loss_M = (a * row_loss_M + b * col_loss_N[ranks.own]).detach().to(accumulate)
+    positive_logit_M = sums.positive_M.detach()
+    if isinstance(logit_bias, Tensor):
+        # A shift of all logits cancels in both softmaxes: its gradient is zero, not missing.
+        loss = loss + 0 * logit_bias.sum()
+    if logit_bias is not None:
+        positive_logit_M = positive_logit_M + torch.as_tensor(logit_bias, device=device).detach().double().reshape(())
+    return ContrastiveOutput(loss.to(accumulate), per_pair_loss_M, positive_logit_M.to(accumulate))
+
+
+def explain(text_MD: Tensor) -> str:
+    """Which path `contrastive_loss` takes for these features, and why."""
+    why = "CPU tensors" if text_MD.device.type == "cpu" else f"no Triton kernel for {text_MD.device.type} tensors yet"
+    return f"chunked torch: {why}; accumulates in {_accumulation(text_MD.dtype)}"
+
+
+def _direction(
+    positive: Tensor,
+    lse: Tensor,
+    extra: Tensor | None,
+    logits: Tensor | None,
+    extras: Tensor | None,
+    columns: Tensor,
+    smoothing: float,
+) -> Tensor:
+    """Loss of every row (or column) from its sums; `lse` leaves out the positive, `columns` counts unmasked cells."""
+    if extra is None and logits is None:
+        return functional.softplus(lse - positive)
+    count = 1 + (0 if extras is None else extras)
+    mean_positive = (positive + (0 if extra is None else extra)) / count
+    loss = torch.logaddexp(lse, positive) - (1 - smoothing) * mean_positive
+    if logits is not None:
+        loss = loss - smoothing * (positive + logits) / columns
+    return torch.where(columns > count, loss, 0)
+
+
+def _given(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise RuntimeError("a sum that this call needs was not computed")
+    return value
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check(
+    text_MD: Tensor,
+    image_MD: Tensor,
+    bank_QD: Tensor | None,
+    pair_weights: Tensor | None,
+    positives: str,
+    image_ids: Tensor | None,
+    caption_ids: Tensor | None,
+    bank_ids: Tensor | None,
+    label_smoothing: float,
+    direction_weights: tuple[float, float],
+) -> None:
+    if text_MD.ndim != 2 or not text_MD.is_floating_point():
+        raise ValueError(f"text_MD: expected a floating-point matrix [M, D], got {text_MD.dtype} {list(text_MD.shape)}")
+    M, D = text_MD.shape
+    if image_MD.shape != text_MD.shape:
+        raise ValueError(f"image_MD: expected the shape of text_MD, {[M, D]}, got {list(image_MD.shape)}")
+    if bank_QD is not None and (bank_QD.ndim != 2 or bank_QD.shape[1] != D):
+        raise ValueError(f"bank_QD: expected [Q, {D}], got {list(bank_QD.shape)}")
+    if not 1 <= D <= 1024:
+        raise ValueError(f"text_MD: D is {D}, supported are 1 to 1024")
+    for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
+        if features is not None and features.dtype != text_MD.dtype:
+            raise TypeError(f"{name}: {features.dtype}, but text_MD is {text_MD.dtype}; convert one of them")
+    for name, ids, size in (
+        ("image_ids", image_ids, M),
+        ("caption_ids", caption_ids, M),
+        ("bank_ids", bank_ids, 0 if bank_QD is None else len(bank_QD)),
+    ):
+        if ids is not None and (ids.shape != (size,) or ids.dtype != torch.int64):
+            raise ValueError(f"{name}: expected int64 [{size}], got {ids.dtype} {list(ids.shape)}")
+    if bank_ids is not None and image_ids is None:
+        raise ValueError("bank_ids: are compared with image_ids, which is missing")
+    if pair_weights is not None and (pair_weights.shape != (M,) or bool((pair_weights < 0).any())):
+        raise ValueError(f"pair_weights: expected [{M}] numbers of at least 0, got shape {list(pair_weights.shape)}")
+    for name, tensor in (
+        ("image_MD", image_MD), ("bank_QD", bank_QD), ("pair_weights", pair_weights), ("image_ids", image_ids),
+        ("caption_ids", caption_ids), ("bank_ids", bank_ids),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != text_MD.device:
+            raise ValueError(f"{name}: lies on {tensor.device}, text_MD on {text_MD.device}; move one of them")
+    if positives not in ("pair", "ids"):
+        raise ValueError(f"positives: expected 'pair' or 'ids', got {positives!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
+    if len(direction_weights) != 2 or min(direction_weights) < 0:
+        raise ValueError(f"direction_weights: expected two numbers of at least 0, got {direction_weights}")
+
+
+def _check_excluded(excluded: tuple[Tensor, Tensor] | None, rows: int, columns: int) -> None:
+    if excluded is None:
+        return
+    for name, index, size in (("rows", excluded[0], rows), ("columns", excluded[1], columns)):
+        if index.ndim != 1 or index.dtype != torch.int64 or len(index) != len(excluded[0]):
+            raise ValueError(f"excluded {name}: expected int64 [{len(excluded[0])}], got {index.dtype} {list(index.shape)}")
+        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
+            raise ValueError(f"excluded {name}: expected 0 to {size - 1}, got {int(index.min())} to {int(index.max())}")

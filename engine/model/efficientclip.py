@@ -63,6 +63,8 @@ class EfficientCLIP(PreTrainedModel):
             self.image = ImageTower(architecture(config.image), config.width, image_backbone)
         # Shape (1,): DeepSpeed fails on 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.logit_scale)))
+        if self.text is None:
+            self._tied_weights_keys = {}
         self.post_init()
 
     def forward(
