@@ -25,7 +25,7 @@ Range checked_range(View<std::int64_t> offsets, std::int64_t id, std::int64_t si
     const std::int64_t n = offsets.size - 1;
     if (id < 0 || id >= n) {
         throw std::out_of_range(std::string(ids_name) + " holds " + str(id) + ", but " + offsets_name + " describes " +
-                                str(n) + " items: ids go from 0 to " + str(n - 1));
+                                str(n) + " items");
     }
     const Range range{offsets[id], offsets[id + 1]};
     if (range.begin < 0 || range.end < range.begin || range.end > size) {
@@ -158,7 +158,7 @@ void gather_rows(const std::byte* table, std::int64_t n_rows, std::int64_t row_b
     for (std::int64_t i = 0; i < rows.size; ++i) {
         if (rows[i] < 0 || rows[i] >= n_rows) {
             throw std::out_of_range("rows[" + str(i) + "] is " + str(rows[i]) + ", but table has " + str(n_rows) +
-                                    " rows: rows go from 0 to " + str(n_rows - 1));
+                                    " rows");
         }
     }
     if (row_bytes == 0 || rows.size == 0) return;

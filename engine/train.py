@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 
 from .config import Augmentation, Config, load_config
 from .data.batches import CaptionPairs, MaskedTextBatches, PairSource
@@ -43,6 +44,8 @@ def train(config: Config) -> None:
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     rank, world_size = join_process_group()
     try:
         started = time.time()

@@ -136,9 +136,9 @@ class _Ranks:
         """The equally long tensors of all ranks, stacked: [W, *shape]."""
         if self.group is None:
             return flat[None]
-        out = torch.empty((self.world, *flat.shape), dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(out.flatten(0, 1) if flat.dim() else out, flat.contiguous(), group=self.group)
-        return out
+        out = torch.empty(self.world * flat.numel(), dtype=flat.dtype, device=flat.device)
+        dist.all_gather_into_tensor(out, flat.reshape(-1), group=self.group)
+        return out.view(self.world, *flat.shape)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows of all ranks in rank order: [N, ...]; ranks may hold different numbers of rows."""
@@ -711,7 +711,8 @@ def _direction(
 ) -> Tensor:
     """Loss of every row (or column) from its sums; `lse` leaves out the positive, `columns` counts unmasked cells."""
     if extra is None and logits is None:
-        return functional.softplus(lse - positive)
+        # The threshold above which torch takes softplus(x) for x; its default of 20 costs fp64 accuracy.
+        return functional.softplus(lse - positive, threshold=40)
     count = 1 + (0 if extras is None else extras)
     mean_positive = (positive + (0 if extra is None else extra)) / count
     loss = torch.logaddexp(lse, positive) - (1 - smoothing) * mean_positive

@@ -47,7 +47,10 @@ def load_pictures(sources: Sequence[Path], size: int) -> Pictures:
 
 
 class PicturePairs(PairSource):
-    """Pictures paired with their English captions, which a frozen teacher has encoded."""
+    """Pictures, each paired with one frozen row: what the teacher makes of its English captions.
+
+    The row is the mean of the name and of the keywords' mean: it says what the picture is, and what it is near to.
+    """
 
     def __init__(
         self,
@@ -57,18 +60,21 @@ class PicturePairs(PairSource):
         augmentation: settings.Augmentation,
         seed: int,
     ) -> None:
-        caption_of: dict[str, int] = {}
-        pairs = [
-            (image, caption_of.setdefault(caption, len(caption_of)))
-            for image, captions in enumerate(pictures.captions)
-            for caption in dict.fromkeys(captions)
-        ]
-        image_ids, caption_ids = np.array(pairs, np.int64).T
+        target_of: dict[tuple[str, ...], int] = {}
+        targets = np.array([target_of.setdefault(tuple(captions), len(target_of)) for captions in pictures.captions])
+        texts = {text: number for number, text in enumerate(dict.fromkeys(t for group in target_of for t in group))}
+        encoded = encode(list(texts))
+        rows = []
+        for name, *keywords in target_of:
+            row = encoded[texts[name]]
+            if keywords:
+                row = row + encoded[[texts[keyword] for keyword in keywords]].mean(0)
+            rows.append(row / np.linalg.norm(row))
         super().__init__(
-            trained_ids=np.ascontiguousarray(image_ids),
-            frozen_ids=np.ascontiguousarray(caption_ids),
-            features=encode(list(caption_of)).astype(np.float16),
-            n_trained=len(pictures.keys),
+            trained_ids=np.arange(len(targets)),
+            frozen_ids=targets,
+            features=np.stack(rows).astype(np.float16),
+            n_trained=len(targets),
         )
         self.pictures, self.tower, self.augmentation, self.seed = pictures, tower, augmentation, seed
 

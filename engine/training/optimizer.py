@@ -69,9 +69,8 @@ def _is_pyramid_toolkit() -> bool:
     return "pyramid" in f"{metadata.get('Summary', '')} {metadata.get('Keywords', '')}".lower()
 
 
-def learning_rate(visits: int, budget: int, config: Optimizer) -> float:
-    """Linear warm-up, then cosine to `final_lr_share`; reaches its end when the visits do, whatever ECL drops."""
-    done = min(visits / budget, 1.0)
+def learning_rate(done: float, config: Optimizer) -> float:
+    """Linear warm-up, then cosine to `final_lr_share`, by the share of pair visits done: it ends when training ends."""
     if done < config.warmup_share:
         return config.lr * done / config.warmup_share
     progress = (done - config.warmup_share) / (1 - config.warmup_share)

