@@ -30,6 +30,6 @@ setup(
     packages=packages_under("engine", "efficientclip") + packages_under("kernels", "efficientclip.kernels"),
     # A top-level `kernels` would shadow the package of that name which transformers imports.
     package_dir={"efficientclip": "engine", "efficientclip.kernels": "kernels"},
-    package_data={"efficientclip": ["*.pyi", "py.typed"]},
+    package_data={"": ["*.html", "*.pyi", "py.typed"]},
     ext_modules=[loader],
 )

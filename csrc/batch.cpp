@@ -103,10 +103,29 @@ class ColumnIndex {
     std::vector<std::int32_t> next_;
 };
 
-int bit_width(std::int64_t value) {
-    int bits = 0;
-    for (; value > 0; value >>= 1) ++bits;
-    return bits;
+struct Column {
+    std::int64_t id;
+    std::int32_t position;
+};
+
+std::vector<Column> sorted_by_id(View<std::int64_t> columns) {
+    std::vector<Column> sorted;
+    sorted.reserve(static_cast<std::size_t>(columns.size));
+    for (std::int64_t j = 0; j < columns.size; ++j) {
+        if (columns[j] >= 0) sorted.push_back({columns[j], static_cast<std::int32_t>(j)});
+    }
+    std::sort(sorted.begin(), sorted.end(), [](const Column& a, const Column& b) { return a.id < b.id; });
+    return sorted;
+}
+
+// std::lower_bound by steps that double, so that a walk over near ids costs little more than a merge.
+const std::int32_t* gallop(const std::int32_t* first, const std::int32_t* last, std::int64_t id) {
+    std::int64_t step = 1;
+    while (step < last - first && first[step] < id) {
+        first += step;
+        step *= 2;
+    }
+    return std::lower_bound(first, step < last - first ? first + step : last, id);
 }
 
 }  // namespace
@@ -197,6 +216,7 @@ Pairs linked_pairs(View<std::int64_t> indptr, View<std::int32_t> indices, View<s
     std::iota(by_id.begin(), by_id.end(), std::int64_t{0});
     std::sort(by_id.begin(), by_id.end(), [&](std::int64_t a, std::int64_t b) { return left_ids[a] < left_ids[b]; });
 
+    std::vector<Column> sorted_columns;
     std::vector<std::int32_t> positions;
     std::vector<Range> matches(by_id.size());
     for (std::size_t k = 0; k < by_id.size(); ++k) {
@@ -210,10 +230,13 @@ Pairs linked_pairs(View<std::int64_t> indptr, View<std::int32_t> indices, View<s
         const Range edges = checked_range(indptr, id, indices.size, "left_ids", "indptr", "indices");
         const std::int32_t* first = indices.data + edges.begin;
         const std::int32_t* last = indices.data + edges.end;
-        if ((edges.end - edges.begin) / bit_width(edges.end - edges.begin + 1) > columns.size) {
-            for (std::int64_t j = 0; j < columns.size; ++j) {
-                const std::int32_t* found = std::lower_bound(first, last, columns[j]);
-                if (found != last && *found == columns[j]) positions.push_back(static_cast<std::int32_t>(j));
+        if (last - first > columns.size) {
+            // More edges than columns: walk the columns through the edges.
+            if (sorted_columns.empty()) sorted_columns = sorted_by_id(columns);
+            for (const Column& column : sorted_columns) {
+                first = gallop(first, last, column.id);
+                if (first == last) break;
+                if (*first == column.id) positions.push_back(column.position);
             }
         } else {
             for (const std::int32_t* edge = first; edge != last; ++edge) {
@@ -223,8 +246,8 @@ Pairs linked_pairs(View<std::int64_t> indptr, View<std::int32_t> indices, View<s
                 }
                 index.append_positions(*edge, positions);
             }
-            std::sort(positions.begin() + match.begin, positions.end());
         }
+        std::sort(positions.begin() + match.begin, positions.end());
         match.end = static_cast<std::int64_t>(positions.size());
     }
 

@@ -42,5 +42,6 @@ def linked_pairs(
 
     The graph is CSR: node i has edges to indices[indptr[i] : indptr[i + 1]], ascending. Place (i, j) is
     returned, once, if there is an edge left_ids[i] -> columns[j] and j != i + diagonal. `left_ids` [m] and
-    `columns` [n] may repeat ids; a column below 0 has no edges.
+    `columns` [n] may repeat ids; a column below 0 has no edges. A row that is not ascending is a
+    ValueError if it is no longer than `columns`; longer ones are searched, not read through.
     """

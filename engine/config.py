@@ -97,9 +97,9 @@ class Confidence(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw", "deepspeed-fused-adam", "deepspeed-cpu-adam", "lamb", "apex-fused-adam", "apex-fused-lamb"] = (
-        "adamw"
-    )
+    name: Literal[
+        "adamw", "deepspeed-fused-adam", "deepspeed-cpu-adam", "lamb", "apex-fused-adam", "apex-fused-lamb"
+    ] = "adamw"
     lr: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
@@ -197,9 +197,15 @@ def _explain(path: Path, error: ValidationError) -> str:
             known = sorted(_fields_at(item["loc"][:-1]))
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
-            message = f"unknown key{hint} Keys here: {', '.join(known)}" if hint else f"unknown key. Keys here: {', '.join(known)}"
+            message = (
+                f"unknown key{hint} Keys here: {', '.join(known)}"
+                if hint
+                else f"unknown key. Keys here: {', '.join(known)}"
+            )
         elif item["type"] == "literal_error":
-            near = difflib.get_close_matches(str(item["input"]), item["ctx"]["expected"].replace("'", "").split(", "), n=1)
+            near = difflib.get_close_matches(
+                str(item["input"]), item["ctx"]["expected"].replace("'", "").split(", "), n=1
+            )
             message += f", got {item['input']!r}" + (f"; did you mean `{near[0]}`?" if near else "")
         elif item["type"] != "missing":
             message += f", got {item['input']!r}"

@@ -21,7 +21,11 @@ def reported(command: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: the disk is full, writing {error.filename or 'a file'}: free space and run the same command "
-              "again; nothing half-written will be read", file=sys.stderr, flush=True)
+        print(
+            f"error: the disk is full, writing {error.filename or 'a file'}: free space and run the same command "
+            "again; nothing half-written will be read",
+            file=sys.stderr,
+            flush=True,
+        )
         return 2
     return 0

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
         first = next(entry for file in files for entry in json.loads(pq.read_schema(file).metadata[b"bad"]))
         raise UserError(
             f"source {source}: {share:.1%} of {seen_total} samples are bad ({listed}; first: {first['key']} in"
-            f" {first['shard']}), data.max_bad_share is {config.data.max_bad_share:.1%}; mend the source or raise the limit"
+            f" {first['shard']}), data.max_bad_share is {config.data.max_bad_share:.1%}; mend the source or"
+            " raise the limit"
         )
     manifest = _merge(folder, files, tokenizer, identity)
     for file in files:
@@ -149,7 +151,7 @@ def _image_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]]
                 bar.update(len(batch))
         return items, bad
 
-    return [lambda shard=shard: part(shard) for shard in list_shards(source)], encoder.name  # type: ignore[misc]
+    return [partial(part, shard) for shard in list_shards(source)], encoder.name
 
 
 def _decode(sample: Sample, size: int) -> Any:
@@ -191,7 +193,7 @@ def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Par
         ]
         return items, bad
 
-    makers = [lambda start=start: part(start) for start in range(0, len(lines), PARALLEL_CHUNK)]  # type: ignore[misc]
+    makers: list[Callable[[], Part]] = [partial(part, start) for start in range(0, len(lines), PARALLEL_CHUNK)]
     return makers, teacher_name(config.model.teacher)
 
 

@@ -45,7 +45,7 @@ def train(config: Config) -> None:
         torch.set_num_threads(config.training.threads)
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, world_size = join_process_group()
     try:
         started = time.time()
@@ -57,7 +57,9 @@ def train(config: Config) -> None:
         trainer = Trainer(config, model, source, validate)
         finished = trainer.train()
         if rank == 0 and finished:
-            print(f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s")
+            print(
+                f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s"
+            )
     finally:
         dist.destroy_process_group()
 
@@ -73,7 +75,9 @@ def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
             raise UserError("mlm.texts: not set, though mlm.texts_per_batch is; make a text store, or set it to 0")
         texts = TextStore(config.mlm.texts)
         if texts.manifest["tokenizer"] != store.manifest["tokenizer"]:
-            raise UserError(f"mlm.texts: {texts.path} was made with another tokenizer than {store.path}; prepare it anew")
+            raise UserError(
+                f"mlm.texts: {texts.path} was made with another tokenizer than {store.path}; prepare it anew"
+            )
         masked_texts = MaskedTextBatches(
             texts,
             texts_per_batch=config.mlm.texts_per_batch,
@@ -137,7 +141,9 @@ def _image_start(config: Config) -> tuple[PairSource, None, Validate]:
     for name, path in config.data.validation.items():
         pictures = load_pictures([path], tower.size)
         names = [captions[:1] for captions in pictures.captions]
-        held_out[name] = PicturePairs(replace(pictures, captions=names), teacher.encode, tower, Augmentation(), config.seed)
+        held_out[name] = PicturePairs(
+            replace(pictures, captions=names), teacher.encode, tower, Augmentation(), config.seed
+        )
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {name: _picture_report(module, held) for name, held in held_out.items()}

@@ -1,4 +1,4 @@
-"""Fused losses and scores: each has a naive reference, a chunked path, an autograd function and a public function."""
+"""Fused losses and scores: each with a naive reference, a chunked path and a public function."""
 
 from .contrastive import ContrastiveOutput, contrastive_loss, contrastive_loss_naive, explain
 

@@ -1,18 +1,21 @@
-"""Symmetric InfoNCE (CLIP) over a batch, a bank of extra images and any number of ranks, without an M x N matrix.
+"""Symmetric InfoNCE (CLIP) over a batch, a bank of images and any number of ranks, with no M x N matrix.
 
 Cost model, for M texts on this rank, N images of all ranks, Q bank rows and width D:
 
-- compute: 4 products of M (N + Q) D multiply-adds, 1 in forward and 3 in backward (the recompute, d text, d image);
-  3 products when the images are frozen. Each logit costs one exponential a pass, two where logits spread too far.
-- memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, one fp32 M x D for d text,
-  and one fp32 N x D for d image when images train.
-- exchange a rank: N images in their own dtype and about 4 N + 2 M numbers in forward, nothing in backward when
-  images are frozen, else a reduce-scatter of N x D fp32.
+- compute: 4 products of M (N + Q) D multiply-adds, one in forward and three in backward (the recompute, d
+  text, d image), 3 when images are frozen. A logit costs one exponential a pass, two where logits spread too
+  far.
+- memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, the equal ids of one
+  tile, fp32 M x D for d text and fp32 N x D for d image; for half-precision features also one block of
+  columns in fp32.
+- exchange a rank: N images in their own dtype and about 4 N + 3 M numbers in forward; in backward nothing
+  when images are frozen, else a reduce-scatter of N x D in fp32.
 
-Shapes: M this rank's pairs, N pairs of all ranks, Q bank rows, D width, R x C one tile; W ranks.
+Shapes: M this rank's pairs, N pairs of all ranks, Q bank rows, D width, R x C one tile, W ranks.
 
-The diagonal (each pair's own logit) never enters a log-sum-exp. With n = log-sum-exp of a row's other logits and z its
-own logit, the loss is softplus(n - z) and its slope sigmoid(n - z): both keep full precision where p - 1 would cancel.
+The diagonal (each pair's own logit) never enters a log-sum-exp. With n the log-sum-exp of a row's other
+logits and z its own logit, the loss is softplus(n - z) and its slope sigmoid(n - z): precise where p - 1
+would cancel.
 """
 
 from __future__ import annotations
@@ -29,15 +32,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Positives = Literal["pair", "ids"]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# A tile of 2M logits is 8 MB in fp32: it stays in the last-level cache between the product and the passes over it.
+# 8 MB in fp32: a tile stays in the last-level cache between its product and the passes over it.
 TILE_LOGITS = 1 << 21
 TILE_ROWS = 512
 
-# A tile shifted by one constant is trusted when its sums lie in this range: terms that underflowed (below e^-87 in
-# fp32) are then at most N * 2^-46 of any sum, and no term overflowed.
+# A tile shifted by one constant is trusted when its sums lie in this range: no term overflowed, and those
+# that underflowed (below e^-87 in fp32) are at most C * 2^-46 of any sum.
 SUM_RANGE = (2.0**-80, 1e34)
-# The same for backward, where p_row and p_col come from one exponential: half the allowed spread of log-sum-exps.
+# In backward one exponential serves p_row and p_col while all log-sum-exps lie this near the shift.
 SHIFT_REACH = 40.0
 
 
@@ -71,7 +75,7 @@ def contrastive_loss_naive(
     label_smoothing: float = 0.0,
     direction_weights: tuple[float, float] = (0.5, 0.5),
 ) -> ContrastiveOutput:
-    """The definition of `contrastive_loss` on one rank: the whole matrix, plain torch, autograd, nothing else."""
+    """The definition of `contrastive_loss` on one rank: the whole matrix in plain torch, under autograd."""
     dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
     M, device = len(text_MD), text_MD.device
     columns = image_MD if bank_QD is None else torch.cat([image_MD, bank_QD])
@@ -109,25 +113,28 @@ def contrastive_loss_naive(
 
 # Exchange over ranks
 
+# torch 2.13 renamed both and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class _Ranks:
-    """Where this rank's pairs lie in the global batch, and the exchanges the loss needs; `group=None` is one rank."""
+    """Where this rank's pairs lie in the global batch, and the exchanges; `group=None` is one rank."""
 
-    def __init__(self, group: dist.ProcessGroup | None, agreed: dict[str, int], size: int, device: torch.device) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None, size: int, agreed: dict[str, float], device: torch.device
+    ) -> None:
         self.group = group
         self.world = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.sizes = [size]
         if group is not None:
-            mine = torch.tensor([size, *agreed.values()], dtype=torch.int64, device=device)
-            seen = self.gather(mine).tolist()
-            for at, name in enumerate(agreed, start=1):
-                if len({row[at] for row in seen}) > 1:
-                    raise ValueError(
-                        f"{name} differs between ranks: {[row[at] for row in seen]} in rank order; "
-                        "call contrastive_loss with the same kind of arguments on every rank"
-                    )
-            self.sizes = [row[0] for row in seen]
+            mine = torch.tensor([size, *agreed.values()], dtype=torch.float64, device=device)
+            sizes, *columns = self.gather(mine).T.tolist()
+            for name, values in zip(agreed, columns, strict=True):
+                if len(set(values)) > 1:
+                    raise ValueError(f"{name} differs between ranks: {values} in rank order, expected one value")
+            self.sizes = [int(size) for size in sizes]
         self.total = sum(self.sizes)
         self.offset = sum(self.sizes[: self.rank])
         self.own = slice(self.offset, self.offset + size)
@@ -137,7 +144,7 @@ class _Ranks:
         if self.group is None:
             return flat[None]
         out = torch.empty(self.world * flat.numel(), dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(out, flat.reshape(-1), group=self.group)
+        _all_gather(out, flat.reshape(-1), group=self.group)
         return out.view(self.world, *flat.shape)
 
     def gather_rows(self, rows: Tensor) -> Tensor:
@@ -149,25 +156,9 @@ class _Ranks:
         gathered = self.gather(padded)
         return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
 
-    def with_own(self, own_M: Tensor) -> Tensor:
-        """The vectors of all ranks in rank order, [N]; this rank's part keeps its gradient."""
-        if self.group is None:
-            return own_M
-        all_N = self.gather_rows(own_M.detach())
-        return torch.cat([all_N[: self.own.start], own_M, all_N[self.own.stop :]])
-
-    def joined(self, lse_N: Tensor) -> Tensor:
-        """Global column log-sum-exps from this rank's; the gradient is this rank's share."""
-        if self.group is None:
-            return lse_N
-        joined: Tensor = _JoinColumns.apply(lse_N, self.gather(lse_N.detach()))
-        return joined
-
-    def summed(self, own: Tensor | None) -> Tensor | None:
-        """The sum over ranks; the gradient is this rank's share."""
-        if self.group is None or own is None:
-            return own
-        return _replace_value(self.gather(own.detach()).sum(0), own)
+    def place(self, own_M: Tensor, all_N: Tensor) -> Tensor:
+        """`all_N` with this rank's part taken from `own_M`, so that gradients reach it."""
+        return torch.cat([all_N[: self.offset], own_M, all_N[self.offset + len(own_M) :]])
 
     def sum_rows(self, rows: Tensor) -> Tensor:
         """Sums [N, ...] over the ranks and returns this rank's rows of the sum."""
@@ -178,7 +169,7 @@ class _Ranks:
         for part, own in zip(padded, rows.split(self.sizes), strict=True):
             part[: len(own)] = own
         out = rows.new_empty((longest, *rows.shape[1:]))
-        dist.reduce_scatter_tensor(out, padded.flatten(0, 1), group=self.group)
+        _reduce_scatter(out, padded.flatten(0, 1), group=self.group)
         return out[: self.sizes[self.rank]]
 
 
@@ -193,6 +184,21 @@ class _Block:
     stop: int
     first: int
     bank: bool
+
+
+def _plan(rows: int, columns: int, bank: int) -> tuple[int, list[_Block]]:
+    """Rows a tile and the blocks of columns: no block holds both batch and bank."""
+    row_step = max(1, min(TILE_ROWS, rows))
+    # Few rows do not make blocks ever wider: a block may be held in fp32.
+    width = max(1, TILE_LOGITS // max(row_step, TILE_ROWS // 2))
+    blocks = [_Block(at, min(at + width, columns), at, False) for at in range(0, columns, width)]
+    blocks += [_Block(at, min(at + width, bank), columns + at, True) for at in range(0, bank, width)]
+    return row_step, blocks
+
+
+def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
+    values, order = ids.sort(stable=True)
+    return values, order
 
 
 class _Cells:
@@ -217,15 +223,13 @@ class _Cells:
         self.rows_M = rows_M
         self.as_positives = as_positives
         self.row_step = row_step
-        self.sorted: list[list[tuple[Tensor, Tensor] | None]] = []
+        self.sorted: list[list[tuple[Tensor, Tensor]]] = []
         for block in blocks:
-            sources: Sequence[Tensor | None] = columns_N
+            sources = columns_N
             if block.bank:
                 # rows_M[0] holds the image ids wherever bank ids are given.
                 sources = [bank_ids_Q] if bank_ids_Q is not None else []
-            self.sorted.append(
-                [None if ids is None else tuple(ids[block.start : block.stop].sort()) for ids in sources]
-            )
+            self.sorted.append([_sorted(ids[block.start : block.stop]) for ids in sources])
         self.excluded: tuple[Tensor, Tensor] | None = None
         if excluded is not None and len(excluded[0]):
             rows, columns = excluded
@@ -241,7 +245,7 @@ class _Cells:
         return self.excluded is None and not any(self.sorted)
 
     def tile(self, start: int, stop: int, index: int) -> tuple[Tensor | None, Tensor | None]:
-        """Flat indices into the tile of rows [start, stop) and block `index`: (masked, positive), each sorted."""
+        """Flat indices into the tile of rows [start, stop) and block `index`: masked ones, positive ones."""
         if self.empty:
             return None, None
         block = self.blocks[index]
@@ -250,8 +254,6 @@ class _Cells:
         same: Tensor | None = None
         joined = []
         for rows, columns in zip(self.rows_M, self.sorted[index], strict=False):
-            if columns is None:
-                continue
             ids, order = columns
             low = torch.searchsorted(ids, rows[start:stop])
             count = torch.searchsorted(ids, rows[start:stop], right=True) - low
@@ -261,7 +263,7 @@ class _Cells:
             off = row != column + diagonal
             joined.append((row * width + column)[off])
         if joined:
-            same = torch.cat(joined).unique()
+            same = joined[0] if len(joined) == 1 else torch.cat(joined).unique()
         left_out: Tensor | None = None
         if self.excluded is not None:
             at = start // self.row_step * len(self.blocks) + index
@@ -281,8 +283,8 @@ class _Cells:
 class _Sums(NamedTuple):
     """What one pass over the tiles yields; all fp64, column vectors over this rank's texts only.
 
-    Sums leave out the diagonal and masked cells. `extra` sums the logits of positives beside the diagonal, `logits`
-    all logits (for smoothing); both are None where unused. Counts are of cells beside the diagonal.
+    All leave out the diagonal. `extra` sums the logits of positives, `logits` those of all unmasked cells;
+    both are None where unused. `masked` and `extras` count masked cells and positives.
     """
 
     positive_M: Tensor
@@ -311,10 +313,16 @@ class _Gradients(NamedTuple):
 
 
 class _Tiles:
-    """Walks the logits tile by tile; holds the buffers that every tile reuses."""
+    """Walks the logits tile by tile, in buffers that all tiles share."""
 
     def __init__(
-        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, cells: _Cells, smooth: bool
+        self,
+        text_MD: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        scale: Tensor,
+        cells: _Cells,
+        smooth: bool,
     ) -> None:
         self.dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
         self.text_MD, self.cells, self.smooth = text_MD, cells, smooth
@@ -327,7 +335,7 @@ class _Tiles:
         tallest = min(self.row_step, len(text_MD))
         self.buffers = [self._new(tallest * widest) for _ in range(2)]
         self.scaled_RD = self._new(tallest, text_MD.shape[1])
-        self.columns_CD = self._new(widest, text_MD.shape[1])
+        self.columns_CD = self._new(widest if text_MD.dtype != self.dtype else 0, text_MD.shape[1])
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.text_MD.device)
@@ -341,6 +349,10 @@ class _Tiles:
             raise RuntimeError("a bank block without a bank")
         chunk = source[block.start : block.stop]
         return chunk if source.dtype == self.dtype else self.columns_CD[: len(chunk)].copy_(chunk)
+
+    def _scaled_rows(self, rows: slice) -> Tensor:
+        # Converted before the multiplication: a 0-dim scale would not widen a bf16 product.
+        return self.scaled_RD[: rows.stop - rows.start].copy_(self.text_MD[rows]).mul_(self.scale)
 
     def _logits(self, scaled_RD: Tensor, columns_CD: Tensor) -> Tensor:
         rows, width = len(scaled_RD), len(columns_CD)
@@ -360,7 +372,8 @@ class _Tiles:
 
     def forward(self) -> _Sums:
         M, N = len(self.text_MD), len(self.image_ND)
-        positive_M, row_lse_M, col_lse_N = self._vector(M), self._vector(M, -math.inf), self._vector(N, -math.inf)
+        positive_M = self._vector(M)
+        row_lse_M, col_lse_N = self._vector(M, -math.inf), self._vector(N, -math.inf)
         row_masked_M, col_masked_N, row_extras_M, col_extras_N = (self._vector(n) for n in (M, N, M, N))
         row_extra_M = col_extra_N = row_logits_M = col_logits_N = None
         if self.cells.as_positives:
@@ -370,7 +383,7 @@ class _Tiles:
         shift = 0.0
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
-            scaled_RD = torch.mul(self.text_MD[rows], self.scale, out=self.scaled_RD[: rows.stop - start])
+            scaled_RD = self._scaled_rows(rows)
             own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
             positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64)
             for index, block in enumerate(self.blocks):
@@ -407,7 +420,7 @@ class _Tiles:
         )  # fmt: skip
 
     def _one_exponential(self, tile: Tensor, shift: float, both: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Log-sum-exps of the tile's rows and columns from one e = exp(z - shift); None where that is unsafe."""
+        """Log-sum-exps of the tile's rows and columns from one e = exp(z - shift); None if that is unsafe."""
         e = (tile.sub_(shift) if shift else tile).exp_()
         sums = [e.sum(1), e.sum(0)] if both else [e.sum(1)]
         low = min(float(s.min()) for s in sums)
@@ -419,7 +432,7 @@ class _Tiles:
         return row, (col[0] if both else None)
 
     def _two_exponentials(self, tile: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
-        """The same with each row's and each column's own maximum: exact for any logits, -inf where all are masked."""
+        """The same for any logits, by each row's and each column's own maximum; -inf where all is masked."""
 
         def lse(dim: int, out: Tensor) -> Tensor:
             top = tile.amax(dim, keepdim=True)
@@ -439,23 +452,27 @@ class _Tiles:
         d_image_ND = torch.zeros(N, D, dtype=self.dtype, device=self.text_MD.device) if need_image else None
         d_scale = self._vector(1).squeeze(0)
         reach_rows = [_reach(part) for part in sums.row_lse_M.split(self.row_step)]
-        reach_cols = [(math.inf, -math.inf) if b.bank else _reach(sums.col_lse_N[b.start : b.stop]) for b in self.blocks]
+        nothing = sums.col_lse_N[:0]
+        reach_cols = [
+            _reach(nothing if block.bank else sums.col_lse_N[block.start : block.stop]) for block in self.blocks
+        ]
         for at, start in enumerate(range(0, M, self.row_step)):
             rows = slice(start, min(start + self.row_step, M))
             own = slice(self.offset + start, self.offset + rows.stop)
-            scaled_RD = torch.mul(self.text_MD[rows], self.scale, out=self.scaled_RD[: rows.stop - start])
+            scaled_RD = self._scaled_rows(rows)
             d_RD = None if d_text_MD is None else d_text_MD[rows]
             for index, block in enumerate(self.blocks):
                 columns_CD = self._columns(block)
                 tile = self._logits(scaled_RD, columns_CD)
                 masked, extra = self.cells.tile(start, rows.stop, index)
                 self._fill(tile, start, block, masked, -math.inf)
-                low, high = (f(a, b) for f, a, b in zip((min, max), reach_rows[at], reach_cols[index], strict=True))
-                self._weigh(tile, rows, block, sums, grads, low, high)
+                low = min(reach_rows[at][0], reach_cols[index][0])
+                high = max(reach_rows[at][1], reach_cols[index][1])
+                self._weigh(tile, rows, block, sums, grads, (low, high))
                 if grads.row_logits_M is not None and grads.col_logits_N is not None:
-                    tile.add_(grads.row_logits_M[rows, None])
+                    tile.add_(grads.row_logits_M[rows, None].to(self.dtype))
                     if not block.bank:
-                        tile.add_(grads.col_logits_N[block.start : block.stop])
+                        tile.add_(grads.col_logits_N[block.start : block.stop].to(self.dtype))
                     self._fill(tile, start, block, masked, 0.0)
                 if extra is not None and grads.row_extra_M is not None and grads.col_extra_N is not None:
                     values = grads.row_extra_M[rows][extra // tile.shape[1]]
@@ -476,11 +493,18 @@ class _Tiles:
         return d_text_MD, d_image_ND, d_scale
 
     def _weigh(
-        self, tile: Tensor, rows: slice, block: _Block, sums: _Sums, grads: _Gradients, low: float, high: float
+        self,
+        tile: Tensor,
+        rows: slice,
+        block: _Block,
+        sums: _Sums,
+        grads: _Gradients,
+        reach: tuple[float, float],
     ) -> None:
-        """Turns logits into g_row p_row + g_col p_col in place."""
+        """Turns logits into g_row p_row + g_col p_col in place; `reach` spans the tile's log-sum-exps."""
         row_lse, g_row = sums.row_lse_M[rows], grads.row_lse_M[rows]
         cols = slice(block.start, block.stop)
+        low, high = reach
         if low >= high - 2 * SHIFT_REACH:
             shift = 0.0 if max(high, -low) <= SHIFT_REACH else (low + high) / 2
             e = (tile.sub_(shift) if shift else tile).exp_()
@@ -493,13 +517,15 @@ class _Tiles:
             return
         # A fully masked row or column has -inf here, and only -inf logits.
         row_lse = row_lse.masked_fill(row_lse == -math.inf, 0).to(self.dtype)
+        g_row = g_row[:, None].to(self.dtype)
         if block.bank:
-            tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None])
+            tile.sub_(row_lse[:, None]).exp_().mul_(g_row)
             return
         col_lse = sums.col_lse_N[cols]
         col_lse = col_lse.masked_fill(col_lse == -math.inf, 0).to(self.dtype)
-        p_col = torch.sub(tile, col_lse, out=self._spare(tile)).exp_().mul_(grads.col_lse_N[cols])
-        tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None]).add_(p_col)
+        by_col = torch.sub(tile, col_lse, out=self._spare(tile)).exp_()
+        by_col.mul_(grads.col_lse_N[cols].to(self.dtype))
+        tile.sub_(row_lse[:, None]).exp_().mul_(g_row).add_(by_col)
 
 
 def _count(flat: Tensor, tile: Tensor, row_R: Tensor, col_C: Tensor | None) -> None:
@@ -531,7 +557,7 @@ def _next_shift(row: Tensor, col: Tensor | None, shift: float) -> float:
 
 
 class _Contrast(torch.autograd.Function):
-    """Text, image and scale to `_Sums`; `image_MD` is this rank's share of `image_ND` and takes its gradient."""
+    """Text, image and scale to `_Sums`; `image_MD`, this rank's share of `image_ND`, takes its gradient."""
 
     @staticmethod
     def forward(
@@ -554,14 +580,13 @@ class _Contrast(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         text_MD, image_ND, bank_QD, scale, *sums = ctx.saved_tensors
         need_text, need_image, need_scale = ctx.needs_input_grad[:3]
         with torch.autocast(text_MD.device.type, enabled=False):
             tiles = _Tiles(text_MD, image_ND, bank_QD, scale, ctx.cells, ctx.smooth)
-            d_text_MD, d_image_ND, d_scale = tiles.backward(
-                _Sums(*sums), _Gradients(*grads[: len(_Gradients._fields)]), need_text or need_scale, need_image
-            )
+            given = _Gradients(*grads[: len(_Gradients._fields)])
+            d_text_MD, d_image_ND, d_scale = tiles.backward(_Sums(*sums), given, need_text or need_scale, need_image)
         return (
             d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
             ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,
@@ -571,7 +596,7 @@ class _Contrast(torch.autograd.Function):
 
 
 class _JoinColumns(torch.autograd.Function):
-    """This rank's column log-sum-exps and those of all ranks to the global ones; the gradient needs no exchange."""
+    """Column log-sum-exps of this rank and of all to the global ones; the gradient needs no exchange."""
 
     @staticmethod
     def forward(ctx: Any, own_N: Tensor, all_WN: Tensor) -> Tensor:
@@ -586,9 +611,181 @@ class _JoinColumns(torch.autograd.Function):
         return torch.where(own_N == -math.inf, 0, grad_N * (own_N - lse_N).exp()), None
 
 
-def _replace_value(value: Tensor, carrier: Tensor) -> Tensor:
-    """`value` with the gradient of `carrier`, whose own share of `value` it is."""
-    return value + (carrier - carrier.detach())
+# Loss from the sums
+
+
+def _as_scalar(value: Tensor | float, device: torch.device) -> Tensor:
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def _direction_loss(
+    positive: Tensor,
+    lse: Tensor,
+    extra: Tensor | None,
+    extras: Tensor,
+    logits: Tensor | None,
+    others: Tensor,
+    smoothing: float,
+) -> Tensor:
+    """Loss of each row (or column) from sums over the `others` unmasked cells beside the diagonal."""
+    loss = -functional.logsigmoid(positive - lse)
+    if extra is not None:
+        loss = loss + (1 - smoothing) * (extras * positive - extra) / (1 + extras)
+    if logits is not None:
+        loss = loss + smoothing * (others * positive - logits) / (1 + others)
+    return torch.where(others > extras, loss, 0)
+
+
+def _pair_losses(
+    sums: _Sums,
+    ranks: _Ranks,
+    weights_M: Tensor,
+    bank: int,
+    smoothing: float,
+    directions: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Losses and weights of all N pairs, on every rank; gradients reach this rank's sums only."""
+    N = ranks.total
+    row_loss_M = _direction_loss(
+        sums.positive_M, sums.row_lse_M, sums.row_extra_M, sums.row_extras_M, sums.row_logits_M,
+        N + bank - 1 - sums.row_masked_M, smoothing,
+    )  # fmt: skip
+    if ranks.group is None:
+        positive_N, row_loss_N, weights_N, columns = sums.positive_M, row_loss_M, weights_M, sums
+    else:
+        own_M3 = torch.stack([sums.positive_M, row_loss_M, weights_M], 1).detach()
+        positive_N, row_loss_N, weights_N = ranks.gather_rows(own_M3).unbind(1)
+        positive_N, row_loss_N = ranks.place(sums.positive_M, positive_N), ranks.place(row_loss_M, row_loss_N)
+        columns = _join_columns(sums, ranks)
+    col_loss_N = _direction_loss(
+        positive_N, columns.col_lse_N, columns.col_extra_N, columns.col_extras_N, columns.col_logits_N,
+        N - 1 - columns.col_masked_N, smoothing,
+    )  # fmt: skip
+    return directions[0] * row_loss_N + directions[1] * col_loss_N, weights_N
+
+
+def _join_columns(sums: _Sums, ranks: _Ranks) -> _Sums:
+    """`sums` with the column vectors over the texts of all ranks."""
+    names = ["col_lse_N", "col_masked_N", "col_extras_N", "col_extra_N", "col_logits_N"]
+    parts = {name: part for name in names if (part := getattr(sums, name)) is not None}
+    gathered_WKN = ranks.gather(torch.stack(list(parts.values())).detach())
+    joined = {}
+    for (name, part), all_WN in zip(parts.items(), gathered_WKN.unbind(1), strict=True):
+        if name == "col_lse_N":
+            joined[name] = _JoinColumns.apply(part, all_WN)
+        else:
+            # The other ranks' share is a constant here.
+            joined[name] = all_WN.sum(0) + (part - part.detach())
+    return sums._replace(**joined)
+
+
+# Validation
+
+
+def _require_tensor(name: str, value: Any, like: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a tensor of shape {shape}: {meaning}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}: {meaning}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}, expected {like.device}, where text_MD is")
+
+
+def _require_features(text_MD: Tensor, image_MD: Tensor, bank_QD: Tensor | None) -> None:
+    if not isinstance(text_MD, Tensor):
+        raise TypeError(f"text_MD is a {type(text_MD).__name__}, expected a tensor [M, D]")
+    if text_MD.dim() != 2 or not 1 <= text_MD.shape[1] <= 1024:
+        raise ValueError(f"text_MD has shape {tuple(text_MD.shape)}, expected [M, D] with D from 1 to 1024")
+    if text_MD.dtype not in DTYPES:
+        raise TypeError(f"text_MD is {text_MD.dtype}, expected float16, bfloat16, float32 or float64")
+    M, D = text_MD.shape
+    _require_tensor("image_MD", image_MD, text_MD, (M, D), "one image a text")
+    if bank_QD is not None:
+        rows = bank_QD.shape[0] if isinstance(bank_QD, Tensor) and bank_QD.dim() == 2 else 0
+        _require_tensor("bank_QD", bank_QD, text_MD, (rows, D), "Q rows as wide as text_MD")
+        if bank_QD.requires_grad:
+            raise ValueError("bank_QD requires grad, expected constants: pass bank_QD.detach()")
+    for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
+        if features is not None and features.dtype != text_MD.dtype:
+            raise TypeError(f"{name} is {features.dtype} and text_MD is {text_MD.dtype}: cast them to one dtype")
+
+
+def _require_scalar(name: str, value: Any, like: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected () or (1,)")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} is {value.dtype}, expected a floating-point tensor")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}, expected {like.device}, where text_MD is")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a number or a 1-element tensor")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+
+
+def _require_ids(name: str, ids: Tensor | None, like: Tensor, size: int, meaning: str) -> None:
+    if ids is None:
+        return
+    _require_tensor(name, ids, like, (size,), meaning)
+    if ids.dtype != torch.int64:
+        raise TypeError(f"{name} is {ids.dtype}, expected int64: {meaning}")
+
+
+def _require_options(
+    text_MD: Tensor,
+    pair_weights: Tensor | None,
+    positives: str,
+    label_smoothing: float,
+    directions: Sequence[float],
+) -> None:
+    if positives not in ("pair", "ids"):
+        raise ValueError(f"positives is {positives!r}, expected 'pair' or 'ids'")
+    if not isinstance(label_smoothing, int | float):
+        raise TypeError(f"label_smoothing is a {type(label_smoothing).__name__}, expected a number in [0, 1)")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1)")
+    if len(directions) != 2 or not all(isinstance(part, int | float) for part in directions):
+        raise TypeError(f"direction_weights is {directions!r}, expected two numbers (text->image, image->text)")
+    if not (min(directions) >= 0 and 0 < sum(directions) < math.inf):
+        raise ValueError(f"direction_weights is {directions!r}, expected numbers >= 0 with a positive sum")
+    if pair_weights is not None:
+        _require_tensor("pair_weights", pair_weights, text_MD, (len(text_MD),), "one weight a pair")
+        if not pair_weights.is_floating_point():
+            raise TypeError(f"pair_weights is {pair_weights.dtype}, expected a floating-point tensor")
+        if not bool(((pair_weights >= 0) & (pair_weights < math.inf)).all()):
+            raise ValueError("pair_weights has negative or non-finite entries, expected finite numbers >= 0")
+
+
+def _require_excluded(excluded: Any, text_MD: Tensor) -> None:
+    if excluded is None:
+        return
+    if not isinstance(excluded, tuple | list) or len(excluded) != 2:
+        raise TypeError(f"excluded is a {type(excluded).__name__}, expected two int64 tensors (rows, columns)")
+    rows = excluded[0].shape[0] if isinstance(excluded[0], Tensor) and excluded[0].dim() == 1 else 0
+    for at, name in enumerate(("rows", "columns")):
+        _require_ids(f"excluded[{at}]", excluded[at], text_MD, rows, f"{name}, one a cell")
+
+
+def _require_excluded_range(excluded: tuple[Tensor, Tensor] | None, rows: int, columns: int) -> None:
+    if excluded is None or not len(excluded[0]):
+        return
+    for name, part, stop in (("[0] (rows)", excluded[0], rows), ("[1] (columns)", excluded[1], columns)):
+        low, high = (int(end) for end in part.aminmax())
+        if low < 0 or high >= stop:
+            raise ValueError(f"excluded{name} spans {low} to {high}, expected 0 to {stop - 1}")
 
 
 # Public function
@@ -611,180 +808,110 @@ def contrastive_loss(
     direction_weights: tuple[float, float] = (0.5, 0.5),
     group: dist.ProcessGroup | None = None,
 ) -> ContrastiveOutput:
-    """Symmetric InfoNCE of M text-image pairs on this rank, over the pairs of all ranks and a bank (CLIP, figure 3).
+    """Symmetric InfoNCE between the texts and images of all ranks, with a bank of further images.
 
-    Text i sees the N images of all ranks and the Q bank rows; image j sees the N texts of all ranks. With logits
-    z = logit_scale * <text, image> + logit_bias and (a, b) = `direction_weights`,
-    loss = sum_i w_i (a * row_loss_i + b * col_loss_i) / sum_i w_i over the global batch.
+    Logits are z_ij = logit_scale * <text_i, column_j> + logit_bias, on the features as given (normalise them
+    first); columns are the N images of all ranks in rank order, then the Q bank rows. Pair i loses
+
+        a * (lse_j z_ij - mean_{p in P(i)} z_ip) + b * (lse_k z_ki - mean_{p in P'(i)} z_pi)
+
+    with j over the unmasked columns of row i, k over the unmasked texts of all ranks in column i, P and P'
+    the positives there and (a, b) = direction_weights. The loss is the mean over the pairs of all ranks,
+    weighted by `pair_weights`. With one positive and a = b = 1/2 this is CLIP's loss (Radford et al. 2021,
+    figure 3); with several it is SupCon's L_out (Khosla et al. 2020, equation 2): log-probabilities are
+    averaged over the positives, and the positives stay in the denominator.
 
     Args:
-        text_MD, image_MD, bank_QD: fp64, fp32, fp16 or bf16, one dtype and device; used as given, so normalise first.
-            The bank is the same on every rank and takes no gradient.
-        logit_scale: the multiplier (not its logarithm), a float or a tensor of one element.
-        logit_bias: shifts every logit; the softmax does not see it, only `positive_logit_M` does.
-        pair_weights: [M], at least 0; a pair of weight 0 still is a negative of others.
-        positives: "pair" has the diagonal alone as positive and masks other pairs of equal id; "ids" takes those as
-            positives too, with the mean over positives outside the logarithm (SupCon's L_out).
-        image_ids, caption_ids, bank_ids: int64 [M], [M], [Q]; `bank_ids` are compared with `image_ids`.
-        excluded: int64 (rows, columns) that are no negatives: row in [0, M), column in [0, N + Q), the pairs of all
-            ranks first, then the bank. A pair's own column is never excluded.
-        label_smoothing: in [0, 1), spread over the columns that are not masked.
-        group: process group to gather over; every rank calls, M may differ. Returned gradients are W times this
-            rank's share, so the average over ranks that data parallelism takes is the union batch's gradient.
+        text_MD: [M, D] fp16, bf16, fp32 or fp64, D up to 1024; this rank's texts. M may differ between ranks
+            or be 0.
+        image_MD: [M, D], same dtype; image i belongs to text i. Without `requires_grad` its gradient, and the
+            exchange that it needs, are skipped.
+        bank_QD: [Q, D], same dtype, constant, the same rows on every rank: more negatives from text to image.
+        logit_scale: the multiplier itself, not its logarithm: a number or a tensor of shape () or (1,).
+        logit_bias: added to every logit, likewise. A softmax does not see it: it shifts `positive_logit_M`,
+            and its gradient is exactly 0.
+        pair_weights: [M] floats >= 0, constants. A pair of weight 0 costs nothing and still is a negative of
+            others; if all weights are 0, so are the loss and all gradients.
+        positives: "pair": a pair's one positive is its own cell, and cells of equal ids are masked. "ids":
+            cells of equal ids are positives too.
+        image_ids: [M] int64; a cell has equal ids when the image ids of its row and its column agree,
+        caption_ids: [M] int64; or when their caption ids agree.
+        bank_ids: [Q] int64, image ids of the bank; needs `image_ids`. Without it no bank cell has equal ids.
+        excluded: (rows, columns), two int64 tensors [E]; row in [0, M), column in [0, N + Q). These cells are
+            masked in both directions, except where they are positives.
+        label_smoothing: in [0, 1); this share of the target is spread evenly over unmasked cells, positives
+            included.
+        direction_weights: (a, b), each >= 0; not divided by their sum.
+        group: the ranks that share the batch, each of which must call; None means this process alone.
 
     Returns:
-        ContrastiveOutput. A row without negatives has loss 0; if all weights are 0 so is the loss.
+        ContrastiveOutput in fp32 (fp64 for fp64 features); `per_pair_loss_M` and `positive_logit_M` are
+        detached. A row or column without negatives has loss 0. The loss is the same on all ranks. Gradients
+        are W times this rank's share of it, so that the mean over W ranks which data parallelism takes is the
+        gradient of one rank holding the whole batch. Second derivatives are not supported.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, shape or range, before anything is computed.
+        TypeError, ValueError: before any compute, an argument of the wrong kind, shape, device, dtype or
+        range.
     """
-    _check(
-        text_MD, image_MD, bank_QD, pair_weights, positives, image_ids, caption_ids, bank_ids, label_smoothing,
-        direction_weights,
-    )  # fmt: skip
-    device, accumulate = text_MD.device, _accumulation(text_MD.dtype)
+    _require_features(text_MD, image_MD, bank_QD)
     M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
-    given = {
-        "D": text_MD.shape[1],
-        "image_ids": image_ids is not None,
-        "caption_ids": caption_ids is not None,
-        "Q": Q,
-        "direction": hash(direction_weights) % (1 << 31),
-    }
-    ranks = _Ranks(group, given, M, device)
-    N = ranks.total
-    _check_excluded(excluded, M, N + Q)
-    scale = logit_scale if isinstance(logit_scale, Tensor) else torch.tensor(float(logit_scale), device=device)
-    ids_M = [ids for ids in (image_ids, caption_ids) if ids is not None]
-    row_step = min(TILE_ROWS, max(M, 1))
-    width = max(TILE_LOGITS // row_step, 1)
-    blocks = [_Block(at, min(at + width, N), at, False) for at in range(0, N, width)]
-    blocks += [_Block(at, min(at + width, Q), N + at, True) for at in range(0, Q, width)]
-    cells = _Cells(
-        blocks, ranks, ids_M, [ranks.gather_rows(ids) for ids in ids_M], bank_ids, excluded, positives == "ids", row_step
-    )
-    image_ND = ranks.gather_rows(image_MD.detach())
-    bank = None if bank_QD is None else bank_QD.detach()
-    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank, cells, ranks, label_smoothing > 0))
-
-    positive_N = ranks.with_own(sums.positive_M)
-    row_loss_M = _direction(
-        sums.positive_M, sums.row_lse_M, sums.row_extra_M, sums.row_logits_M, sums.row_extras_M,
-        N + Q - sums.row_masked_M, label_smoothing,
-    )  # fmt: skip
-    col_loss_N = _direction(
-        positive_N, ranks.joined(sums.col_lse_N), ranks.summed(sums.col_extra_N), ranks.summed(sums.col_logits_N),
-        ranks.summed(sums.col_extras_N), N - _given(ranks.summed(sums.col_masked_N)), label_smoothing,
-    )  # fmt: skip
-    weights_M = torch.ones(M, device=device, dtype=torch.float64) if pair_weights is None else pair_weights.double()
-    weights_N = ranks.gather_rows(weights_M)
-    total = torch.where(weights_N.sum() > 0, weights_N.sum(), 1.0)
-    a, b = direction_weights
-    rows = a * (weights_M * row_loss_M).sum() / total
-    columns = b * (weights_N * col_loss_N).sum() / total
-    own_share = rows + columns
-    loss = _replace_value(_given(ranks.summed(rows)).detach() + columns.detach(), ranks.world * own_share)
-    per_pair_loss_M = (a * row_loss_M + b * col_loss_N[ranks.own]).detach().to(accumulate)
-    positive_logit_M = sums.positive_M.detach()
-    if isinstance(logit_bias, Tensor):
-        # A shift of all logits cancels in both softmaxes: its gradient is zero, not missing.
-        loss = loss + 0 * logit_bias.sum()
+    _require_scalar("logit_scale", logit_scale, text_MD)
     if logit_bias is not None:
-        positive_logit_M = positive_logit_M + torch.as_tensor(logit_bias, device=device).detach().double().reshape(())
-    return ContrastiveOutput(loss.to(accumulate), per_pair_loss_M, positive_logit_M.to(accumulate))
+        _require_scalar("logit_bias", logit_bias, text_MD)
+    _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
+    _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
+    _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
+    if bank_ids is not None and image_ids is None:
+        raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
+    _require_excluded(excluded, text_MD)
+    _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
+
+    device = text_MD.device
+    agreed: dict[str, float] = {
+        "the width D of text_MD": text_MD.shape[1],
+        "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
+        "whether image_MD requires grad": image_MD.requires_grad,
+        "the number Q of bank rows": Q,
+        "whether image_ids is given": image_ids is not None,
+        "whether caption_ids is given": caption_ids is not None,
+        "whether positives is 'ids'": positives == "ids",
+        "label_smoothing": label_smoothing,
+        "direction_weights[0]": direction_weights[0],
+        "direction_weights[1]": direction_weights[1],
+    }
+    ranks = _Ranks(group, M, agreed, device)
+    _require_excluded_range(excluded, M, ranks.total + Q)
+    with torch.no_grad():
+        image_ND = ranks.gather_rows(image_MD.detach())
+        ids_M = [ids for ids in (image_ids, caption_ids) if ids is not None]
+        ids_N = list(ranks.gather_rows(torch.stack(ids_M, 1)).unbind(1)) if ids_M else []
+        row_step, blocks = _plan(M, ranks.total, Q)
+        cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, positives == "ids", row_step)
+    scale = _as_scalar(logit_scale, device)
+    smooth = label_smoothing > 0
+    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank_QD, cells, ranks, smooth))
+
+    weights_M = torch.ones_like(sums.row_masked_M) if pair_weights is None else pair_weights.detach().double()
+    losses_N, weights_N = _pair_losses(sums, ranks, weights_M, Q, label_smoothing, direction_weights)
+    total = weights_N.sum()
+    loss = (weights_N * losses_N).sum() / torch.where(total > 0, total, 1)
+    positive_M = sums.positive_M.detach()
+    if logit_bias is not None:
+        bias = _as_scalar(logit_bias, device).reshape(())
+        # Keeps the bias in the graph, so that data parallelism sees its gradient of 0.
+        loss = loss + 0 * bias
+        positive_M = positive_M + bias.detach()
+    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+    return ContrastiveOutput(
+        _ScaleGradient.apply(loss, ranks.world).to(dtype),
+        losses_N[ranks.own].detach().to(dtype),
+        positive_M.to(dtype),
+    )
 
 
 def explain(text_MD: Tensor) -> str:
-    """Which path `contrastive_loss` takes for these features, and why."""
-    why = "CPU tensors" if text_MD.device.type == "cpu" else f"no Triton kernel for {text_MD.device.type} tensors yet"
-    return f"chunked torch: {why}; accumulates in {_accumulation(text_MD.dtype)}"
-
-
-def _direction(
-    positive: Tensor,
-    lse: Tensor,
-    extra: Tensor | None,
-    logits: Tensor | None,
-    extras: Tensor | None,
-    columns: Tensor,
-    smoothing: float,
-) -> Tensor:
-    """Loss of every row (or column) from its sums; `lse` leaves out the positive, `columns` counts unmasked cells."""
-    if extra is None and logits is None:
-        # The threshold above which torch takes softplus(x) for x; its default of 20 costs fp64 accuracy.
-        return functional.softplus(lse - positive, threshold=40)
-    count = 1 + (0 if extras is None else extras)
-    mean_positive = (positive + (0 if extra is None else extra)) / count
-    loss = torch.logaddexp(lse, positive) - (1 - smoothing) * mean_positive
-    if logits is not None:
-        loss = loss - smoothing * (positive + logits) / columns
-    return torch.where(columns > count, loss, 0)
-
-
-def _given(value: Tensor | None) -> Tensor:
-    if value is None:
-        raise RuntimeError("a sum that this call needs was not computed")
-    return value
-
-
-def _accumulation(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _check(
-    text_MD: Tensor,
-    image_MD: Tensor,
-    bank_QD: Tensor | None,
-    pair_weights: Tensor | None,
-    positives: str,
-    image_ids: Tensor | None,
-    caption_ids: Tensor | None,
-    bank_ids: Tensor | None,
-    label_smoothing: float,
-    direction_weights: tuple[float, float],
-) -> None:
-    if text_MD.ndim != 2 or not text_MD.is_floating_point():
-        raise ValueError(f"text_MD: expected a floating-point matrix [M, D], got {text_MD.dtype} {list(text_MD.shape)}")
-    M, D = text_MD.shape
-    if image_MD.shape != text_MD.shape:
-        raise ValueError(f"image_MD: expected the shape of text_MD, {[M, D]}, got {list(image_MD.shape)}")
-    if bank_QD is not None and (bank_QD.ndim != 2 or bank_QD.shape[1] != D):
-        raise ValueError(f"bank_QD: expected [Q, {D}], got {list(bank_QD.shape)}")
-    if not 1 <= D <= 1024:
-        raise ValueError(f"text_MD: D is {D}, supported are 1 to 1024")
-    for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
-        if features is not None and features.dtype != text_MD.dtype:
-            raise TypeError(f"{name}: {features.dtype}, but text_MD is {text_MD.dtype}; convert one of them")
-    for name, ids, size in (
-        ("image_ids", image_ids, M),
-        ("caption_ids", caption_ids, M),
-        ("bank_ids", bank_ids, 0 if bank_QD is None else len(bank_QD)),
-    ):
-        if ids is not None and (ids.shape != (size,) or ids.dtype != torch.int64):
-            raise ValueError(f"{name}: expected int64 [{size}], got {ids.dtype} {list(ids.shape)}")
-    if bank_ids is not None and image_ids is None:
-        raise ValueError("bank_ids: are compared with image_ids, which is missing")
-    if pair_weights is not None and (pair_weights.shape != (M,) or bool((pair_weights < 0).any())):
-        raise ValueError(f"pair_weights: expected [{M}] numbers of at least 0, got shape {list(pair_weights.shape)}")
-    for name, tensor in (
-        ("image_MD", image_MD), ("bank_QD", bank_QD), ("pair_weights", pair_weights), ("image_ids", image_ids),
-        ("caption_ids", caption_ids), ("bank_ids", bank_ids),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != text_MD.device:
-            raise ValueError(f"{name}: lies on {tensor.device}, text_MD on {text_MD.device}; move one of them")
-    if positives not in ("pair", "ids"):
-        raise ValueError(f"positives: expected 'pair' or 'ids', got {positives!r}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
-    if len(direction_weights) != 2 or min(direction_weights) < 0:
-        raise ValueError(f"direction_weights: expected two numbers of at least 0, got {direction_weights}")
-
-
-def _check_excluded(excluded: tuple[Tensor, Tensor] | None, rows: int, columns: int) -> None:
-    if excluded is None:
-        return
-    for name, index, size in (("rows", excluded[0], rows), ("columns", excluded[1], columns)):
-        if index.ndim != 1 or index.dtype != torch.int64 or len(index) != len(excluded[0]):
-            raise ValueError(f"excluded {name}: expected int64 [{len(excluded[0])}], got {index.dtype} {list(index.shape)}")
-        if len(index) and not (int(index.min()) >= 0 and int(index.max()) < size):
-            raise ValueError(f"excluded {name}: expected 0 to {size - 1}, got {int(index.min())} to {int(index.max())}")
+    """The path that `contrastive_loss` takes for such texts, and why."""
+    if text_MD.device.type == "cuda":
+        return "chunked torch: no Triton kernel yet"
+    return f"chunked torch: {text_MD.device.type.upper()} tensors"

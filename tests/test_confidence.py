@@ -47,7 +47,7 @@ def test_warmup_scores_drop_nothing() -> None:
 
 def test_published_drops_a_tenth_for_ever() -> None:
     table = ConfidenceTable(1000, Confidence(selection="published", warmup_epochs=0))
-    noisy, score = scores()
+    _, score = scores()
     sizes, before = [], table.kept
     for epoch in range(6):
         observed(table, epoch, score)
@@ -76,7 +76,7 @@ def test_schedule_stops_after_its_drops_and_lets_pairs_return() -> None:
 
 @pytest.mark.parametrize("rate", [0.2, 0.3, 0.5])
 def test_mixture_separates_two_gaussians(rate: float) -> None:
-    noisy, score = scores(4000, rate)
+    _, score = scores(4000, rate)
     table = ConfidenceTable(4000, Confidence(selection="mixture", warmup_epochs=0))
     observed(table, 0, score)
     table.select(0)

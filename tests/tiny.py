@@ -32,8 +32,10 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
     tokens = tokenizer(path.parent)
     captions = ["".join(random.choice(list(CHARACTERS), random.integers(1, 9))) for _ in range(pairs // 2)]
     captions = list(dict.fromkeys(captions))
-    edges = {(int(random.integers(images)), int(random.integers(len(captions)))) for _ in range(4 * pairs)}
-    chosen = sorted(edges)[:: max(len(edges) // pairs, 1)][:pairs]
+    # Every image and every caption stands in a pair.
+    chosen = {(number % images, number % len(captions)) for number in range(max(images, len(captions)))}
+    while len(chosen) < pairs:
+        chosen.add((int(random.integers(images)), int(random.integers(len(captions)))))
     features = random.standard_normal((images, WIDTH))
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     folder = staging(path)
@@ -53,7 +55,7 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
             "offset": 0,
             "length": 0,
         }
-        for number, (image, caption) in enumerate(chosen)
+        for number, (image, caption) in enumerate(sorted(chosen))
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
     manifest = {

@@ -110,7 +110,9 @@ class MaskedTexts:
 class MaskedTextBatches:
     """Unpaired texts in a shuffled endless stream; masks are keyed by (seed, pass, text), never by rank."""
 
-    def __init__(self, texts: TextStore, *, texts_per_batch: int, mask_share: float, max_tokens: int, seed: int) -> None:
+    def __init__(
+        self, texts: TextStore, *, texts_per_batch: int, mask_share: float, max_tokens: int, seed: int
+    ) -> None:
         if len(texts) < texts_per_batch:
             raise UserError(f"mlm.texts_per_batch: {texts_per_batch}, but store {texts.path} holds {len(texts)} texts")
         self.texts, self.texts_per_batch = texts, texts_per_batch

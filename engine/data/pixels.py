@@ -94,9 +94,7 @@ class PicturePairs(PairSource):
 def augment(pixels: torch.Tensor, draws: torch.Tensor, how: settings.Augmentation) -> torch.Tensor:
     """Random views of pictures [M, S, S, 3] in 0..1 from uniform draws [M, 11]; the ground is white."""
     u = draws * 2 - 1
-    zoom = torch.exp(
-        math.log(how.min_scale) + (math.log(how.max_zoom_out) - math.log(how.min_scale)) * draws[:, 0]
-    )
+    zoom = torch.exp(math.log(how.min_scale) + (math.log(how.max_zoom_out) - math.log(how.min_scale)) * draws[:, 0])
     stretch = torch.exp(u[:, 10] * 0.5 * (1 - how.min_scale))
     angle = u[:, 1] * how.rotation_degrees * math.pi / 180
     mirror = torch.where(draws[:, 2] < 0.5, -1.0, 1.0) if how.flip else torch.ones(len(u))

@@ -49,7 +49,8 @@ def read_shard(shard: Path) -> Iterator[Sample | BadSample]:
     """Samples of one tar in order; a sample is the run of members that share a name up to the first dot."""
     try:
         with tarfile.open(shard) as tar:
-            key, members = "", {}
+            key = ""
+            members: dict[str, tuple[bytes, int]] = {}
             for member in tar:
                 if not member.isfile():
                     continue
@@ -75,7 +76,9 @@ def read_picture(shard: Path, offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
     except OSError as error:
-        raise UserError(f"shard {shard}: {error.strerror}; the store points to it, put it back or prepare anew") from error
+        raise UserError(
+            f"shard {shard}: {error.strerror}; the store points to it, put it back or prepare anew"
+        ) from error
 
 
 def _sample(shard: Path, key: str, members: dict[str, tuple[bytes, int]]) -> Sample | BadSample:

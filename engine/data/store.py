@@ -50,7 +50,9 @@ class TextStore:
         file, expected = self.path / name, self.manifest["files"][name]["bytes"]
         actual = file.stat().st_size if file.exists() else -1
         if actual != expected:
-            raise UserError(f"store {self.path}: {name} has {actual} bytes, the manifest says {expected}; prepare it anew")
+            raise UserError(
+                f"store {self.path}: {name} has {actual} bytes, the manifest says {expected}; prepare it anew"
+            )
         shape = (-1,) if width is None else (-1, width)
         flat: npt.NDArray[Any] = np.memmap(file, dtype, mode="r") if expected else np.empty(0, dtype)
         return flat.reshape(shape)
@@ -130,9 +132,10 @@ def finish(folder: Path, path: Path, manifest: dict[str, Any], files: list[str])
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
             described[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-    write_atomically(folder / "manifest.json", json.dumps(
-        {"format": FORMAT, **manifest, "files": described}, ensure_ascii=False, indent=1
-    ).encode())
+    write_atomically(
+        folder / "manifest.json",
+        json.dumps({"format": FORMAT, **manifest, "files": described}, ensure_ascii=False, indent=1).encode(),
+    )
     if path.exists():
         shutil.rmtree(path)
     os.replace(folder, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .. import config as settings
 from ..data.batches import Segments
 from ..errors import UserError
 from . import packed
-from .towers import ImageTower, TextTower, without_pooler, architecture
+from .towers import ImageTower, TextTower, architecture, without_pooler
 
 
 class EfficientCLIPConfig(PreTrainedConfig):
@@ -27,7 +27,7 @@ class EfficientCLIPConfig(PreTrainedConfig):
         text: dict[str, Any] | None = None,
         image: dict[str, Any] | None = None,
         width: int = 512,
-        pooling: str = "cls",
+        pooling: Literal["cls", "mean", "last"] = "cls",
         logit_scale: float = 14.3,
         logit_scale_max: float = 100.0,
         **kwargs: Any,
@@ -117,8 +117,8 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
             text_config = architecture(text.architecture or {}, **({"vocab_size": vocabulary} if vocabulary else {}))
         if vocabulary is not None and text_config.vocab_size < vocabulary:
             raise UserError(
-                f"model.text_tower: {text_config.vocab_size} vocabulary rows, but the store's tokenizer has {vocabulary}"
-                " tokens; prepare the store with this tower's tokenizer (data.tokenizer)"
+                f"model.text_tower: {text_config.vocab_size} vocabulary rows, but the store's tokenizer"
+                f" has {vocabulary} tokens; prepare the store with this tower's tokenizer (data.tokenizer)"
             )
     image_run = None
     if "image" in sides:
@@ -134,7 +134,9 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
     model = EfficientCLIP(
         EfficientCLIPConfig(
             text=None if text_config is None else text_config.to_dict(),
-            image=None if image_config is None else {**image_config.to_dict(), "image_size": image.size if image else 0},
+            image=None
+            if image_config is None
+            else {**image_config.to_dict(), "image_size": image.size if image else 0},
             width=config.width,
             pooling=text.pooling if text else "cls",
             logit_scale=config.logit_scale,
@@ -166,10 +168,11 @@ def load_model(run: Path) -> EfficientCLIP:
 
 
 def _pretrained(field: str, tower: settings.Tower, **arguments: Any) -> PreTrainedModel:
+    name = tower.pretrained or ""
     try:
-        config = AutoConfig.from_pretrained(tower.pretrained, revision=tower.revision)
+        config = AutoConfig.from_pretrained(name, revision=tower.revision)
         return AutoModel.from_pretrained(
-            tower.pretrained, config=config, revision=tower.revision, **without_pooler(config), **arguments
+            name, config=config, revision=tower.revision, **without_pooler(config), **arguments
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -31,9 +31,7 @@ def encode_store(model: nn.Module, texts: TextStore, max_tokens: int) -> npt.NDA
 
 
 @torch.no_grad()
-def encode_pictures(
-    model: nn.Module, pixels: torch.Tensor, tower: settings.ImageTower
-) -> npt.NDArray[np.float32]:
+def encode_pictures(model: nn.Module, pixels: torch.Tensor, tower: settings.ImageTower) -> npt.NDArray[np.float32]:
     """Features float32 [n, width] of square pictures uint8 [n, S, S, 3]. Every rank must call it under ZeRO-3."""
     was_training = model.training
     model.eval()

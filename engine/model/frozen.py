@@ -41,7 +41,9 @@ class FrozenImages:
 def image_tower_name(tower: settings.ImageTower) -> str:
     """Identity of a tower's weights: features of another tower are refused by it."""
     if tower.pretrained is None:
-        raise UserError("model.image_tower.architecture: fresh weights cannot encode; give model.image_tower.pretrained")
+        raise UserError(
+            "model.image_tower.architecture: fresh weights cannot encode; give model.image_tower.pretrained"
+        )
     folder = Path(tower.pretrained)
     for file in (folder / "model" / "model.safetensors", folder / "model.safetensors"):
         if file.is_file():

@@ -37,7 +37,8 @@ def packed_attention(
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
         cu, longest = segments.cu_seqlens, segments.longest
         window = (-1, 0) if causal else (-1, -1)
-        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=window)[None], None
+        on_gpu: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=window)
+        return on_gpu[None], None
     heads, width = query.shape[1], query.shape[3]
     pieces = []
     for start, texts, length in segments.groups:

@@ -34,7 +34,9 @@ class Teacher:
         features_ND = np.concatenate(features).astype(np.float32)
         if self.mean is not None:
             if self.mean.shape != features_ND.shape[1:]:
-                raise UserError(f"model.teacher.mean: shape {self.mean.shape}, the teacher gives {features_ND.shape[1:]}")
+                raise UserError(
+                    f"model.teacher.mean: shape {self.mean.shape}, the teacher gives {features_ND.shape[1:]}"
+                )
             features_ND -= self.mean
         return features_ND / np.maximum(np.linalg.norm(features_ND, axis=1, keepdims=True), 1e-12)
 
@@ -53,7 +55,9 @@ def _clip(config: settings.Teacher) -> Encoder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision)
-        model = CLIPTextModelWithProjection.from_pretrained(config.pretrained, revision=config.revision).eval()
+        model = CLIPTextModelWithProjection.from_pretrained(
+            config.pretrained, revision=config.revision or "main"
+        ).eval()
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.teacher.pretrained: {config.pretrained!r} is no model folder or reachable hub id ({error})"

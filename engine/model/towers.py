@@ -31,12 +31,14 @@ class ImageTower(nn.Module):
     def _materialise(self, config: PreTrainedConfig) -> None:
         size = getattr(config, "image_size", 64)
         training = self.training
-        self.eval()(torch.zeros(1, 3, size, size))
+        self.eval()
+        self.forward(torch.zeros(1, 3, size, size))
         self.train(training)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.projection is None:
-            output = self.backbone.get_image_features(pixel_values=pixels)
+            encode: Any = self.backbone.get_image_features
+            output = encode(pixel_values=pixels)
             features = getattr(output, "pooler_output", output)
         else:
             features = self.projection(self.backbone(pixel_values=pixels).pooler_output.flatten(1))
@@ -65,7 +67,7 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
         nn.init.normal_(self.projection.weight, std=config.hidden_size**-0.5)
         self.mlm_head = BertLMPredictionHead(config)
-        self.mlm_head.decoder.weight = self.backbone.get_input_embeddings().weight
+        self.mlm_head.decoder.weight = self.backbone.get_input_embeddings().weight  # type: ignore[assignment]
 
     def states(self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, segments: Segments) -> torch.Tensor:
         """Hidden states [T, hidden] of one packed row."""

@@ -27,9 +27,7 @@ class Losses:
     cosine_M: torch.Tensor
 
 
-def pair_losses(
-    features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Batch, objective: Objective
-) -> Losses:
+def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Batch, objective: Objective) -> Losses:
     """Loss of this rank's M pairs in the union batch of all ranks; cosine_M is ECL's online score."""
     world_size = dist.get_world_size()
     zero = features_MD.sum() * 0

@@ -1,9 +1,9 @@
 """Checkpoints: written aside, renamed when whole, pointed to last; a killed run goes on from the newest whole one.
 
-    checkpoints/step-00000400/deepspeed/   DeepSpeed's files, one a rank where ZeRO shards
-                              state.npz    counters, ECL table, bank rows
-                              model/       consolidated Hugging Face folder, needs no DeepSpeed
-    checkpoints/latest, best               names of folders
+checkpoints/step-00000400/deepspeed/   DeepSpeed's files, one a rank where ZeRO shards
+                          state.npz    counters, ECL table, bank rows
+                          model/       consolidated Hugging Face folder, needs no DeepSpeed
+checkpoints/latest, best               names of folders
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Checkpoints:
         loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
         if loaded is None:
             raise UserError(
-                f"checkpoint {checkpoint}: DeepSpeed cannot load it with this world size and ZeRO stage; resume with the"
-                " ones it was written with, or start a new run"
+                f"checkpoint {checkpoint}: DeepSpeed cannot load it with this world size and ZeRO stage; resume with"
+                " the ones it was written with, or start a new run"
             )
         with np.load(checkpoint / "state.npz") as arrays:
             return {name: arrays[name] for name in arrays.files}

@@ -51,7 +51,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         except json.JSONDecodeError as error:
             raise UserError(f"deepspeed: {config.deepspeed} is not JSON: {error}") from error
     for key in user.keys() & OWNED.keys():
-        raise UserError(f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there")
+        raise UserError(
+            f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there"
+        )
     if config.training.batch_size % world_size:
         fitting = config.training.batch_size // world_size * world_size
         raise UserError(

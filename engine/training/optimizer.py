@@ -24,8 +24,8 @@ def build_optimizer(module: nn.Module, config: Optimizer, zero_stage: int) -> to
     arguments: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     if "lamb" in config.name and zero_stage >= 1:
         raise UserError(
-            f"optimizer.name={config.name}: LAMB needs the norm of each whole tensor, ZeRO stage {zero_stage} keeps flat"
-            " shards; set zero_optimization.stage to 0 in the DeepSpeed JSON, or choose adamw"
+            f"optimizer.name={config.name}: LAMB needs the norm of each whole tensor, ZeRO stage {zero_stage} keeps"
+            " flat shards; set zero_optimization.stage to 0 in the DeepSpeed JSON, or choose adamw"
         )
     if config.name.startswith("apex"):
         optimizers = _apex_optimizers(config.name)
@@ -66,7 +66,7 @@ def _is_pyramid_toolkit() -> bool:
         metadata = importlib.metadata.metadata("apex")
     except importlib.metadata.PackageNotFoundError:
         return False
-    return "pyramid" in f"{metadata.get('Summary', '')} {metadata.get('Keywords', '')}".lower()
+    return "pyramid" in str(metadata).lower()
 
 
 def learning_rate(done: float, config: Optimizer) -> float:

@@ -271,7 +271,11 @@ class Trainer:
             self.metrics.add(values)
             if force or self.step % self.config.training.log_every == 0:
                 self.metrics.write(
-                    self.step, self.visits, self.epoch, self.config.training.batch_size, float(self.confidence.kept.mean())
+                    self.step,
+                    self.visits,
+                    self.epoch,
+                    self.config.training.batch_size,
+                    float(self.confidence.kept.mean()),
                 )
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:

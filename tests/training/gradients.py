@@ -16,7 +16,9 @@ step = Trainer._step
 
 def step_after_saving(self: Trainer) -> None:
     if self.step == 0 and self.engine.is_gradient_accumulation_boundary():
-        gradients = {name: safe_get_full_grad(p) for name, p in self.engine.module.named_parameters() if p.requires_grad}
+        gradients = {
+            name: safe_get_full_grad(p) for name, p in self.engine.module.named_parameters() if p.requires_grad
+        }
         if self.rank == 0:
             torch.save({name: g.clone() for name, g in gradients.items() if g is not None}, os.environ["GRADIENTS"])
     step(self)

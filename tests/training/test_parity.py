@@ -15,7 +15,9 @@ from tests.training.launch import metrics, run
 WORKER = Path(__file__).with_name("gradients.py")
 
 
-def train(folder: Path, name: str, ranks: int, stage: int, **changes: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+def train(
+    folder: Path, name: str, ranks: int, stage: int, **changes: Any
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     settings = folder / f"{name}.json"
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     settings.write_text(json.dumps({"zero_optimization": zero}))

@@ -1,0 +1,121 @@
+"""Charts as inline SVG: colours and letters are the page's own, so light and dark both look right."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+Floats = npt.NDArray[np.float64]
+
+# matplotlib needs colours it can parse; the page's CSS variables take their places in the SVG.
+INK, GRID = "#010100", "#010200"
+SERIES = tuple(f"#0101{number:02x}" for number in range(1, 7))
+VARIABLES = {
+    INK: "var(--muted)",
+    GRID: "var(--line)",
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES, 1)},
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve; `colour` counts from 0, curves of one colour belong together."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    dashed: bool = False
+
+
+def line_chart(lines: Sequence[Line], *, y_label: str, y_from_zero: bool = False) -> Markup:
+    """Curves over pair visits."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas()
+        for line in lines:
+            axes.plot(
+                line.x,
+                line.y,
+                label=line.name,
+                color=SERIES[line.colour % len(SERIES)],
+                linestyle="--" if line.dashed else "-",
+                marker="o" if len(line.x) < 15 else "",
+                markersize=3,
+            )
+        axes.set_xlim(left=0)
+        if y_from_zero:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.set_xlabel("pair visits")
+        axes.set_ylabel(y_label)
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return _svg(figure)
+
+
+def histogram(groups: Mapping[str, Floats], *, x_label: str, bins: int = 60) -> Markup:
+    """Counts of one or more groups over common bins."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _canvas()
+        limits = np.histogram_bin_edges(np.concatenate(list(groups.values())), bins).tolist()
+        for number, (name, values) in enumerate(groups.items()):
+            colour = SERIES[number]
+            axes.hist(values, limits, histtype="stepfilled", color=colour, alpha=0.25)
+            axes.hist(values, limits, histtype="step", color=colour, linewidth=1.4, label=name)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("pairs")
+        if len(groups) > 1:
+            axes.legend(loc="best")
+        return _svg(figure)
+
+
+def _canvas() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 2.8), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.subplots()
+    axes.patch.set_alpha(0)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> Markup:
+    """The bare <svg> element: no XML head, no metadata, no fixed size."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = drawn.getvalue()[drawn.getvalue().index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r' width="[^"]*" height="[^"]*"', "", svg, count=1)
+    for colour, variable in VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return Markup(svg)

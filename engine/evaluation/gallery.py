@@ -1,0 +1,112 @@
+"""Pictures for the report: what queries find, and which pairs ECL believes or not."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+from PIL import Image
+
+from ..data.store import Store
+from ..objectives.retrieval import best_ranks
+from .run import Run
+from .search import nearest, pairs_by, square_picture
+from .verdicts import Verdicts
+
+EDGE = 160
+NAMED_QUERIES = 12
+FREE_QUERIES = ["一只戴帽子的猫", "红色的水果", "在下雨", "开心的人", "交通工具", "海里的动物"]
+FOUND = 6
+CAPTIONS = 3
+SUREST = 24
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture as data URI (None where a pair has only text), the text below it, and whether it is right."""
+
+    picture: str | None
+    text: str
+    note: str
+    right: bool | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The best pictures for one query; `rank` is that of its best right answer, None where none is known."""
+
+    query: str
+    rank: float | None
+    cards: list[Card]
+
+
+def has_pictures(store: Store) -> bool:
+    """False for a store of parallel text."""
+    return bool(pc.all(pc.greater(store.pairs()["length"], 0)).as_py())
+
+
+def named_queries(run: Run, store: Store) -> list[Answers]:
+    """Every k-th caption of the store as query: hits and misses as they come."""
+    captions = len(store.offsets) - 1
+    step = max(captions // NAMED_QUERIES, 1)
+    ids = np.arange(step // 2, captions, step)[:NAMED_QUERIES]
+    found = pairs_by(store, "caption_id", ids)
+    queries = [found[caption][0]["caption"] for caption in ids.tolist()]
+    indptr, images = store.caption_edges
+    right = [images[indptr[caption] : indptr[caption + 1]] for caption in ids]
+    text_QD = run.encode_texts(queries)
+    positives = np.cumsum([0, *map(len, right)], dtype=np.int64), np.concatenate(right)
+    ranks = best_ranks(text_QD, store.features.astype(np.float32), positives)
+    return [
+        Answers(query, float(rank), cards)
+        for query, rank, cards in zip(queries, ranks, _found(store, text_QD, right), strict=True)
+    ]
+
+
+def free_queries(run: Run, store: Store) -> list[Answers]:
+    """Texts that are nobody's caption: no right answer is known."""
+    cards = _found(store, run.encode_texts(FREE_QUERIES), None)
+    return [Answers(query, None, row) for query, row in zip(FREE_QUERIES, cards, strict=True)]
+
+
+def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
+    """The pairs that ECL is surest to keep, or to drop."""
+    rows = verdicts.surest(kept=kept, count=SUREST)
+    cards = []
+    for row, pair in zip(rows, store.pairs().take(rows).to_pylist(), strict=True):
+        note, right = f"{verdicts.score[row]:+.2f}", None
+        if verdicts.noise is not None:
+            note += " · wrong caption" if verdicts.noise[row] else " · right caption"
+            right = bool(verdicts.noise[row]) != kept
+        cards.append(Card(_data_uri(pair) if pair["length"] else None, pair["caption"], note, right))
+    return cards
+
+
+def _found(
+    store: Store, text_QD: npt.NDArray[np.float32], right: Sequence[npt.NDArray[np.int32]] | None
+) -> list[list[Card]]:
+    scores_QT, ids_QT = nearest(store, text_QD, FOUND)
+    pairs = pairs_by(store, "image_id", ids_QT)
+
+    def card(query: int, image: int, score: float) -> Card:
+        captions = "、".join([pair["caption"] for pair in pairs[image]][:CAPTIONS])
+        is_right = None if right is None else image in right[query]
+        note = f"✓ {score:.3f}" if is_right else f"{score:.3f}"
+        return Card(_data_uri(pairs[image][0]), captions, note, is_right)
+
+    return [
+        [card(query, image, score) for image, score in zip(ids, scores, strict=True)]
+        for query, (ids, scores) in enumerate(zip(ids_QT.tolist(), scores_QT.tolist(), strict=True))
+    ]
+
+
+def _data_uri(pair: dict[str, Any]) -> str:
+    encoded = io.BytesIO()
+    Image.fromarray(square_picture(pair, EDGE)).save(encoded, format="webp", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"

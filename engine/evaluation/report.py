@@ -1,0 +1,180 @@
+"""`efficientclip report RUN`: what a run reached, as one page that opens from disk and fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from markupsafe import Markup
+
+from .. import __version__
+from ..data.store import Store, write_atomically
+from .charts import Line, histogram, line_chart
+from .evaluate import DIRECTIONS, MEASURES, measure, write_json
+from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
+from .run import open_data, open_run
+from .verdicts import Detection, Verdicts, detection, read_verdicts
+
+
+@dataclass(frozen=True)
+class Figure:
+    value: str
+    label: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    note: str
+    svg: Markup
+
+
+def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
+    """Write RUN/report.html and RUN/results.json; returns the page. `tables`: set names to stores or tars.
+
+    The gallery shows the first set. ECL's part needs confidence.parquet, which the end of training writes.
+    """
+    opened = open_run(run)
+    results: dict[str, Any] = {}
+    gallery: dict[str, list[Answers]] = {}
+    for name, path in tables.items():
+        with open_data(opened, path) as store:
+            results[name] = measure(opened, store)
+            if len(results) == 1 and has_pictures(store):
+                gallery = {"named": named_queries(opened, store), "free": free_queries(opened, store)}
+    write_json(results, run / "results.json")
+    trained_on = Store(opened.store)
+    steps, validations = _metrics(run / "metrics.jsonl")
+    verdicts = read_verdicts(run, trained_on)
+    detected = None if verdicts is None else detection(verdicts)
+    data_arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
+    page = _template().render(
+        run=opened,
+        store=trained_on.manifest,
+        parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
+        figures=list(_figures(results, steps, detected)),
+        results=results,
+        measures=MEASURES,
+        gallery=gallery,
+        charts=list(_training_charts(steps, validations)),
+        ecl_charts=[] if verdicts is None else list(_ecl_charts(steps, verdicts, detected)),
+        detection=detected,
+        dropped=[] if verdicts is None else surest_pairs(verdicts, trained_on, kept=False),
+        kept=[] if verdicts is None else surest_pairs(verdicts, trained_on, kept=True),
+        config=(run / "config.yaml").read_text(encoding="utf-8"),
+        command=shlex.join(["efficientclip", "report", str(run), *data_arguments]),
+        written=datetime.now().astimezone(),
+        hardware=_hardware(),
+        versions=f"efficientclip {__version__}, torch {torch.__version__}",
+    )
+    file = run / "report.html"
+    write_atomically(file, page.encode())
+    return file
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+def _metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl: those of training steps, and those of validations."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # A killed run leaves its last line cut short.
+            break
+    return [line for line in lines if "lr" in line], [line for line in lines if "validation" in line]
+
+
+def _figures(
+    results: Mapping[str, Any], steps: Sequence[dict[str, Any]], detected: Detection | None
+) -> Iterator[Figure]:
+    for name, report in list(results.items())[:1]:
+        for direction, candidates in (("t2i", report["candidates"]), ("i2t", report["texts"])):
+            note = f"{name}: {candidates:,} candidates, chance is {min(10 / candidates, 1):.1%}"
+            yield Figure(f"{report[direction]['R@10']:.1f}%", f"{DIRECTIONS[direction]} recall@10", note)
+    if detected is not None:
+        yield Figure(f"{detected.noise_dropped:.1%}", "of the noise dropped", f"of {detected.noisy:,} wrong captions")
+        yield Figure(f"{detected.clean_lost:.1%}", "of the clean pairs lost", f"of {detected.clean:,} right captions")
+        yield Figure(f"{detected.auc:.3f}", "AUC of the ECL score", "clean against noisy, chance is 0.5")
+    if steps:
+        speed = float(np.median([line["pairs_per_s"] for line in steps]))
+        note = f"{steps[-1]['step']:,} steps, {speed:,.0f} pairs a second"
+        yield Figure(f"{steps[-1]['visits']:,}", "pair visits", note)
+
+
+def _training_charts(steps: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> Iterator[Chart]:
+    if validations:
+        lines = [
+            Line(
+                f"{name}, {shown}",
+                [line["visits"] for line in validations],
+                [line["validation"][name][direction]["R@10"] for line in validations],
+                colour,
+                dashed=direction == "i2t",
+            )
+            for colour, name in enumerate(validations[-1]["validation"])
+            for direction, shown in DIRECTIONS.items()
+        ]
+        recall = line_chart(lines, y_label="recall@10 in %", y_from_zero=True)
+        yield Chart("Validation recall", "held-out pairs, after each epoch", recall)
+    if any(line["contrastive"] for line in steps):
+        loss = line_chart([_curve(steps, "contrastive")], y_label="nats")
+        yield Chart("Contrastive loss", "mean of both directions, batch and bank", loss)
+    if any(line["mlm"] for line in steps):
+        loss = line_chart([_curve(steps, "mlm")], y_label="nats")
+        yield Chart("Masked-language-modelling loss", "mean over the masked tokens", loss)
+    if steps:
+        rate = line_chart([_curve(steps, "lr")], y_label="learning rate", y_from_zero=True)
+        yield Chart("Learning rate", "a function of the visits, whatever is dropped", rate)
+
+
+def _ecl_charts(steps: Sequence[dict[str, Any]], verdicts: Verdicts, detected: Detection | None) -> Iterator[Chart]:
+    scored, noise = verdicts.scored, verdicts.noise
+    groups = {"all pairs": verdicts.score[scored]}
+    if noise is not None:
+        groups = {
+            "right caption": verdicts.score[scored & ~noise],
+            "wrong caption": verdicts.score[scored & noise],
+        }
+    note = "at the end of training" if detected is None else f"at the end of training, AUC {detected.auc:.3f}"
+    scores = histogram(groups, x_label="mean score, in standard deviations of the batch")
+    yield Chart("Scores of the pairs", note, scores)
+    if steps:
+        kept = line_chart([_curve(steps, "kept_share", 100)], y_label="% of all pairs", y_from_zero=True)
+        yield Chart("Pairs kept", "what ECL leaves to train on", kept)
+
+
+def _curve(steps: Sequence[dict[str, Any]], key: str, factor: float = 1) -> Line:
+    return Line(key, [line["visits"] for line in steps], [line[key] * factor for line in steps])
+
+
+def _hardware() -> str:
+    """The machine that writes the report."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    parts = [models[0] if models else platform.machine(), f"{os.cpu_count()} cores"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}")
+    return ", ".join(parts)

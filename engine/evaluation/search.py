@@ -1,0 +1,161 @@
+"""`efficientclip search RUN QUERY`: the pictures that a trained run finds for a text."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findSystemFonts
+from matplotlib.ft2font import FT2Font
+from rich.table import Table
+from rich.text import Text
+
+from ..data.pictures import decode_square
+from ..data.shards import read_picture
+from ..data.store import Store, write_atomically
+from ..errors import UserError
+from .run import open_data, open_run
+
+BLOCK = 1 << 16
+COLUMNS = 5
+EDGE = 256
+CAPTION_LINE, CAPTION_LINES = 14, 2
+
+
+@dataclass(frozen=True)
+class Match:
+    """One found image: `captions` are all that its pairs carry, `pixels` RGB uint8 [EDGE, EDGE, 3]."""
+
+    score: float
+    key: str
+    captions: list[str]
+    pixels: npt.NDArray[np.uint8]
+
+
+def search(run: Path, query: str, data: Path | None, top: int) -> list[Match]:
+    """The `top` images nearest to `query`, best first; by default from the run's training store."""
+    opened = open_run(run)
+    with open_data(opened, data or opened.store) as store:
+        scores_1T, ids_1T = nearest(store, opened.encode_texts([query]), top)
+        found = pairs_by(store, "image_id", ids_1T)
+        return [
+            Match(
+                score=float(score),
+                key=found[image][0]["key"],
+                captions=[pair["caption"] for pair in found[image]],
+                pixels=square_picture(found[image][0], EDGE),
+            )
+            for score, image in zip(scores_1T[0], ids_1T[0].tolist(), strict=True)
+        ]
+
+
+def nearest(
+    store: Store, text_QD: npt.NDArray[np.float32], top: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Cosines [Q, T] and image ids [Q, T] of the T = min(top, images) nearest images, best first."""
+    queries_QD = torch.from_numpy(text_QD)
+    blocks = [
+        queries_QD @ torch.from_numpy(store.features[start : start + BLOCK].astype(np.float32)).T
+        for start in range(0, len(store.features), BLOCK)
+    ]
+    scores, ids = torch.cat(blocks, dim=1).topk(min(top, len(store.features)))
+    return scores.numpy(), ids.numpy()
+
+
+def pairs_by(
+    store: Store, column: Literal["image_id", "caption_id"], ids: npt.NDArray[np.int64]
+) -> dict[int, list[dict[str, Any]]]:
+    """Rows of the pair table that carry one of `ids`, by id."""
+    pairs = store.pairs()
+    wanted = pairs.filter(pc.is_in(pairs[column], pa.array(ids.ravel(), pa.int32())))
+    found: dict[int, list[dict[str, Any]]] = {}
+    for pair in wanted.to_pylist():
+        found.setdefault(pair[column], []).append(pair)
+    return found
+
+
+def square_picture(pair: dict[str, Any], size: int) -> npt.NDArray[np.uint8]:
+    """RGB uint8 [size, size, 3] of a row of the pair table, cut square as the image tower sees it."""
+    if not pair["length"]:
+        raise UserError(f"pair {pair['key']} of {pair['shard'] or 'the store'}: has no picture, only text")
+    encoded = read_picture(Path(pair["shard"]), pair["offset"], pair["length"])
+    try:
+        return decode_square(encoded, size)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"shard {pair['shard']}: no picture at byte {pair['offset']} ({error}); the shard changed,"
+            " prepare the store anew"
+        ) from error
+
+
+def match_table(matches: Sequence[Match], query: str) -> Table:
+    """Matches for the terminal."""
+    table = Table(title=Text(query))
+    table.add_column("rank", justify="right")
+    table.add_column("cosine", justify="right")
+    table.add_column("captions", overflow="fold")
+    table.add_column("key")
+    for rank, match in enumerate(matches, 1):
+        table.add_row(str(rank), f"{match.score:.3f}", Text("、".join(match.captions)), Text(match.key))
+    return table
+
+
+def draw_matches(matches: Sequence[Match], query: str, file: Path) -> None:
+    """Write the matches as a grid of pictures; without a Chinese font its text is left out, with a notice."""
+    font = _chinese_font()
+    if font is None:
+        print(
+            "notice: no Chinese font is installed, so the picture has no Chinese text; Debian has one in the"
+            " package fonts-wqy-microhei",
+            file=sys.stderr,
+        )
+
+    def shown(text: str) -> str:
+        # A dollar would start a formula.
+        return text.replace("$", r"\$") if font is not None or text.isascii() else ""
+
+    columns = min(COLUMNS, len(matches))
+    rows = -(-len(matches) // columns)
+    figure = Figure(figsize=(2.1 * max(columns, 3), 2.7 * rows + 0.6), layout="constrained")
+    figure.suptitle(shown(query), fontproperties=font, fontsize=16)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for place in axes:
+        place.axis("off")
+    for place, match in zip(axes, matches, strict=False):
+        lines = textwrap.wrap("、".join(match.captions), CAPTION_LINE)
+        if len(lines) > CAPTION_LINES:
+            lines = [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1][: CAPTION_LINE - 1] + "…"]
+        place.imshow(match.pixels)
+        title = "\n".join([f"{match.score:.3f}", *map(shown, lines)])
+        place.set_title(title, fontproperties=font, fontsize=9)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, picture.getvalue())
+
+
+def _chinese_font() -> FontProperties | None:
+    """A font that has the letter 猫; matplotlib's own list is cached and misses fonts installed later."""
+    plain = re.compile(r"(notosans(cjk|sc)|sourcehansans|wqy|pingfang|yahei|msyh|simhei)(?!.*(bold|black|light|thin))")
+
+    def unlikeliness(path: str) -> tuple[bool, str]:
+        return plain.search(Path(path).name.lower()) is None, path
+
+    for path in sorted(findSystemFonts(), key=unlikeliness):
+        with suppress(RuntimeError):
+            if FT2Font(path).get_char_index(ord("猫")):
+                return FontProperties(fname=path)
+    return None

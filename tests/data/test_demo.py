@@ -1,0 +1,212 @@
+"""Demo data: splits that do not leak, counted noise, shards of the same bytes, parsers, clear errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from efficientclip.data import demo
+from efficientclip.data.demo import Concept, Picture
+from efficientclip.errors import UserError
+
+
+def concept(number: int, english: str | None = None) -> Concept:
+    # 动物 is a keyword of every concept: a caption that noise may never hand back to any of them.
+    return Concept(f"{number:04x}", (f"名{number}", f"词{number}", "动物"), (english or f"thing {number}", "animal"))
+
+
+def training_pictures(count: int = 40) -> list[Picture]:
+    return [
+        Picture(one, style, b"png", [{"text": text, "noise": False} for text in one.chinese])
+        for one in map(concept, range(count))
+        for style in ("google", "twitter")
+    ]
+
+
+def catalogue(path: Path, messages: dict[str, str]) -> Path:
+    """A gettext .mo file: header, two tables of (length, offset), then the strings."""
+    messages = {"": "Content-Type: text/plain; charset=UTF-8\n", **messages}
+    originals = [key.encode() for key in sorted(messages)]
+    translations = [messages[key].encode() for key in sorted(messages)]
+    count, offset = len(originals), 28 + 16 * len(originals)
+    tables, strings = [], b""
+    for text in (*originals, *translations):
+        tables += [len(text), offset + len(strings)]
+        strings += text + b"\0"
+    header = struct.pack("<7I", 0x950412DE, 0, count, 28, 28 + 8 * count, 0, 0)
+    path.write_bytes(header + struct.pack(f"<{len(tables)}I", *tables) + strings)
+    return path
+
+
+def test_split_ignores_gender_and_is_fixed() -> None:
+    names = ("man running", "woman running", "person running")
+    assert len({demo.split_of(concept(number, name)) for number, name in enumerate(names)}) == 1
+    # printf running | sha1sum; another bucket would move pictures across the split of every trained run.
+    assert demo.bucket("running") == int("3c49d9cc3c0c83421a1cfb921cdd4aa35dc1ba5c", 16) % 100 == 64
+    assert demo.split_of(concept(0, "woman running")) == "train"
+    assert demo.split_of(concept(0, "woman dancing")) == "val"
+
+
+def test_splits_keep_held_out_concepts_and_style_out_of_train() -> None:
+    concepts = [concept(number) for number in range(300)]
+    pngs = {style: {one.key: b"png" for one in concepts} for style in ("google", "twitter", "openmoji", "fluent")}
+    splits = demo._splits(concepts, pngs)
+    trained = {picture.concept.key for picture in splits["train"]}
+    held_out = {"val_concept", "val_both", "test_concept", "test_concept_google", "test_both"}
+    for name in held_out:
+        assert splits[name] and not trained & {picture.concept.key for picture in splits[name]}
+    assert {picture.style for picture in splits["train"]} == {"google", "twitter", "openmoji"}
+    assert {picture.style for picture in splits["test_concept_google"]} == {"google"}
+    seen = {picture.concept.key for picture in splits["val_seen"]}
+    assert seen and seen <= trained
+    assert not seen & {picture.concept.key for picture in splits["train"] if picture.style == "openmoji"}
+    for name, pictures in splits.items():
+        for picture in pictures:
+            texts = [entry["text"] for entry in picture.captions]
+            assert texts == list(picture.concept.chinese if name == "train" else picture.concept.chinese[:1])
+            assert not any(entry["noise"] for entry in picture.captions)
+    counted = sum(len(pictures) for name, pictures in splits.items() if name != "test_concept_google")
+    assert counted == 4 * len(concepts)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.99])
+def test_noise_is_exact_and_never_true(share: float) -> None:
+    pictures = training_pictures()
+    pairs = sum(len(picture.captions) for picture in pictures)
+    noised = demo.assign_noise(pictures, share, seed=3)
+    assert sum(entry["noise"] for picture in noised for entry in picture.captions) == round(share * pairs)
+    training = {text for picture in pictures for text in picture.concept.chinese}
+    for picture in noised:
+        texts = [entry["text"] for entry in picture.captions]
+        assert len(set(texts)) == len(texts)
+        assert tuple(entry.get("original", entry["text"]) for entry in picture.captions) == picture.concept.chinese
+        for entry in picture.captions:
+            assert ("original" in entry) == entry["noise"]
+            assert (entry["text"] in picture.concept.chinese) != entry["noise"]
+            assert entry["text"] in training
+
+
+def test_noise_follows_its_seed_and_leaves_its_input() -> None:
+    pictures = training_pictures()
+    once = demo.assign_noise(pictures, 0.3, seed=0)
+    assert once == demo.assign_noise(training_pictures(), 0.3, seed=0)
+    assert once != demo.assign_noise(pictures, 0.3, seed=1)
+    assert pictures == training_pictures()
+
+
+def test_shards_have_the_same_bytes(tmp_path: Path) -> None:
+    pictures = training_pictures(3)
+    for name in ("one.tar", "two.tar"):
+        demo.write_shard(tmp_path / name, "train", pictures)
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
+    with tarfile.open(tmp_path / "one.tar") as tar:
+        members = tar.getmembers()
+        assert [member.name for member in members[:2]] == ["google-0000.png", "google-0000.json"]
+        assert {(member.mtime, member.uid, member.gid) for member in members} == {(0, 0, 0)}
+        stream = tar.extractfile("google-0000.json")
+        assert stream is not None
+        record = json.load(stream)
+    assert record["captions"][0] == {"text": "名0", "noise": False}
+    assert record["captions_en"] == ["thing 0", "animal"]
+    assert (record["source"], record["concept"], record["split"]) == ("google", "0000", "train")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.tar", "two.tar"]
+
+
+def test_train_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SHARD_SAMPLES", 2)
+    demo._write_train(tmp_path, training_pictures(3))
+    assert [path.name for path in sorted((tmp_path / "train").iterdir())] == [
+        "00000.tar",
+        "00001.tar",
+        "00002.tar",
+    ]
+    demo._write_train(tmp_path, training_pictures(1))
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["00000.tar"]
+    assert not (tmp_path / "train.partial").exists()
+
+
+def test_picture_is_square_rgb_over_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(buffer, "PNG")
+    with Image.open(io.BytesIO(demo._square(buffer.getvalue(), 16))) as picture:
+        assert (picture.size, picture.mode) == ((16, 16), "RGB")
+        assert picture.getextrema() == ((255, 255),) * 3
+
+
+def test_slug_of_an_english_name() -> None:
+    assert demo._slug("woman’s hat") == "womans-hat"
+    assert demo._slug("piñata") == "pinata"
+
+
+def test_dictionary_gives_the_first_plain_gloss() -> None:
+    entries = [
+        ["主角", "主角", "zhu3 jue2", ["leading role; lead", "protagonist"], [], []],
+        ["張", "张", "Zhang1", ["surname Zhang", "sheet (of paper)"], [], []],
+        ["囲", "囲", "wei2", "Japanese variant of 圍|围[wei2]", [], []],
+        ["齪", "龊", "chuo4", ["used in 齷齪|龌龊[wo4 chuo4]"], [], []],
+        ["宊", "宊", "tu2", [], [863], []],
+    ]
+    assert list(demo.dictionary_pairs(entries)) == [("主角", "leading role"), ("张", "sheet")]
+
+
+def test_catalogue_gives_short_plain_messages(tmp_path: Path) -> None:
+    path = catalogue(
+        tmp_path / "x.mo",
+        {
+            "_Open file": "打开文件(_O)",
+            "menu\x04Close": "关闭",
+            "%d files": "%d 个文件",
+            "Long " * 20: "长",
+            "two\nlines": "两行",
+        },
+    )
+    assert sorted(demo.catalogue_pairs(path)) == [("关闭", "Close"), ("打开文件", "Open file")]
+
+
+def test_manual_page_without_its_markup() -> None:
+    page = ".TH LS 1\n.PP\n列出\\fB目录\\fP内容。\n第二行\n.SH 选项\n不要忽略\n"
+    assert list(demo.manual_paragraphs(page)) == ["列出目录内容。第二行", "不要忽略"]
+
+
+def test_missing_command_is_named_before_any_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda command: None if command == "npm" else f"/bin/{command}")
+    with pytest.raises(UserError, match=r"npm is missing.*apt-get install npm"):
+        demo.build_demo_data(tmp_path / "demo")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda command: f"/bin/{command}")
+    monkeypatch.setattr(demo, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=r"resvg_py is missing; pip install 'efficientclip\[demo\]'"):
+        demo.check_tools()
+
+
+def test_failed_download_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"`false` failed"):
+        demo._run(["false"], tmp_path, "thing")
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    with pytest.raises(UserError, match=r"no-such-command is missing, needed for thing"):
+        demo._run(["no-such-command"], tmp_path, "thing")
+
+
+def test_changed_download_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "openmoji-17.0.0.tgz"
+    file.write_bytes(b"other bytes")
+    with pytest.raises(UserError, match=r"openmoji-17\.0\.0\.tgz has not the pinned sha256; delete it"):
+        demo.check_digest("openmoji", file)
+    assert len(demo.check_digest("gimp-data", file)) == 64
+
+
+def test_damaged_package_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "openmoji.tgz"
+    file.write_bytes(b"not a tar")
+    with pytest.raises(UserError, match=r"openmoji\.tgz has no whole package/x"):
+        demo._member(file, "package/x")

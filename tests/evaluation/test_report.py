@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from efficientclip.cli import main
+from efficientclip.evaluation.evaluate import evaluate
+from tests.evaluation.conftest import World
+
+
+class Resources(HTMLParser):
+    """Everything a browser would fetch, and the tags that stay open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href", "data")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def page_of(run: Path) -> str:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    parser = Resources()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    assert all(value.startswith(("data:", "#")) for value in parser.fetched)
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    return page
+
+
+def test_the_page_shows_everything_and_fetches_nothing(world: World) -> None:
+    arguments = ["--data", f"held <b>out</b>={world.tar}", f"again={world.store}"]
+    assert main(["report", str(world.run), *arguments]) == 0
+    results = json.loads((world.run / "results.json").read_text())
+    assert results == {name: evaluate(world.run, world.store) for name in ("held <b>out</b>", "again")}
+    page = page_of(world.run)
+    assert "&lt;script src=" in page and "<script" not in page and "<b>" not in page
+    for title in ("Contrastive loss", "Masked-language", "Validation recall", "Pairs kept", "Learning rate", "AUC"):
+        assert title in page
+    assert page.count("<svg") == 6
+    assert page.count("right answer at rank") == 12
+    assert "一只戴帽子的猫" in page and "Resolved config" in page
+    assert page.count("data:image/webp;base64,") > 12 * 6
+
+
+def test_sets_come_from_the_config_and_ecl_needs_a_finished_run(world: World) -> None:
+    for name in ("confidence.parquet", "metrics.jsonl"):
+        (world.run / name).unlink()
+    assert main(["report", str(world.run)]) == 0
+    assert list(json.loads((world.run / "results.json").read_text())) == ["held"]
+    page = page_of(world.run)
+    assert "What ECL believes" not in page and "<svg" not in page
+
+
+def test_a_set_without_name_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(world.run), "--data", str(world.tar)]) == 2
+    assert "NAME=PATH" in capsys.readouterr().err

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientclip.cli import main
+from efficientclip.data.store import Store
+from efficientclip.errors import UserError
+from efficientclip.evaluation import search as module
+from efficientclip.evaluation.run import open_run
+from efficientclip.evaluation.search import draw_matches, search
+from tests.evaluation.conftest import PICTURES, World
+
+
+def test_matches_are_the_nearest_images_with_their_captions(world: World) -> None:
+    matches = search(world.run, "红猫", None, 5)
+    store = Store(world.store)
+    cosine_K = store.features.astype(np.float32) @ open_run(world.run).encode_texts(["红猫"])[0]
+    np.testing.assert_allclose([match.score for match in matches], np.sort(cosine_K)[::-1][:5], atol=1e-6)
+    best = int(cosine_K.argmax())
+    captions = [pair["caption"] for pair in store.pairs().to_pylist() if pair["image_id"] == best]
+    assert matches[0].captions == captions
+    assert matches[0].pixels.shape == (module.EDGE, module.EDGE, 3)
+
+
+def test_command_writes_a_readable_picture(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["search", str(world.run), "[红]猫$", "--data", str(world.tar), "--top", "99"]) == 0
+    with Image.open(world.run / "search.png") as picture:
+        picture.load()
+        assert picture.width > 500 and picture.height > 500
+    printed = capsys.readouterr().out
+    assert "[红]猫$" in printed and printed.count("│") >= PICTURES
+
+
+def test_without_a_chinese_font_the_picture_comes_with_a_notice(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "findSystemFonts", list)
+    draw_matches(search(world.run, "猫", None, 1), "猫", tmp_path / "one.png")
+    assert "fonts-wqy-microhei" in capsys.readouterr().err
+    with Image.open(tmp_path / "one.png") as picture:
+        picture.load()
+
+
+def test_a_picture_that_is_gone_is_named(world: World, tmp_path: Path) -> None:
+    pair = Store(world.store).pairs().to_pylist()[0]
+    with pytest.raises(UserError, match="No such file"):
+        module.square_picture(pair | {"shard": str(tmp_path / "gone.tar")}, 16)
+    with pytest.raises(UserError, match=r"no picture at byte 3 .*prepare the store anew"):
+        module.square_picture(pair | {"offset": 3}, 16)
+    with pytest.raises(UserError, match="only text"):
+        module.square_picture(pair | {"length": 0}, 16)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from efficientclip.cli import main
+from tests import tiny
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "{folder}/none.yaml"], "none.yaml: no such file"),
+        (["train", "{config}", "optimiser.lr=1"], "did you mean `optimizer`?"),
+        (["train", "{config}", "fast"], "section.key=value"),
+        (["prepare", "{folder}/none.tar", "{folder}/s", "--config", "{config}"], "none.tar: no such file"),
+        (["prepare", "a.tar", "{folder}/s", "--config", "{config}", "optimiser.lr=1"], "did you mean `optimizer`?"),
+        (["prepare", "a.tar", "{folder}/s", "optimiser.lr=1", "--config", "{config}"], "did you mean `optimizer`?"),
+        (["demo-data", "{folder}", "--config", "{folder}/none.yaml"], "none.yaml: no such file"),
+        (["evaluate", "{folder}/none", "{folder}/a.tar"], "none: no config.yaml"),
+        (["evaluate", "{folder}", "a.tar", "--json", "{folder}/none/x.json"], "none does not exist"),
+        (["search", "{folder}/none", "猫"], "none: no config.yaml"),
+        (["search", "{folder}", "猫", "--top", "0"], "at least one picture"),
+        (["report", "{folder}/none"], "none: no config.yaml"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    names = {"folder": str(tmp_path), "config": str(tiny.config(tmp_path))}
+    (tmp_path / "config.yaml").rename(tmp_path / "recipe.yaml")
+    names["config"] = str(tmp_path / "recipe.yaml")
+    assert main([argument.format(**names) for argument in arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("error:") == 1
+    assert "Traceback" not in printed.err and printed.out == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["evaluate", "a", "b", "c=d"], ["train", "a.yaml", "--fast"]])
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+
+
+def test_train_gets_the_config_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setitem(sys.modules, "efficientclip.train", SimpleNamespace(train=seen.append))
+    assert main(["train", str(tiny.config(tmp_path)), "optimizer.lr=0.5"]) == 0
+    assert seen[0].optimizer.lr == 0.5
+
+
+def test_help_and_version_load_no_torch() -> None:
+    code = "import sys, atexit; from efficientclip.cli import main\n"
+    code += "atexit.register(lambda: print(sorted({'torch', 'transformers'} & sys.modules.keys())))\n"
+    for option, expected in (("--help", "evaluate"), ("--version", "efficientclip 0")):
+        command = [sys.executable, "-c", f"{code}main([{option!r}])"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert expected in done.stdout and done.stdout.endswith("[]\n")
