@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .config import Config
 from .data.pictures import decode_square
 from .data.shards import BadSample, Sample, list_shards, read_shard
-from .data.store import finish, staging, token_dtype, write_atomically, write_tokens
+from .data.store import finish, read_manifest, staging, token_dtype, write_atomically, write_tokens
 from .data.tokenizer import fingerprint, load_tokenizer
 from .errors import UserError
 from .model.frozen import FrozenImages, teacher_name
@@ -85,6 +85,8 @@ def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
         "tower": tower,
         "tokenizer": fingerprint(tokenizer),
     }
+    if (made := _up_to_date(path, identity)) is not None:
+        return made
     folder = _open_staging(path, identity)
     files, bad_total, seen_total = [], Counter[str](), 0
     for number, make in enumerate(tqdm(parts, desc=f"parts of {path.name}", unit="part")):
@@ -199,6 +201,15 @@ def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Par
 
 def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.data.tokenizer)
+    identity = {
+        "kind": "texts",
+        "source": str(source),
+        "source_fingerprint": _source_fingerprint(source),
+        "tokenizer": fingerprint(tokenizer),
+        "max_text_tokens": config.data.max_text_tokens,
+    }
+    if (made := _up_to_date(path, identity)) is not None:
+        return made
     lines = [line for line in _read_lines(source) if line.strip()]
     if not lines:
         raise UserError(f"source {source}: empty, no text found")
@@ -208,12 +219,6 @@ def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
         for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
             for start in range(0, len(tokens), inner):
                 pieces.append([tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id])
-    identity = {
-        "kind": "texts",
-        "source": str(source),
-        "source_fingerprint": _source_fingerprint(source),
-        "tokenizer": fingerprint(tokenizer),
-    }
     folder = _open_staging(path, identity)
     dtype = token_dtype(len(tokenizer))
     write_tokens(folder, pieces, dtype)
@@ -235,6 +240,14 @@ def _read_lines(source: Path) -> list[str]:
         return source.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"source {source}: byte {error.start} is not UTF-8; convert it with iconv -t UTF-8") from error
+
+
+def _up_to_date(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of the store at `path`, if it was made of the same source by the same tower and tokenizer."""
+    if not (path / "manifest.json").is_file():
+        return None
+    manifest = read_manifest(path)
+    return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
 
 
 def _open_staging(path: Path, identity: dict[str, Any]) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.utils.deterministic
+from transformers.utils import logging
 
 from .config import Augmentation, Config, load_config
 from .data.batches import CaptionPairs, MaskedTextBatches, PairSource
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(config: Config) -> None:
     """Run `config` to its end, or on from its newest checkpoint."""
+    # Bars over the writing of small weight files would tear the progress bar.
+    logging.disable_progress_bar()
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     torch.use_deterministic_algorithms(not torch.cuda.is_available())

@@ -82,7 +82,7 @@ def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
     for row, pair in zip(rows, store.pairs().take(rows).to_pylist(), strict=True):
         note, right = f"{verdicts.score[row]:+.2f}", None
         if verdicts.noise is not None:
-            note += " · wrong caption" if verdicts.noise[row] else " · right caption"
+            note += " · wrong" if verdicts.noise[row] else " · right"
             right = bool(verdicts.noise[row]) != kept
         cards.append(Card(_data_uri(pair) if pair["length"] else None, pair["caption"], note, right))
     return cards
