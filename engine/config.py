@@ -188,6 +188,19 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Dotted paths of the values that differ."""
+
+    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
+        for key, value in tree.items():
+            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        return leaves
+
+    mine, theirs = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+
+
 def _explain(path: Path, error: ValidationError) -> str:
     lines = [f"config {path}:"]
     for item in error.errors():

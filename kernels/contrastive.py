@@ -197,7 +197,7 @@ def _plan(rows: int, columns: int, bank: int) -> tuple[int, list[_Block]]:
 
 
 def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
-    values, order = ids.sort(stable=True)
+    values, order = ids.contiguous().sort(stable=True)
     return values, order
 
 
@@ -232,7 +232,7 @@ class _Cells:
             self.sorted.append([_sorted(ids[block.start : block.stop]) for ids in sources])
         self.excluded: tuple[Tensor, Tensor] | None = None
         if excluded is not None and len(excluded[0]):
-            rows, columns = excluded
+            rows, columns = (part.contiguous() for part in excluded)
             firsts = torch.tensor([block.first for block in blocks], device=rows.device)
             tile = (rows // row_step) * len(blocks) + torch.searchsorted(firsts, columns, right=True) - 1
             tile, order = tile.sort(stable=True)
@@ -884,7 +884,7 @@ def contrastive_loss(
     _require_excluded_range(excluded, M, ranks.total + Q)
     with torch.no_grad():
         image_ND = ranks.gather_rows(image_MD.detach())
-        ids_M = [ids for ids in (image_ids, caption_ids) if ids is not None]
+        ids_M = [ids.contiguous() for ids in (image_ids, caption_ids) if ids is not None]
         ids_N = list(ranks.gather_rows(torch.stack(ids_M, 1)).unbind(1)) if ids_M else []
         row_step, blocks = _plan(M, ranks.total, Q)
         cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, positives == "ids", row_step)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 from ..config import Config
 from ..errors import UserError
@@ -36,6 +39,13 @@ def join_process_group() -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    lock = Path(get_default_build_root()) / f"py{sys.version_info[0]}{sys.version_info[1]}_cpu/deepspeed_shm_comm/lock"
+    if not cuda and os.environ["RANK"] == "0" and (lock.exists() or not lock.parent.is_dir()):
+        print(
+            "DeepSpeed compiles its shared-memory operator, about a minute, once; if this never ends, an earlier build"
+            f" was killed: delete {lock} and start again",
+            flush=True,
+        )
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 

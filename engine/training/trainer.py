@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ..confidence import ConfidenceTable
-from ..config import Config, save_config
+from ..config import Config, differing_keys, load_config, save_config
 from ..data.batches import Bank, Batch, EpochPlan, PairSource
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP
@@ -316,6 +316,12 @@ class Trainer:
             if self.rank == 0:
                 save_config(self.config, saved_config)
             return
+        changed = differing_keys(load_config(saved_config), self.config)
+        if changed:
+            raise UserError(
+                f"run {self.run}: holds checkpoints of another config ({', '.join(changed[:5])} differ from its"
+                " config.yaml); choose another run folder, or remove this one"
+            )
         state = self.checkpoints.load(self.engine, checkpoint)
         self.step, self.epoch = int(state["step"]), int(state["epoch"])
         self.epoch_step, self.best = int(state["epoch_step"]), float(state["best"])
