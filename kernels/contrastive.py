@@ -313,7 +313,7 @@ class _Gradients(NamedTuple):
 
 
 class _Tiles:
-    """Walks the logits tile by tile, in buffers that all tiles share."""
+    """Walks the logits tile by tile, in buffers that all tiles share: autocast leaves such products alone."""
 
     def __init__(
         self,
@@ -571,8 +571,7 @@ class _Contrast(torch.autograd.Function):
         ranks: _Ranks,
         smooth: bool,
     ) -> tuple[Tensor | None, ...]:
-        with torch.autocast(text_MD.device.type, enabled=False):
-            sums = _Tiles(text_MD, image_ND, bank_QD, scale, cells, smooth).forward()
+        sums = _Tiles(text_MD, image_ND, bank_QD, scale, cells, smooth).forward()
         ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, *sums)
         ctx.cells, ctx.ranks, ctx.smooth = cells, ranks, smooth
         ctx.mark_non_differentiable(*sums[len(_Gradients._fields) :])
@@ -583,10 +582,9 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         text_MD, image_ND, bank_QD, scale, *sums = ctx.saved_tensors
         need_text, need_image, need_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(text_MD.device.type, enabled=False):
-            tiles = _Tiles(text_MD, image_ND, bank_QD, scale, ctx.cells, ctx.smooth)
-            given = _Gradients(*grads[: len(_Gradients._fields)])
-            d_text_MD, d_image_ND, d_scale = tiles.backward(_Sums(*sums), given, need_text or need_scale, need_image)
+        tiles = _Tiles(text_MD, image_ND, bank_QD, scale, ctx.cells, ctx.smooth)
+        given = _Gradients(*grads[: len(_Gradients._fields)])
+        d_text_MD, d_image_ND, d_scale = tiles.backward(_Sums(*sums), given, need_text or need_scale, need_image)
         return (
             d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
             ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,

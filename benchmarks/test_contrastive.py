@@ -1,0 +1,94 @@
+"""Contrastive loss, forward and backward in fp32, beside plain torch (the products and softmaxes of open_clip's loss).
+
+    pytest benchmarks/test_contrastive.py --benchmark-only --benchmark-group-by=param:frozen,param:N
+
+Plain torch runs between the rounds of the fused loss, and medians are compared. A ratio goes to results/ only if the
+rounds agree: on a busy machine threads wait for each other, and the figures say nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientclip.kernels import contrastive_loss
+
+RESULTS = Path(__file__).parent / "results" / "contrastive.csv"
+D = 512
+STEADY = 1.2
+
+Step = Callable[[], dict[str, Tensor]]
+
+
+def plain_loss(text_ND: Tensor, image_ND: Tensor, scale: Tensor) -> Tensor:
+    target = torch.arange(len(text_ND))
+    rows, columns = scale * text_ND @ image_ND.T, scale * image_ND @ text_ND.T
+    return (F.cross_entropy(rows, target) + F.cross_entropy(columns, target)) / 2
+
+
+def fused_loss(text_ND: Tensor, image_ND: Tensor, scale: Tensor) -> Tensor:
+    return contrastive_loss(text_ND, image_ND, logit_scale=scale).loss
+
+
+def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], N: int, frozen: bool) -> Step:
+    rng = torch.Generator().manual_seed(0)
+    text, image = (F.normalize(torch.randn(N, D, generator=rng), dim=1) for _ in range(2))
+    scale = torch.tensor([14.3], requires_grad=True)
+    leaves = {"text": text.requires_grad_(), "image": image.requires_grad_(not frozen), "scale": scale}
+
+    def run() -> dict[str, Tensor]:
+        for leaf in leaves.values():
+            leaf.grad = None
+        value = loss(text, image, scale)
+        value.backward()
+        return {"loss": value.detach()} | {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+
+    return run
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("N", [1024, 4096])
+def test_contrastive(benchmark: Any, N: int, frozen: bool) -> None:
+    """Times the fused loss; plain torch runs between its rounds and its figures are the extra ones."""
+    fused, plain = step(fused_loss, N, frozen), step(plain_loss, N, frozen)
+    expected = plain()
+    for name, value in fused().items():
+        error = float((value - expected[name]).norm() / expected[name].norm())
+        if not error <= 1e-4:
+            pytest.fail(f"{name} is off by {error:.1e} from plain torch: a wrong loss has no speed")
+    seconds: list[float] = []
+
+    def between() -> None:
+        start = time.perf_counter()
+        plain()
+        seconds.append(time.perf_counter() - start)
+
+    benchmark.pedantic(fused, setup=between, rounds=9, warmup_rounds=1)
+    if benchmark.disabled:
+        return
+    fused_s, plain_s = benchmark.stats.stats.median, statistics.median(seconds[1:])
+    benchmark.extra_info.update(plain_s=plain_s, ratio=fused_s / plain_s)
+    if max(fused_s / benchmark.stats.stats.min, plain_s / min(seconds)) > STEADY:
+        pytest.skip(f"busy machine: medians are more than {STEADY} times the best rounds; nothing recorded")
+    row = {
+        "N": N, "D": D, "frozen": frozen, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "fused_s": f"{fused_s:.4f}", "plain_s": f"{plain_s:.4f}", "ratio": f"{fused_s / plain_s:.3f}",
+    }  # fmt: skip
+    seen: list[dict[str, Any]] = []
+    if RESULTS.exists():
+        with RESULTS.open() as file:
+            same = ("N", "D", "frozen", "threads")
+            seen = [old for old in csv.DictReader(file) if any(old[key] != str(row[key]) for key in same)]
+    with RESULTS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*seen, row])
