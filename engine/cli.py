@@ -81,7 +81,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _demo_data(given: argparse.Namespace) -> None:
     from .config import load_config
-    from .data.demo import build_demo_data
+    from .demo import build_demo_data
 
     recipe = load_config(given.config).demo_data
     build_demo_data(

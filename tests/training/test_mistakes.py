@@ -1,0 +1,118 @@
+"""A user's mistakes in a run's settings end in one message that names key and remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efficientclip.config import Config, Optimizer, load_config
+from efficientclip.errors import UserError
+from efficientclip.training import optimizer as optimizers
+from efficientclip.training.distributed import deepspeed_config
+from efficientclip.training.optimizer import build_optimizer, learning_rate
+from tests import tiny
+from tests.training.launch import metrics, run
+
+
+def config(folder: Path, **changes: Any) -> Config:
+    return load_config(tiny.config(folder, **changes))
+
+
+def test_batch_that_the_world_size_does_not_divide(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"training\.batch_size: 32 pairs cannot be divided by 3 ranks.*30"):
+        deepspeed_config(config(tmp_path), 3)
+    with pytest.raises(UserError, match=r"training\.micro_batch_size: 5 does not divide the 16 pairs"):
+        deepspeed_config(config(tmp_path, training__micro_batch_size=5), 2)
+
+
+def test_keys_that_the_yaml_owns_are_refused_in_the_json(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"gradient_clipping": 2.0}))
+    with pytest.raises(UserError, match=r"sets gradient_clipping, which optimizer\.clip of the YAML owns"):
+        deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
+    file.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
+    with pytest.raises(UserError, match="is missing"):
+        deepspeed_config(config(tmp_path, deepspeed=str(tmp_path / "none.json")), 1)
+
+
+def test_optimisers_that_cannot_run_here_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="LAMB needs the norm of each whole tensor, ZeRO stage 2"):
+        build_optimizer(module, Optimizer(name="apex-fused-lamb"), 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="needs a CUDA device"):
+            build_optimizer(module, Optimizer(name="deepspeed-fused-adam"), 0)
+    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="NVIDIA Apex is not installed"):
+        build_optimizer(module, Optimizer(name="apex-fused-adam"), 0)
+
+
+def test_apex_of_the_package_index_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(2, 2)
+    fake = types.ModuleType("apex.optimizers")
+    fake.FusedAdam = torch.optim.AdamW  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
+    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.metadata, "metadata", lambda name: {"Summary": "A toolkit for Pyramid"})
+    with pytest.raises(UserError, match="Pyramid toolkit, not NVIDIA Apex"):
+        build_optimizer(module, Optimizer(name="apex-fused-adam"), 0)
+    monkeypatch.setattr(
+        importlib.metadata, "metadata", lambda name: {"Summary": "PyTorch extensions written by NVIDIA"}
+    )
+    assert isinstance(build_optimizer(module, Optimizer(name="apex-fused-adam"), 0), torch.optim.AdamW)
+
+
+def test_learning_rate_ends_when_training_ends() -> None:
+    settings = Optimizer(lr=1.0, warmup_share=0.1, final_lr_share=0.2)
+    assert learning_rate(0.05, settings) == pytest.approx(0.5)
+    assert learning_rate(0.1, settings) == pytest.approx(1.0)
+    assert learning_rate(1.0, settings) == pytest.approx(0.2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mistakes")
+    tiny.pair_store(path / "store")
+    tiny.text_store(path / "texts")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__teacher": {"kind": "clip"}}, "holds features of usem3, but model.image_tower or model.teacher is"),
+        ({"model__width": 8}, "features are 16 wide, model.width is 8"),
+        ({"data__store": "nowhere"}, "store nowhere: no manifest.json"),
+        ({"mlm__texts": None}, "mlm.texts: not set"),
+        ({"training__batch_size": 1000}, "training.batch_size: 1000 pairs, but only 240 are left"),
+    ],
+    ids=["tower", "width", "store", "texts", "batch"],
+)
+def test_settings_that_do_not_fit_the_store(folder: Path, changes: dict[str, Any], message: str) -> None:
+    output = run(1, str(tiny.config(folder, run=str(folder / "run"), **changes)), code=2)
+    assert f"error: {message}" in output or message in output
+    assert "Traceback" not in output
+
+
+def test_snapshot_scores_and_published_drops_resume(folder: Path) -> None:
+    changes = {"confidence__score": "snapshot", "confidence__selection": "published", "confidence__warmup_epochs": 0}
+    file = str(tiny.config(folder, run=str(folder / "published"), training__pair_visits=960, **changes))
+    run(1, file)
+    lines = metrics(folder / "published")
+    shares = [line["kept_share"] for line in lines]
+    assert shares[0] == 1 and shares[-1] == pytest.approx(0.9**4, abs=0.02) and shares == sorted(shares, reverse=True)
+
+
+def test_another_config_does_not_resume_a_run(folder: Path) -> None:
+    run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=160)))
+    output = run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=320)), code=2)
+    assert "checkpoints of another config (training.pair_visits differ" in output
