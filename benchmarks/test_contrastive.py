@@ -3,15 +3,17 @@
     pytest benchmarks/test_contrastive.py --benchmark-only --benchmark-group-by=param:frozen,param:N
 
 Plain torch runs between the rounds of the fused loss, and medians are compared. A ratio goes to results/ only if the
-rounds agree: on a busy machine threads wait for each other, and the figures say nothing.
+rounds agree: on a busy machine threads wait for each other, and the figures say nothing. Peaks are what torch's
+allocator held at once beside the inputs, from the profiler in a run of its own.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from efficientclip.kernels import contrastive_loss
 
@@ -55,9 +58,30 @@ def step(loss: Callable[[Tensor, Tensor, Tensor], Tensor], N: int, frozen: bool)
     return run
 
 
+def peak_mib(run: Step, trace: Path) -> float:
+    """`run` must be fresh: gradients of an earlier run would be freed inside the profile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    seen.export_chrome_trace(str(trace))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: float(event["ts"])):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+@pytest.fixture(params=sorted({1, torch.get_num_threads()}))
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("N", [1024, 4096])
-def test_contrastive(benchmark: Any, N: int, frozen: bool) -> None:
+def test_contrastive(benchmark: Any, tmp_path: Path, threads: int, N: int, frozen: bool) -> None:
     """Times the fused loss; plain torch runs between its rounds and its figures are the extra ones."""
     fused, plain = step(fused_loss, N, frozen), step(plain_loss, N, frozen)
     expected = plain()
@@ -72,16 +96,21 @@ def test_contrastive(benchmark: Any, N: int, frozen: bool) -> None:
         plain()
         seconds.append(time.perf_counter() - start)
 
-    benchmark.pedantic(fused, setup=between, rounds=9, warmup_rounds=1)
+    benchmark.pedantic(fused, setup=between, rounds=7, warmup_rounds=1)
     if benchmark.disabled:
         return
     fused_s, plain_s = benchmark.stats.stats.median, statistics.median(seconds[1:])
-    benchmark.extra_info.update(plain_s=plain_s, ratio=fused_s / plain_s)
+    peaks = {
+        f"{name}_peak_mib": round(peak_mib(step(loss, N, frozen), tmp_path / f"{name}.json"), 1)
+        for name, loss in (("fused", fused_loss), ("plain", plain_loss))
+    }
+    benchmark.extra_info.update(plain_s=plain_s, ratio=fused_s / plain_s, **peaks)
     if max(fused_s / benchmark.stats.stats.min, plain_s / min(seconds)) > STEADY:
         pytest.skip(f"busy machine: medians are more than {STEADY} times the best rounds; nothing recorded")
     row = {
-        "N": N, "D": D, "frozen": frozen, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "N": N, "D": D, "frozen": frozen, "threads": threads, "torch": torch.__version__,
         "fused_s": f"{fused_s:.4f}", "plain_s": f"{plain_s:.4f}", "ratio": f"{fused_s / plain_s:.3f}",
+        **peaks,
     }  # fmt: skip
     seen: list[dict[str, Any]] = []
     if RESULTS.exists():

@@ -711,8 +711,11 @@ def _require_features(text_MD: Tensor, image_MD: Tensor, bank_QD: Tensor | None)
     M, D = text_MD.shape
     _require_tensor("image_MD", image_MD, text_MD, (M, D), "one image a text")
     if bank_QD is not None:
-        rows = bank_QD.shape[0] if isinstance(bank_QD, Tensor) and bank_QD.dim() == 2 else 0
-        _require_tensor("bank_QD", bank_QD, text_MD, (rows, D), "Q rows as wide as text_MD")
+        if not isinstance(bank_QD, Tensor):
+            raise TypeError(f"bank_QD is a {type(bank_QD).__name__}, expected a tensor [Q, {D}]")
+        if bank_QD.dim() != 2:
+            raise ValueError(f"bank_QD has shape {tuple(bank_QD.shape)}, expected [Q, {D}]")
+        _require_tensor("bank_QD", bank_QD, text_MD, (len(bank_QD), D), "Q rows as wide as text_MD")
         if bank_QD.requires_grad:
             raise ValueError("bank_QD requires grad, expected constants: pass bank_QD.detach()")
     for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
@@ -755,7 +758,8 @@ def _require_options(
         raise TypeError(f"label_smoothing is a {type(label_smoothing).__name__}, expected a number in [0, 1)")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}, expected a number in [0, 1)")
-    if len(directions) != 2 or not all(isinstance(part, int | float) for part in directions):
+    pair = isinstance(directions, tuple | list) and len(directions) == 2
+    if not pair or not all(isinstance(part, int | float) for part in directions):
         raise TypeError(f"direction_weights is {directions!r}, expected two numbers (text->image, image->text)")
     if not (min(directions) >= 0 and 0 < sum(directions) < math.inf):
         raise ValueError(f"direction_weights is {directions!r}, expected numbers >= 0 with a positive sum")
@@ -772,9 +776,12 @@ def _require_excluded(excluded: Any, text_MD: Tensor) -> None:
         return
     if not isinstance(excluded, tuple | list) or len(excluded) != 2:
         raise TypeError(f"excluded is a {type(excluded).__name__}, expected two int64 tensors (rows, columns)")
-    rows = excluded[0].shape[0] if isinstance(excluded[0], Tensor) and excluded[0].dim() == 1 else 0
-    for at, name in enumerate(("rows", "columns")):
-        _require_ids(f"excluded[{at}]", excluded[at], text_MD, rows, f"{name}, one a cell")
+    for at, (name, part) in enumerate(zip(("rows", "columns"), excluded, strict=True)):
+        if not isinstance(part, Tensor):
+            raise TypeError(f"excluded[{at}] ({name}) is a {type(part).__name__}, expected an int64 tensor [E]")
+        if part.dim() != 1:
+            raise ValueError(f"excluded[{at}] ({name}) has shape {tuple(part.shape)}, expected [E]")
+        _require_ids(f"excluded[{at}]", part, text_MD, len(excluded[0]), f"{name}, one a cell")
 
 
 def _require_excluded_range(excluded: tuple[Tensor, Tensor] | None, rows: int, columns: int) -> None:
@@ -859,11 +866,15 @@ def contrastive_loss(
         _require_scalar("logit_bias", logit_bias, text_MD)
     _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
     _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
+    if bank_ids is not None and bank_QD is None:
+        raise ValueError("bank_ids is given without bank_QD, whose rows it names: pass both")
     _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
     if bank_ids is not None and image_ids is None:
         raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
     _require_excluded(excluded, text_MD)
     _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
 
     device = text_MD.device
     agreed: dict[str, float] = {

@@ -66,10 +66,11 @@ def step(
     inputs: dict[str, Tensor], own: slice, options: dict[str, Any], dtype: torch.dtype, frozen: bool, group: Any
 ) -> dict[str, Tensor]:
     """Loss, what belongs to this rank's pairs, and the gradients of the parameters."""
-    maps = {name: inputs[name].to(dtype, copy=True).requires_grad_() for name in ("text_map", "image_map")}
-    scale, bias = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (9.0, -2.0))
+    maps = {name: inputs[name].clone().requires_grad_() for name in ("text_map", "image_map")}
+    scale, bias = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (14.0, -2.0))
+    # Mapped in fp64 whatever `dtype` is: only the loss may round.
     text, image = (
-        torch.nn.functional.normalize(inputs[name][own].to(dtype) @ maps[f"{name}_map"], dim=1)
+        torch.nn.functional.normalize(inputs[name][own] @ maps[f"{name}_map"], dim=1).to(dtype)
         for name in ("text", "image")
     )
     out = contrastive_loss(

@@ -391,6 +391,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image_MD": TEXT.half()}, TypeError, "image_MD is torch.float16 and text_MD is torch.float32"),
     ({"image_MD": TEXT.to("meta")}, ValueError, "image_MD is on meta, expected cpu"),
     ({"bank_QD": torch.zeros(5, 7)}, ValueError, r"bank_QD has shape \(5, 7\), expected \(5, 8\)"),
+    ({"bank_QD": torch.zeros(8)}, ValueError, r"bank_QD has shape \(8,\), expected \[Q, 8\]"),
+    ({"bank_QD": [1.0]}, TypeError, r"bank_QD is a list, expected a tensor \[Q, 8\]"),
     ({"bank_QD": torch.zeros(5, 8, requires_grad=True)}, ValueError, "bank_QD requires grad"),
     ({"bank_QD": torch.zeros(5, 8).double()}, TypeError, "bank_QD is torch.float64"),
     ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale has shape \(2,\)"),
@@ -409,6 +411,9 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"image_ids": IDS, "bank_ids": IDS}, ValueError, r"bank_ids has shape \(4,\), expected \(5,\)"),
     ({"bank_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, "bank_ids is given without image_ids"),
     ({"excluded": IDS}, TypeError, "excluded is a Tensor"),
+    ({"bank_QD": None, "bank_ids": IDS, "image_ids": IDS}, ValueError, "bank_ids is given without bank_QD"),
+    ({"excluded": (None, IDS)}, TypeError, r"excluded\[0\] \(rows\) is a NoneType"),
+    ({"excluded": (IDS, IDS[None])}, ValueError, r"excluded\[1\] \(columns\) has shape \(1, 4\), expected \[E\]"),
     ({"excluded": (IDS, IDS[:3])}, ValueError, r"excluded\[1\] has shape \(3,\), expected \(4,\)"),
     ({"excluded": (IDS + 4, IDS)}, ValueError, r"excluded\[0\] \(rows\) spans 4 to 4, expected 0 to 3"),
     ({"excluded": (IDS, IDS - 1)}, ValueError, r"excluded\[1\] \(columns\) spans -1 to -1, expected 0 to 8"),
@@ -418,6 +423,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"direction_weights": (0.0, 0.0)}, ValueError, "direction_weights is"),
     ({"direction_weights": (1.0, -0.5)}, ValueError, "direction_weights is"),
     ({"direction_weights": (1.0,)}, TypeError, "direction_weights is"),
+    ({"direction_weights": 0.5}, TypeError, "direction_weights is 0.5, expected two numbers"),
+    ({"group": "gloo"}, TypeError, "group is a str, expected a ProcessGroup"),
 ]
 
 

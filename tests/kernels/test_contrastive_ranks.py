@@ -33,10 +33,10 @@ def test_two_ranks_equal_one(
 ) -> None:
     print(f"seed {results['seed']}")
     ranks, whole, exchanges = results[kind, positives, given, frozen, dtype]
-    # bf16: the features' own gradients are rounded, and the maps' gradients are summed in another order.
-    tolerance = {"torch.float64": 1e-12, "torch.float32": 1e-5, "torch.bfloat16": 2e-2}[dtype]
+    # bf16: gradients are rounded to it, and a last place may fall the other way.
+    tolerance = {"torch.float64": 1e-12, "torch.float32": 1e-6, "torch.bfloat16": 1e-3}[dtype]
     assert len(set(ranks["loss"])) == 1
-    assert ranks["loss"][0] == pytest.approx(float(whole["loss"]), rel=min(tolerance, 1e-5))
+    assert ranks["loss"][0] == pytest.approx(float(whole["loss"]), rel=min(tolerance, 1e-6))
     assert ("d_image_map" in ranks) == ("d_image_map" in whole) == (not frozen)
     for name, value in whole.items():
         if name != "loss":
