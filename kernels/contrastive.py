@@ -151,7 +151,10 @@ class _Ranks:
         """The rows of all ranks in rank order: [N, ...]; ranks may hold different numbers of rows."""
         if self.group is None:
             return rows
-        padded = rows.new_zeros((max(self.sizes), *rows.shape[1:]))
+        longest = max(self.sizes)
+        if min(self.sizes) == longest:
+            return self.gather(rows).flatten(0, 1)
+        padded = rows.new_zeros((longest, *rows.shape[1:]))
         padded[: len(rows)] = rows
         gathered = self.gather(padded)
         return torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
@@ -165,11 +168,13 @@ class _Ranks:
         if self.group is None:
             return rows
         longest = max(self.sizes)
-        padded = rows.new_zeros((self.world, longest, *rows.shape[1:]))
-        for part, own in zip(padded, rows.split(self.sizes), strict=True):
-            part[: len(own)] = own
+        padded = rows
+        if min(self.sizes) < longest:
+            padded = rows.new_zeros((self.world * longest, *rows.shape[1:]))
+            for part, own in zip(padded.split(longest), rows.split(self.sizes), strict=True):
+                part[: len(own)] = own
         out = rows.new_empty((longest, *rows.shape[1:]))
-        _reduce_scatter(out, padded.flatten(0, 1), group=self.group)
+        _reduce_scatter(out, padded, group=self.group)
         return out[: self.sizes[self.rank]]
 
 
@@ -617,6 +622,8 @@ def _as_scalar(value: Tensor | float, device: torch.device) -> Tensor:
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """The value as it is, its gradient times `factor`."""
+
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: int) -> Tensor:
         ctx.factor = factor
