@@ -114,8 +114,9 @@ def _train(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     _silence_model_files()
     from .train import train
+    from .training.distributed import end_process
 
-    train(config)
+    end_process(reported(lambda: train(config)))
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -26,18 +25,18 @@ from .model.encode import encode_pictures, encode_store
 from .model.frozen import frozen_name
 from .model.teacher import Teacher
 from .objectives.retrieval import retrieval_report
-from .training.distributed import join_process_group
+from .training.distributed import end_process, join_process_group
 from .training.trainer import Trainer, Validate
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry of the `deepspeed` launcher."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of the `deepspeed` launcher; ends the process."""
     parser = argparse.ArgumentParser(prog="efficientclip train", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    return reported(lambda: train(load_config(given.config, given.overrides)))
+    end_process(reported(lambda: train(load_config(given.config, given.overrides))))
 
 
 def train(config: Config) -> None:
@@ -162,4 +161,4 @@ def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, An
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

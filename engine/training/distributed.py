@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import deepspeed
 import torch
@@ -48,6 +48,13 @@ def join_process_group() -> tuple[int, int]:
         )
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def end_process(code: int) -> NoReturn:
+    """Leave at once: a gloo worker still dropping its last tensors would meet a Python half torn down, and abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

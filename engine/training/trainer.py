@@ -71,6 +71,8 @@ class Trainer:
             return self._train()
         finally:
             signal.signal(signal.SIGTERM, previous)
+            if self.metrics is not None:
+                self.metrics.close()
 
     def _train(self) -> bool:
         training = self.config.training
@@ -350,7 +352,6 @@ class Trainer:
                 ),
                 self.run / "confidence.parquet",
             )
-            self.metrics.close()
 
 
 class Metrics:

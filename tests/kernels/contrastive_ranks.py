@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from efficientclip.kernels import contrastive, contrastive_loss
+from efficientclip.training.distributed import end_process
 
 Q, D = 19, 24
 SIZES = {"ragged": (37, 90), "one alone": (1, 6), "one empty": (0, 30), "equal": (40, 40)}
@@ -145,6 +146,7 @@ def main(path: str, seed: int) -> None:
         torch.save(results, path)
     dist.barrier()
     dist.destroy_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -25,4 +25,4 @@ def step_after_saving(self: Trainer) -> None:
 
 
 Trainer._step = step_after_saving  # type: ignore[method-assign]
-sys.exit(train.main(sys.argv[1:]))
+train.main(sys.argv[1:])
