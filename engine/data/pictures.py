@@ -29,6 +29,12 @@ def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
 
 
 def normalise(pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:
-    """Pixels uint8 or float 0..255 [M, S, S, 3] to normalised float [M, 3, S, S]."""
-    scaled = pixels.permute(0, 3, 1, 2).float() / 255
-    return (scaled - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    """Pixels uint8 [M, S, S, 3] to normalised float [M, 3, S, S]."""
+    return standardise(pixels.permute(0, 3, 1, 2).float() / 255, mean, std)
+
+
+def standardise(
+    planes: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> torch.Tensor:
+    """Planes [M, 3, S, S] in 0..1 to mean 0 and deviation 1, by the tower's figures for each channel."""
+    return (planes - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
