@@ -1,5 +1,14 @@
 """Fused losses and scores: each with a naive reference, a chunked path and a public function."""
 
 from .contrastive import ContrastiveOutput, contrastive_loss, contrastive_loss_naive, explain
+from .similarity import paired_similarity, positive_ranks, top_k
 
-__all__ = ["ContrastiveOutput", "contrastive_loss", "contrastive_loss_naive", "explain"]
+__all__ = [
+    "ContrastiveOutput",
+    "contrastive_loss",
+    "contrastive_loss_naive",
+    "explain",
+    "paired_similarity",
+    "positive_ranks",
+    "top_k",
+]

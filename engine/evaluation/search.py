@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from matplotlib.ft2font import FT2Font
 from rich.table import Table
 from rich.text import Text
 
+from efficientclip.kernels import top_k
+
 from ..data.pictures import decode_square
 from ..data.shards import read_picture
 from ..data.store import Store, write_atomically
 from ..errors import UserError
 from .run import open_data, open_run
 
-BLOCK = 1 << 16
 COLUMNS = 5
 EDGE = 256
 CAPTION_LINE, CAPTION_LINES = 14, 2
@@ -66,12 +68,14 @@ def nearest(
     store: Store, text_QD: npt.NDArray[np.float32], top: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Cosines [Q, T] and image ids [Q, T] of the T = min(top, images) nearest images, best first."""
-    queries_QD = torch.from_numpy(text_QD)
-    blocks = [
-        queries_QD @ torch.from_numpy(store.features[start : start + BLOCK].astype(np.float32)).T
-        for start in range(0, len(store.features), BLOCK)
-    ]
-    scores, ids = torch.cat(blocks, dim=1).topk(min(top, len(store.features)))
+    with warnings.catch_warnings():
+        # The mapped features are only read.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        features_KD = torch.from_numpy(store.features)
+    try:
+        scores, ids = top_k(torch.from_numpy(text_QD), features_KD, min(top, len(features_KD)))
+    except ValueError as error:
+        raise UserError(f"search: {error}; the model or the store is broken") from error
     return scores.numpy(), ids.numpy()
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from efficientclip.kernels import positive_ranks
 
 from ..errors import UserError
 
 Ranks = npt.NDArray[np.float64]
 CUTOFFS = (1, 5, 10)
-QUERY_CHUNK = 512
 
 
 def best_ranks(
@@ -25,22 +27,14 @@ def best_ranks(
     positive, or a feature that is not finite, is a UserError.
     """
     indptr, indices = positives
-    if not (np.isfinite(query_ND).all() and np.isfinite(candidate_KD).all()):
-        raise UserError("features: NaN or infinity among the queries or candidates; the model or the store is broken")
-    if (np.diff(indptr) == 0).any():
-        raise UserError(f"query {int(np.flatnonzero(np.diff(indptr) == 0)[0])}: no right answer among the candidates")
-    ranks = np.empty(len(query_ND))
-    for start in range(0, len(query_ND), QUERY_CHUNK):
-        stop = min(start + QUERY_CHUNK, len(query_ND))
-        similarity = query_ND[start:stop] @ candidate_KD.T
-        lengths = np.diff(indptr[start : stop + 1])
-        owner = np.repeat(np.arange(stop - start), lengths)
-        right = indices[indptr[start] : indptr[stop]]
-        best = np.full(stop - start, -np.inf)
-        np.maximum.at(best, owner, similarity[owner, right])
-        similarity[owner, right] = -np.inf
-        ranks[start:stop] = 1 + (similarity > best[:, None]).sum(1) + (similarity == best[:, None]).sum(1) / 2
-    return ranks
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query, candidate, groups, rows = (
+        torch.from_numpy(array).to(device) for array in (query_ND, candidate_KD, indptr, indices.astype(np.int64))
+    )
+    try:
+        return positive_ranks(query, candidate, rows, groups).cpu().numpy()
+    except ValueError as error:
+        raise UserError(f"retrieval: {error}; the model or the store is broken") from error
 
 
 def summary(ranks: Ranks) -> dict[str, float]:

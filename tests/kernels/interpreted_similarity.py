@@ -1,0 +1,80 @@
+"""The Triton kernels of `similarity` in Triton's interpreter: `test_similarity` runs this file with it turned on."""
+
+from __future__ import annotations
+
+import math
+import secrets
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientclip.kernels import paired_similarity, positive_ranks, similarity
+from efficientclip.kernels.similarity import Tile, paired_similarity_naive, positive_ranks_naive
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors to the Triton kernels, in tiles so small that few queries need several."""
+    monkeypatch.setattr(similarity, "uses_triton", lambda features: True)
+    monkeypatch.setattr(similarity, "TILES", {2: Tile(16, 16, 4, 2), 4: Tile(32, 16, 4, 2)})
+    monkeypatch.setattr(similarity, "SLAB_ROWS", 64)
+    monkeypatch.setattr(similarity, "PROGRAMS", 6)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    seed = secrets.randbelow(1 << 31)
+    print(f"seed {seed}")
+    return torch.Generator().manual_seed(seed)
+
+
+def positives(rng: torch.Generator, M: int, Q: int) -> tuple[Tensor, Tensor]:
+    sizes = torch.randint(1, 4, (M,), generator=rng)
+    groups = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    return torch.randint(0, Q, (int(groups[-1]),), generator=rng), groups
+
+
+def test_the_interpreter_is_on() -> None:
+    assert similarity.interpreted()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 1, 1), (1, 70, 24), (75, 33, 100), (130, 40, 24)])
+def test_ranks_with_exact_ties(rng: torch.Generator, dtype: torch.dtype, M: int, Q: int, D: int) -> None:
+    """Small whole numbers: products are exact in any order, and many tie."""
+    query = torch.randint(-1, 2, (M, D), generator=rng).to(dtype)
+    bank = torch.randint(-1, 2, (Q, D), generator=rng).to(dtype)
+    bank[Q // 2 :] = bank[: Q - Q // 2].clone()
+    rows, groups = positives(rng, M, Q)
+    ranks = positive_ranks(query, bank, rows, groups)
+    assert torch.equal(ranks, positive_ranks_naive(query, bank, rows, groups))
+    assert M == 1 or bool(ranks.frac().any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_rows_tie_whatever_their_features(rng: torch.Generator, dtype: torch.dtype) -> None:
+    query, one = (F.normalize(torch.randn(n, 100, generator=rng), dim=1).to(dtype) for n in (40, 1))
+    rows, groups = torch.randint(0, 50, (40,), generator=rng), torch.arange(41)
+    ranks = positive_ranks(query, one.repeat(50, 1), rows, groups)
+    assert torch.equal(ranks, torch.full_like(ranks, 1 + 49 / 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (37, 24), (20, 300)])
+def test_cosines(rng: torch.Generator, dtype: torch.dtype, M: int, D: int) -> None:
+    text, bank = torch.randn(M, D, generator=rng).to(dtype), torch.randn(50, D, generator=rng).to(dtype)
+    bank[7], bank[8], bank[9], bank[10] = 0, text[0], -text[0], math.nan
+    bank[11:20] *= 1e-3 if dtype == torch.float16 else 1e-30
+    rows = torch.randint(11, 50, (M,), generator=rng)
+    for row in (rows[0], 7, 8, 9, 10):
+        rows[0] = row
+        expected = paired_similarity_naive(text, bank, rows)
+        torch.testing.assert_close(
+            paired_similarity(text, bank, rows).double(), expected, rtol=0, atol=1e-6, equal_nan=True
+        )
