@@ -1,6 +1,7 @@
 """Fused losses and scores: each with a naive reference, a chunked path and a public function."""
 
 from .contrastive import ContrastiveOutput, contrastive_loss, contrastive_loss_naive, explain
+from .sigmoid import sigmoid_loss, sigmoid_loss_naive
 from .similarity import paired_similarity, positive_ranks, top_k
 
 __all__ = [
@@ -10,5 +11,7 @@ __all__ = [
     "explain",
     "paired_similarity",
     "positive_ranks",
+    "sigmoid_loss",
+    "sigmoid_loss_naive",
     "top_k",
 ]

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few queries need several."""
     monkeypatch.setattr(similarity, "uses_triton", lambda features: True)
-    monkeypatch.setattr(similarity, "TILES", {2: Tile(16, 16, 4, 2), 4: Tile(32, 16, 4, 2)})
+    monkeypatch.setattr(similarity, "TILES", {2: Tile(16, 64, 4, 2), 4: Tile(32, 64, 4, 2)})
     monkeypatch.setattr(similarity, "SLAB_ROWS", 64)
     monkeypatch.setattr(similarity, "PROGRAMS", 6)
     torch.use_deterministic_algorithms(True)

@@ -1,0 +1,655 @@
+"""SigLIP's pairwise sigmoid loss over a batch, a bank of images and any number of ranks, with no M x N matrix.
+
+Cost model, for M texts on this rank, N images of all ranks, Q bank rows and width D:
+
+- compute: 4 products of M (N + Q) D multiply-adds, one in forward and three in backward (the recompute, d
+  text, d image), 3 when images are frozen. A logit costs one exponential and one logarithm in forward, one
+  exponential and one division in backward. The bank's logits yield no d image.
+- memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N. Chunked
+  torch: two tiles of `contrastive.TILE_LOGITS` logits. Triton: 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of
+  partial sums in forward, one chunk of `CHUNK` x `CHUNK` slopes in backward (32 MB, fp32 64 MB).
+- exchange a rank: N images in their own dtype and about 4 N numbers in forward; in backward nothing when
+  images are frozen, else a reduce-scatter of N x D in fp32.
+
+Shapes: M this rank's pairs, N pairs of all ranks, Q bank rows, D width, R x C one tile.
+
+With u = -y z, y = +1 for positives and -1 else, a cell loses softplus(u) and its slope is -y sigmoid(u): both keep
+their relative precision however small they are. A masked cell has u = -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from .contrastive import (
+    DTYPES,
+    ContrastiveOutput,
+    Positives,
+    _as_scalar,
+    _Cells,
+    _plan,
+    _Ranks,
+    _require_excluded,
+    _require_excluded_range,
+    _require_features,
+    _require_ids,
+    _require_options,
+    _require_scalar,
+    _ScaleGradient,
+    _Tiles,
+)
+from .similarity import TILES, by_tile, interpreted, jit, tile_product, uses_triton
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+# Columns of tiles a forward program walks: a constant, so that the same bits come out on every chip.
+STRIP_TILES = 32
+# Rows and columns of slopes in memory at a time; a multiple of every tile.
+CHUNK = 4096
+# Slopes are stored times this: fp16 then reaches down to 2^-39.
+SLOPE_UNIT = 2.0**15
+# Stands for an excluded cell's dot product, which no features of this world reach.
+CLOSED = -3.0e38
+
+
+# Naive reference
+
+
+def sigmoid_loss_naive(
+    text_MD: Tensor,
+    image_MD: Tensor,
+    bank_QD: Tensor | None = None,
+    *,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    pair_weights: Tensor | None = None,
+    positives: Positives = "pair",
+    image_ids: Tensor | None = None,
+    caption_ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
+) -> ContrastiveOutput:
+    """The definition of `sigmoid_loss` on one rank: the whole matrix in plain torch, under autograd."""
+    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+    M, device = len(text_MD), text_MD.device
+    columns = image_MD if bank_QD is None else torch.cat([image_MD, bank_QD])
+    bias = 0.0 if logit_bias is None else logit_bias
+    logits = logit_scale * (text_MD.to(dtype) @ columns.to(dtype).T) + bias
+
+    own = torch.eye(M, len(columns), dtype=torch.bool, device=device)
+    same = own.clone()
+    if image_ids is not None:
+        same[:, :M] |= image_ids[:, None] == image_ids
+        if bank_ids is not None:
+            same[:, M:] |= image_ids[:, None] == bank_ids
+    if caption_ids is not None:
+        same[:, :M] |= caption_ids[:, None] == caption_ids
+    positive = same if positives == "ids" else own
+    masked = torch.zeros_like(own) if positives == "ids" else same
+    if excluded is not None:
+        masked = masked.index_put(excluded, torch.tensor(True, device=device))
+
+    cell_loss = -functional.logsigmoid(torch.where(positive, logits, -logits))
+    pair_loss = cell_loss.masked_fill(masked & ~positive, 0).sum(1)
+    weights = torch.ones(M, dtype=dtype, device=device) if pair_weights is None else pair_weights.to(dtype)
+    total = weights.sum()
+    loss = (weights * pair_loss).sum() / torch.where(total > 0, total, 1)
+    return ContrastiveOutput(loss, pair_loss.detach(), logits.diagonal()[:M].detach().clone())
+
+
+# Triton kernels
+
+
+@jit
+def _scores(  # type: ignore[no-untyped-def]
+    text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
+    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr, at,
+    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Of one tile: the dot products (`CLOSED` for excluded cells), u, and which cells are positives."""
+    dot_RC = tile_product(text_ptr, row_R, row_R < M, column_ptr, col_C, col_C < C, D, BLOCK, BLOCK_K, UPCAST)
+    # Marked in place, so that one tensor alone lives through the loop.
+    for cell in range(tl.load(bounds_ptr + at), tl.load(bounds_ptr + at + 1)):
+        row = tl.load(cell_rows_ptr + cell)
+        col = tl.load(cell_cols_ptr + cell)
+        dot_RC = tl.where((row_R == row)[:, None] & (col_C == col)[None, :], CLOSED, dot_RC)
+    own_RC = (row_R + diagonal)[:, None] == col_C[None, :]
+    same_RC = own_RC
+    if IMAGE_IDS:
+        row_ids_R = tl.load(image_row_ptr + row_R, mask=row_R < M, other=0)
+        col_ids_C = tl.load(image_col_ptr + col_C, mask=col_C < C, other=0)
+        same_RC = same_RC | (row_ids_R[:, None] == col_ids_C[None, :])
+    if CAPTION_IDS:
+        row_ids_R = tl.load(caption_row_ptr + row_R, mask=row_R < M, other=0)
+        col_ids_C = tl.load(caption_col_ptr + col_C, mask=col_C < C, other=0)
+        same_RC = same_RC | (row_ids_R[:, None] == col_ids_C[None, :])
+    positive_RC = same_RC if IDS_POSITIVE else own_RC
+    masked_RC = (dot_RC == CLOSED) | (col_C >= C)[None, :]
+    if not IDS_POSITIVE:
+        masked_RC = masked_RC | (same_RC & ~own_RC)
+    z_RC = dot_RC * tl.load(scalars_ptr) + tl.load(scalars_ptr + 1)
+    u_RC = tl.where(masked_RC, float("-inf"), tl.where(positive_RC, -z_RC, z_RC))
+    return dot_RC, u_RC, positive_RC
+
+
+@jit
+def _loss_kernel(  # type: ignore[no-untyped-def]
+    text_ptr, column_ptr, scalars_ptr, loss_ptr, M, C, D, diagonal, strip_tiles,
+    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
+    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Row sums of softplus(u) of one block of texts over one strip of columns: fp32 [strips, M]."""
+    block = tl.program_id(0)
+    strip = tl.program_id(1)
+    tiles = tl.cdiv(C, BLOCK)
+    row_R = block * BLOCK + tl.arange(0, BLOCK)
+    loss_R = tl.zeros([BLOCK], tl.float32)
+    for tile in range(strip * strip_tiles, tl.minimum((strip + 1) * strip_tiles, tiles)):
+        col_C = tile * BLOCK + tl.arange(0, BLOCK)
+        _, u_RC, _ = _scores(
+            text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
+            image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr,
+            bounds_ptr, block * tiles + tile, IMAGE_IDS, CAPTION_IDS, IDS_POSITIVE, CLOSED,
+            BLOCK, BLOCK_K, UPCAST,
+        )  # fmt: skip
+        e_RC = tl.exp(-tl.abs(u_RC))
+        # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24.
+        series_RC = 0.0051058258 * e_RC - 0.0289919564
+        series_RC = series_RC * e_RC + 0.0773807384
+        series_RC = series_RC * e_RC - 0.135906002
+        series_RC = series_RC * e_RC + 0.190713096
+        series_RC = series_RC * e_RC - 0.248339455
+        series_RC = series_RC * e_RC + 0.333179343
+        series_RC = series_RC * e_RC - 0.499994357
+        series_RC = series_RC * e_RC + 0.999999965
+        loss_R += tl.sum(tl.maximum(u_RC, 0.0) + series_RC * e_RC, 1)
+    tl.store(loss_ptr + strip.to(tl.int64) * M + row_R, loss_R, mask=row_R < M)
+
+
+@jit
+def _slope_kernel(  # type: ignore[no-untyped-def]
+    text_ptr, column_ptr, scalars_ptr, slope_ptr, sums_ptr, first_row, first_col, M, C, D, diagonal,
+    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
+    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    CHUNK: tl.constexpr, SLOPE_UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of the chunk: its slopes, and their row sums, plain and weighted by the dot products."""
+    in_row_R = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_col_C = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row_R = first_row + in_row_R
+    col_C = first_col + in_col_C
+    at = (first_row // BLOCK + tl.program_id(0)) * tl.cdiv(C, BLOCK) + first_col // BLOCK + tl.program_id(1)
+    dot_RC, u_RC, positive_RC = _scores(
+        text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
+        image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr,
+        bounds_ptr, at, IMAGE_IDS, CAPTION_IDS, IDS_POSITIVE, CLOSED,
+            BLOCK, BLOCK_K, UPCAST,
+    )  # fmt: skip
+    e_RC = tl.exp(-tl.abs(u_RC))
+    slope_RC = tl.where(u_RC > 0, 1.0, e_RC) / (1.0 + e_RC)
+    slope_RC = tl.where(positive_RC, -slope_RC, slope_RC)
+    sums = sums_ptr + (2 * tl.program_id(1)) * CHUNK + in_row_R
+    tl.store(sums, tl.sum(slope_RC, 1))
+    tl.store(sums + CHUNK, tl.sum(slope_RC * dot_RC, 1))
+    # Pairs' own slopes are the large ones, and are not rounded: they are added apart.
+    slope_RC = tl.where((row_R + diagonal)[:, None] == col_C[None, :], 0.0, slope_RC)
+    slope = slope_ptr + in_row_R[:, None] * CHUNK + in_col_C[None, :]
+    tl.store(slope, (slope_RC * SLOPE_UNIT).to(slope_ptr.dtype.element_ty))
+
+
+@jit
+def _gather_kernel(  # type: ignore[no-untyped-def]
+    slope_ptr, feature_ptr, out_ptr, rows, K, D, ROW_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out [rows, D] += slope [rows, K] x feature [K, D], the slopes by their strides."""
+    row_R = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d_D = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc_RD = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k_K = start + tl.arange(0, BLOCK_K)
+        slope = slope_ptr + row_R[:, None] * ROW_STRIDE + k_K[None, :] * K_STRIDE
+        slope_RK = tl.load(slope, mask=(row_R < rows)[:, None] & (k_K < K)[None, :], other=0.0)
+        feature = feature_ptr + k_K.to(tl.int64)[:, None] * D + d_D[None, :]
+        feature_KD = tl.load(feature, mask=(k_K < K)[:, None] & (d_D < D)[None, :], other=0.0)
+        if UPCAST:
+            slope_RK = slope_RK.to(tl.float32)
+            feature_KD = feature_KD.to(tl.float32)
+        acc_RD = tl.dot(slope_RK, feature_KD, acc_RD, input_precision="tf32x3")
+    out = out_ptr + row_R.to(tl.int64)[:, None] * D + d_D[None, :]
+    open_RD = (row_R < rows)[:, None] & (d_D < D)[None, :]
+    tl.store(out, tl.load(out, mask=open_RD, other=0.0) + acc_RD, mask=open_RD)
+
+
+# Triton path
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source of columns, the images or the bank; `ids` are (row, column) vectors of image and caption ids."""
+
+    bank: bool
+    columns: int
+    diagonal: int
+    image_ids: tuple[Tensor, Tensor] | None
+    caption_ids: tuple[Tensor, Tensor] | None
+    cells: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _TritonCells:
+    """What the Triton kernels need to know of positives and masks."""
+
+    parts: list[_Part]
+    as_positives: bool
+
+
+def _relabelled(rows_M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids as int32, equal where they were: a tile holds half as many registers of them."""
+    labels = torch.cat([rows_M, columns]).unique(return_inverse=True)[1].int()
+    return labels[: len(rows_M)], labels[len(rows_M) :]
+
+
+def _triton_cells(
+    text_MD: Tensor,
+    ranks: _Ranks,
+    bank: int,
+    ids: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None],
+    bank_ids: tuple[Tensor, Tensor] | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    as_positives: bool,
+) -> _TritonCells:
+    M, N = len(text_MD), ranks.total
+    nothing = torch.empty(0, dtype=torch.int64, device=text_MD.device)
+    excluded_rows, excluded_columns = (nothing, nothing) if excluded is None else excluded
+    block = TILES[text_MD.element_size()].BLOCK
+    ids = ids[0] and _relabelled(*ids[0]), ids[1] and _relabelled(*ids[1])
+    bank_ids = bank_ids and _relabelled(*bank_ids)
+    parts = []
+    for is_bank, size, first in ((False, N, 0), (True, bank, N)):
+        if not M or not size:
+            continue
+        here = (excluded_columns >= first) & (excluded_columns < first + size)
+        rows, columns = excluded_rows[here], excluded_columns[here] - first
+        # No text lies on a diagonal of the bank.
+        diagonal = -M if is_bank else ranks.offset
+        part_ids = (bank_ids, None) if is_bank else ids
+        negative = rows + diagonal != columns
+        for pair in part_ids:
+            if pair is not None and as_positives:
+                negative &= pair[0][rows] != pair[1][columns]
+        cells = by_tile(rows[negative], columns[negative], M, size, block)
+        parts.append(_Part(is_bank, size, diagonal, *part_ids, cells))
+    return _TritonCells(parts, as_positives)
+
+
+class _Triton:
+    """Losses and gradients by the Triton kernels."""
+
+    def __init__(
+        self,
+        text_MD: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        cells: _TritonCells,
+        offset: int,
+    ) -> None:
+        self.text_MD, self.image_ND = text_MD.contiguous(), image_ND.contiguous()
+        self.bank_QD = None if bank_QD is None else bank_QD.contiguous()
+        self.scalars = torch.stack([scale.detach().float().reshape(()), bias.detach().float().reshape(())])
+        self.scale, self.bias, self.cells, self.offset = scale.detach(), bias.detach(), cells, offset
+        self.tile = TILES[text_MD.element_size()]
+        self.options = {**self.tile._asdict(), "UPCAST": interpreted()}
+
+    def _columns(self, part: _Part) -> Tensor:
+        source = self.bank_QD if part.bank else self.image_ND
+        if source is None:
+            raise RuntimeError("a bank part without a bank")
+        return source
+
+    def _masks(self, part: _Part) -> tuple[list[Tensor], dict[str, Any]]:
+        """The arguments of a kernel that name ids and cells; ids that are not given are not read."""
+        vectors = []
+        for pair in (part.image_ids, part.caption_ids):
+            vectors += [self.scalars, self.scalars] if pair is None else list(pair)
+        given = {"IMAGE_IDS": part.image_ids is not None, "CAPTION_IDS": part.caption_ids is not None}
+        given |= {"IDS_POSITIVE": self.cells.as_positives, "CLOSED": CLOSED}
+        return [*vectors, *part.cells], {**given, **self.options}
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """(loss_M, positive_M), fp64."""
+        M, D = self.text_MD.shape
+        loss_M, positive_M = (torch.zeros(M, dtype=torch.float64, device=self.text_MD.device) for _ in "12")
+        own_MD = self.image_ND[self.offset : self.offset + M]
+        for start in range(0, M, CHUNK):
+            rows = slice(start, start + CHUNK)
+            positive_M[rows] = (self.text_MD[rows].float() * own_MD[rows]).sum(1, dtype=torch.float64)
+        positive_M.mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
+        for part in self.cells.parts:
+            tiles = -(-part.columns // self.tile.BLOCK)
+            strips = -(-tiles // STRIP_TILES)
+            partial = torch.empty(strips, M, dtype=torch.float32, device=self.text_MD.device)
+            vectors, options = self._masks(part)
+            _loss_kernel[-(-M // self.tile.BLOCK), strips](
+                self.text_MD, self._columns(part), self.scalars, partial, M, part.columns, D, part.diagonal,
+                STRIP_TILES, *vectors, **options,
+            )  # fmt: skip
+            loss_M += partial.sum(0, dtype=torch.float64)
+        return loss_M, positive_M
+
+    def gradients(
+        self, g_M: Tensor, positive_M: Tensor, need_text: bool, need_image: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """(d text_MD, d image_ND, d scale, d bias): the features' in fp32, the scalars' in fp64."""
+        M, D = self.text_MD.shape
+        device, block = self.text_MD.device, self.tile.BLOCK
+        d_text_MD = torch.zeros(M, D, device=device) if need_text else None
+        d_image_ND = torch.zeros(self.image_ND.shape, device=device) if need_image else None
+        sums_2M = torch.zeros(2, M, dtype=torch.float64, device=device)
+        top = g_M.abs().amax() if M else g_M.new_zeros(())
+        share_M1 = (g_M / torch.where(top == 0, 1, top)).float()[:, None]
+        height = min(CHUNK, -(-M // block) * block)
+        slope = torch.empty(height * CHUNK, dtype=self.text_MD.dtype, device=device)
+        for part in self.cells.parts:
+            columns_CD = self._columns(part)
+            vectors, options = self._masks(part)
+            for start in range(0, M, CHUNK):
+                rows = slice(start, min(start + CHUNK, M))
+                size = rows.stop - start
+                # The row's factor goes to the text, not to the slopes: those near 1 would all round alike.
+                weighted_RD = (self.text_MD[rows] * share_M1[rows]).to(self.text_MD.dtype) if need_image else None
+                for first in range(0, part.columns, CHUNK):
+                    cols = slice(first, min(first + CHUNK, part.columns))
+                    down, across = -(-size // block), -(-(cols.stop - first) // block)
+                    partial = torch.empty(across, 2, CHUNK, dtype=torch.float32, device=device)
+                    _slope_kernel[down, across](
+                        self.text_MD, columns_CD, self.scalars, slope, partial, start, first, M,
+                        part.columns, D, part.diagonal, *vectors, CHUNK=CHUNK, SLOPE_UNIT=SLOPE_UNIT, **options,
+                    )  # fmt: skip
+                    sums_2M[:, rows] += partial[..., :size].sum(0, dtype=torch.float64)
+                    if d_text_MD is not None:
+                        self._gather(slope, columns_CD[cols], d_text_MD[rows], (CHUNK, 1))
+                    if d_image_ND is not None and weighted_RD is not None and not part.bank:
+                        self._gather(slope, weighted_RD, d_image_ND[cols], (1, CHUNK))
+        unit = self.scale.double().reshape(()) / SLOPE_UNIT
+        if d_text_MD is not None:
+            d_text_MD.mul_((g_M * unit).float()[:, None])
+        if d_image_ND is not None:
+            d_image_ND.mul_(top * unit)
+        own_M1 = (-g_M * torch.sigmoid(-positive_M) * self.scale.double().reshape(())).float()[:, None]
+        for start in range(0, M, CHUNK):
+            rows = slice(start, min(start + CHUNK, M))
+            own = slice(self.offset + start, self.offset + rows.stop)
+            if d_text_MD is not None:
+                d_text_MD[rows].addcmul_(self.image_ND[own].float(), own_M1[rows])
+            if d_image_ND is not None:
+                d_image_ND[own].addcmul_(self.text_MD[rows].float(), own_M1[rows])
+        d_bias, d_scale = (sums_2M * g_M).sum(1).unbind()
+        return d_text_MD, d_image_ND, d_scale, d_bias
+
+    def _gather(self, slope: Tensor, features_KD: Tensor, out_RD: Tensor, strides: tuple[int, int]) -> None:
+        (rows, D), block = out_RD.shape, self.tile.BLOCK
+        _gather_kernel[-(-rows // block), -(-D // block)](
+            slope, features_KD, out_RD, rows, len(features_KD), D, *strides, **self.options
+        )
+
+
+# Chunked path
+
+
+class _Chunked(_Tiles):
+    """Losses and gradients by torch, tile by tile; the diagonal apart."""
+
+    def __init__(
+        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, cells: _Cells
+    ) -> None:
+        super().__init__(text_MD, image_ND, bank_QD, scale, cells, False)
+        self.bias = bias.detach().to(self.dtype).reshape(())
+
+    def _exponents(self, scaled_RD: Tensor, columns_CD: Tensor, start: int, index: int) -> tuple[Tensor, Tensor | None]:
+        """u of a tile, -inf on the diagonal, and the flat indices of its other positives."""
+        block = self.blocks[index]
+        tile = self._logits(scaled_RD, columns_CD).add_(self.bias)
+        masked, extra = self.cells.tile(start, start + len(tile), index)
+        self._fill(tile, start, block, masked, -math.inf)
+        if extra is not None:
+            tile.view(-1)[extra] = -tile.view(-1)[extra]
+        return tile, extra
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """(loss_M, positive_M), fp64."""
+        M = len(self.text_MD)
+        loss_M, positive_M = self._vector(M), self._vector(M)
+        for start in range(0, M, self.row_step):
+            rows = slice(start, min(start + self.row_step, M))
+            scaled_RD = self._scaled_rows(rows)
+            own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+            positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
+            for index, block in enumerate(self.blocks):
+                tile, _ = self._exponents(scaled_RD, self._columns(block), start, index)
+                softened = torch.abs(tile, out=self._spare(tile)).neg_().exp_().log1p_()
+                loss_M[rows] += softened.add_(tile.clamp_(min=0)).sum(1)
+        return loss_M.sub_(functional.logsigmoid(positive_M)), positive_M
+
+    def gradients(
+        self, g_M: Tensor, positive_M: Tensor, need_text: bool, need_image: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """(d text_MD, d image_ND, d scale, d bias): the features' in the accumulation dtype, the scalars' in fp64."""
+        M, D = self.text_MD.shape
+        d_text_MD = self._new(M, D).zero_() if need_text else None
+        d_image_ND = self._new(*self.image_ND.shape).zero_() if need_image else None
+        d_scale, d_bias = self._vector(1).squeeze(0), self._vector(1).squeeze(0)
+        own_M = -g_M * torch.sigmoid(-positive_M)
+        for start in range(0, M, self.row_step):
+            rows = slice(start, min(start + self.row_step, M))
+            own = slice(self.offset + start, self.offset + rows.stop)
+            scaled_RD = self._scaled_rows(rows)
+            d_RD = None if d_text_MD is None else d_text_MD[rows]
+            for index, block in enumerate(self.blocks):
+                columns_CD = self._columns(block)
+                tile, extra = self._exponents(scaled_RD, columns_CD, start, index)
+                tile.sigmoid_()
+                if extra is not None:
+                    tile.view(-1)[extra] = -tile.view(-1)[extra]
+                tile.mul_(g_M[rows, None].to(self.dtype))
+                d_bias += tile.sum(1).sum(dtype=torch.float64)
+                if d_RD is not None:
+                    d_RD.addmm_(tile, columns_CD)
+                if d_image_ND is not None and not block.bank:
+                    d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
+            own_R1 = own_M[rows, None].to(self.dtype)
+            if d_image_ND is not None:
+                d_image_ND[own].addcmul_(scaled_RD, own_R1)
+            if d_RD is not None:
+                d_RD.addcmul_(self.image_ND[own].to(self.dtype), own_R1)
+                d_scale += (d_RD * self.text_MD[rows]).sum(dtype=torch.float64)
+                d_RD.mul_(self.scale)
+        return d_text_MD, d_image_ND, d_scale, d_bias + own_M.sum()
+
+
+# Autograd function
+
+
+class _Sigmoid(torch.autograd.Function):
+    """Text, image, scale and bias to the rows' losses; `image_MD` takes its gradient from all ranks' rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        text_MD: Tensor,
+        image_MD: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        cells: _Cells | _TritonCells,
+        ranks: _Ranks,
+    ) -> tuple[Tensor, Tensor]:
+        loss_M, positive_M = _path(text_MD, image_ND, bank_QD, scale, bias, cells, ranks).losses()
+        ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, bias, positive_M)
+        ctx.cells, ctx.ranks = cells, ranks
+        ctx.mark_non_differentiable(positive_M)
+        return loss_M, positive_M
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_M: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        text_MD, image_ND, bank_QD, scale, bias, positive_M = ctx.saved_tensors
+        need_text, need_image, need_scale, need_bias = ctx.needs_input_grad[:4]
+        path = _path(text_MD, image_ND, bank_QD, scale, bias, ctx.cells, ctx.ranks)
+        d_text_MD, d_image_ND, d_scale, d_bias = path.gradients(g_M, positive_M, need_text or need_scale, need_image)
+        return (
+            d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
+            ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,
+            d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
+            d_bias.to(bias.dtype).reshape(bias.shape) if need_bias else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _path(
+    text_MD: Tensor,
+    image_ND: Tensor,
+    bank_QD: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    cells: _Cells | _TritonCells,
+    ranks: _Ranks,
+) -> _Triton | _Chunked:
+    if isinstance(cells, _TritonCells):
+        return _Triton(text_MD, image_ND, bank_QD, scale, bias, cells, ranks.offset)
+    return _Chunked(text_MD, image_ND, bank_QD, scale, bias, cells)
+
+
+# Public function
+
+
+def sigmoid_loss(
+    text_MD: Tensor,
+    image_MD: Tensor,
+    bank_QD: Tensor | None = None,
+    *,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    pair_weights: Tensor | None = None,
+    positives: Positives = "pair",
+    image_ids: Tensor | None = None,
+    caption_ids: Tensor | None = None,
+    bank_ids: Tensor | None = None,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> ContrastiveOutput:
+    """SigLIP's loss between the texts and images of all ranks, with a bank of further images.
+
+    Logits are z_ij = logit_scale * <text_i, column_j> + logit_bias, on the features as given (normalise them
+    first); columns are the N images of all ranks in rank order, then the Q bank rows. Pair i loses
+
+        sum_j softplus(-y_ij z_ij)
+
+    over the unmasked columns j, with y = +1 for positives and -1 else, and the loss is the mean over the pairs of
+    all ranks, weighted by `pair_weights` (Zhai et al. 2023, arXiv 2303.15343, equation 1).
+
+    fp16, bf16 and fp32 on CUDA take Triton kernels (fp32 by 3xTF32, slopes rounded to the features' dtype before
+    their products), everything else chunks of torch. Both are deterministic.
+
+    Args:
+        text_MD: [M, D] fp16, bf16, fp32 or fp64, D up to 1024; this rank's texts. M may differ between ranks
+            or be 0.
+        image_MD: [M, D], same dtype; image i belongs to text i. Without `requires_grad` its gradient, and the
+            exchange that it needs, are skipped.
+        bank_QD: [Q, D], same dtype, constant, the same rows on every rank: more negatives for the texts.
+        logit_scale: the multiplier itself, not its logarithm: a number or a tensor of shape () or (1,).
+        logit_bias: added to every logit, likewise.
+        pair_weights: [M] floats >= 0, constants. A pair of weight 0 costs nothing and its image still is a
+            negative of others; if all weights are 0, so are the loss and all gradients.
+        positives: "pair": a pair's one positive is its own cell, and cells of equal ids are masked. "ids":
+            cells of equal ids are positives too, those of the bank as well.
+        image_ids: [M] int64; a cell has equal ids when the image ids of its row and its column agree,
+        caption_ids: [M] int64; or when their caption ids agree.
+        bank_ids: [Q] int64, image ids of the bank; needs `image_ids`. Without it no bank cell has equal ids.
+        excluded: (rows, columns), two int64 tensors [E]; row in [0, M), column in [0, N + Q). These cells are
+            masked, except where they are positives.
+        group: the ranks that share the batch, each of which must call; None means this process alone.
+
+    Returns:
+        ContrastiveOutput in fp32 (fp64 for fp64 features); `per_pair_loss_M` and `positive_logit_M` are
+        detached. A row without negatives keeps its positives' loss. The loss is the same on all ranks.
+        Gradients are W times this rank's share of it, so that the mean over W ranks which data parallelism
+        takes is the gradient of one rank holding the whole batch. Second derivatives are not supported.
+
+    Raises:
+        TypeError, ValueError: before any compute, an argument of the wrong kind, shape, device, dtype or
+        range.
+    """
+    _require_features(text_MD, image_MD, bank_QD)
+    M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
+    _require_scalar("logit_scale", logit_scale, text_MD)
+    if logit_bias is not None:
+        _require_scalar("logit_bias", logit_bias, text_MD)
+    _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
+    _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
+    if bank_ids is not None and bank_QD is None:
+        raise ValueError("bank_ids is given without bank_QD, whose rows it names: pass both")
+    _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
+    if bank_ids is not None and image_ids is None:
+        raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
+    _require_excluded(excluded, text_MD)
+    _require_options(text_MD, pair_weights, positives, 0.0, (0.5, 0.5))
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
+
+    device = text_MD.device
+    agreed: dict[str, float] = {
+        "the width D of text_MD": text_MD.shape[1],
+        "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
+        "whether image_MD requires grad": image_MD.requires_grad,
+        "the number Q of bank rows": Q,
+        "whether image_ids is given": image_ids is not None,
+        "whether caption_ids is given": caption_ids is not None,
+        "whether positives is 'ids'": positives == "ids",
+    }
+    ranks = _Ranks(group, M, agreed, device)
+    _require_excluded_range(excluded, M, ranks.total + Q)
+    as_positives = positives == "ids"
+    cells: _Cells | _TritonCells
+    with torch.no_grad():
+        image_ND = ranks.gather_rows(image_MD.detach())
+        image, caption = (
+            None if ids is None else (ids.contiguous(), ranks.gather_rows(ids.contiguous()))
+            for ids in (image_ids, caption_ids)
+        )
+        if uses_triton(text_MD):
+            bank = None if image is None or bank_ids is None else (image[0], bank_ids.contiguous())
+            cells = _triton_cells(text_MD, ranks, Q, (image, caption), bank, excluded, as_positives)
+        else:
+            given = [ids for ids in (image, caption) if ids is not None]
+            row_step, blocks = _plan(M, ranks.total, Q)
+            rows_M, columns_N = [ids[0] for ids in given], [ids[1] for ids in given]
+            cells = _Cells(blocks, ranks, rows_M, columns_N, bank_ids, excluded, as_positives, row_step)
+    scale, bias = _as_scalar(logit_scale, device), _as_scalar(0.0 if logit_bias is None else logit_bias, device)
+    loss_M, positive_M = _Sigmoid.apply(text_MD, image_MD, scale, bias, image_ND, bank_QD, cells, ranks)
+
+    weights_M = torch.ones_like(positive_M) if pair_weights is None else pair_weights.detach().double()
+    losses_N, weights_N = ranks.gather_rows(torch.stack([loss_M, weights_M], 1).detach()).unbind(1)
+    total = weights_N.sum()
+    losses_N = ranks.place(loss_M, losses_N)
+    loss = (weights_N * losses_N).sum() / torch.where(total > 0, total, 1)
+    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+    return ContrastiveOutput(
+        _ScaleGradient.apply(loss, ranks.world).to(dtype), loss_M.detach().to(dtype), positive_M.to(dtype)
+    )

@@ -1,0 +1,76 @@
+"""The Triton kernels of `sigmoid` in Triton's interpreter: `test_sigmoid` runs this file with it turned on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from efficientclip.kernels import sigmoid, sigmoid_loss, similarity
+from efficientclip.kernels.similarity import Tile
+from tests.kernels.sigmoid_cases import check, everything, features, generator, run
+
+# The interpreter cuts fp32 off to bf16, which a GPU rounds: twice the error.
+SLACK = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}
+
+
+@pytest.fixture(autouse=True)
+def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors to the Triton kernels, in tiles so small that few pairs need several tiles, strips and chunks."""
+    monkeypatch.setattr(sigmoid, "uses_triton", lambda features: True)
+    for size, tile in {2: Tile(16, 64, 4, 2), 4: Tile(32, 64, 4, 2)}.items():
+        monkeypatch.setitem(similarity.TILES, size, tile)
+    monkeypatch.setattr(sigmoid, "CHUNK", 64)
+    monkeypatch.setattr(sigmoid, "STRIP_TILES", 2)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return generator()
+
+
+@pytest.mark.parametrize("dtype", SLACK)
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 40, 24), (70, 33, 100)])
+def test_ragged_shapes(rng: torch.Generator, M: int, Q: int, D: int, positives: str, dtype: torch.dtype) -> None:
+    check(features(rng, M, Q, D), dtype, 10, -5, SLACK[dtype], positives=positives, **everything(rng, M, Q))
+
+
+@pytest.mark.parametrize("dtype", SLACK)
+@pytest.mark.parametrize(("scale", "bias"), [(0.01, 0.0), (10, -10.0), (200, -20.0), (-30, 3.0)])
+def test_scales(rng: torch.Generator, dtype: torch.dtype, scale: float, bias: float) -> None:
+    check(features(rng, 40, 20, 24, hard=True), dtype, scale, bias, SLACK[dtype])
+
+
+def test_losses_far_below_one(rng: torch.Generator) -> None:
+    """log(1 + e) in fp32 is 0 for the e^-20 of every cell."""
+    data = features(rng, 40, 20, 24)
+    data["image"] = data["text"]
+    out = run(sigmoid_loss, data, torch.float32, 0.01, -20.0)
+    check(data, torch.float32, 0.01, -20.0)
+    negatives = out["per_pair_loss"] - 20
+    assert float(out["loss"]) > 0 and bool((negatives.abs() < 0.02).all())
+    data["image"] = -data["text"]
+    check(data, torch.float32, -40.0, -20.0)
+
+
+def test_nothing_but_excluded_cells(rng: torch.Generator) -> None:
+    excluded: Any = tuple(torch.cartesian_prod(torch.arange(33), torch.arange(33)).T)
+    check(features(rng, 33, 0, 8), torch.float32, 10, excluded=excluded)
+
+
+def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
+    data = features(rng, 40, 20, 24)
+    data["text"][33, 2] = math.nan
+    out = run(sigmoid_loss, data, torch.float32, 10)
+    assert out["per_pair_loss"].isnan().nonzero().flatten().tolist() == [33]
+
+
+def test_twice_gives_the_same_bits(rng: torch.Generator) -> None:
+    data, options = features(rng, 70, 33, 24), everything(rng, 70, 33)
+    one, other = (run(sigmoid_loss, data, torch.bfloat16, 100, **options) for _ in "12")
+    assert all(torch.equal(value, other[name]) for name, value in one.items())

@@ -1,0 +1,281 @@
+"""`sigmoid_loss` against its naive reference: values, every gradient; the Triton kernels interpreted and compiled."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, sigmoid_loss_naive, similarity
+from tests.kernels.sigmoid_cases import check, everything, features, generator, run
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every `torch.empty` is full of NaN; one thread, as tiles this small gain nothing from more."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.set_num_threads(before[1])
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return generator()
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "TILE_ROWS", 61)
+    monkeypatch.setattr(contrastive, "TILE_LOGITS", 61 * 97)
+
+
+# The reference
+
+
+def test_reference_is_siglip(rng: torch.Generator) -> None:
+    """The pseudocode of Zhai et al. 2023, algorithm 1."""
+    data = features(rng, 40, 0, 16)
+    logits = data["text"] @ data["image"].T * 10 - 10
+    labels = 2 * torch.eye(40) - torch.ones(40, 40)
+    expected = -torch.nn.functional.logsigmoid(labels * logits).sum() / 40
+    ours = sigmoid_loss_naive(data["text"], data["image"], logit_scale=10, logit_bias=-10)
+    torch.testing.assert_close(ours.loss, expected)
+
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+@pytest.mark.parametrize("D", [1, 24, 100])
+@pytest.mark.parametrize(("M", "Q"), [(1, 0), (1, 70), (63, 5), (257, 0), (131, 301)])
+def test_ragged_shapes(
+    rng: torch.Generator, small_tiles: None, M: int, Q: int, D: int, positives: str, dtype: torch.dtype
+) -> None:
+    check(features(rng, M, Q, D), dtype, 10, positives=positives, **everything(rng, M, Q))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("scale", "bias"), [(0.01, 0.0), (1, -1.0), (10, -10.0), (100, -20.0), (200, 5.0)])
+def test_scales(rng: torch.Generator, small_tiles: None, dtype: torch.dtype, scale: float, bias: float) -> None:
+    data = features(rng, 140, 70, 24, hard=True)
+    check(data, dtype, scale, bias)
+    check(data, dtype, scale, bias, positives="ids", **everything(rng, 140, 70))
+
+
+@pytest.mark.parametrize("names", [["image_ids"], ["image_ids", "bank_ids"], ["caption_ids"], ["excluded"]])
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_options(rng: torch.Generator, small_tiles: None, positives: str, names: list[str]) -> None:
+    options = everything(rng, 131, 70)
+    check(features(rng, 131, 70, 32), torch.float64, 14, positives=positives, **{name: options[name] for name in names})
+
+
+def test_default_tiles(rng: torch.Generator) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(features(rng, 700, 77, 64, hard=True), dtype, 50, image_ids=torch.arange(700) // 2)
+
+
+def test_gradcheck(rng: torch.Generator, small_tiles: None) -> None:
+    data, options = features(rng, 7, 4, 3), everything(rng, 7, 4)
+    scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (5.0, -2.0))
+    for positives in ("pair", "ids"):
+
+        def loss(text: Tensor, image: Tensor, scale: Tensor, bias: Tensor, positives: Any = positives) -> Tensor:
+            return sigmoid_loss(
+                text, image, data["bank"], logit_scale=scale, logit_bias=bias, positives=positives, **options
+            ).loss
+
+        inputs = (data["text"].clone().requires_grad_(), data["image"].clone().requires_grad_(), scale, bias)
+        assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_small_losses_are_exact() -> None:
+    text, image = torch.eye(2).requires_grad_(), torch.eye(2)
+    out = sigmoid_loss(text, image, logit_scale=60.0, logit_bias=-30.0)
+    out.loss.backward()
+    slope = 1 / (1 + math.exp(30))
+    expected = 60 * slope / 2 * torch.tensor([[-1.0, 1.0], [1.0, -1.0]])
+    torch.testing.assert_close(out.loss, torch.tensor(2 * math.log1p(math.exp(-30))), rtol=1e-6, atol=0)
+    torch.testing.assert_close(text.grad, expected, rtol=1e-6, atol=0)
+
+
+def test_strides_do_not_matter(rng: torch.Generator) -> None:
+    data = features(rng, 90, 30, 24)
+    strided = {
+        "text": data["text"].T.contiguous().T,
+        "image": torch.stack([data["image"], -data["image"]], 1)[:, 0],
+        "bank": torch.cat([data["bank"], data["bank"]], 1)[:, :24],
+    }
+    ids = (torch.arange(90) // 2).repeat_interleave(2)[::2]
+    one, other = (run(sigmoid_loss, features, torch.float64, 14, image_ids=ids) for features in (data, strided))
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name])
+
+
+def test_twice_gives_the_same_bits_and_autocast_rounds_nothing(rng: torch.Generator) -> None:
+    data, options = features(rng, 700, 130, 64, hard=True), everything(rng, 700, 130)
+    one = run(sigmoid_loss, data, torch.float32, 100, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        other = run(sigmoid_loss, data, torch.float32, 100, **options)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+# Rows without negatives, weights of zero
+
+
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+@pytest.mark.parametrize("reason", ["equal ids", "excluded"])
+def test_nothing_but_positives(rng: torch.Generator, positives: str, reason: str) -> None:
+    options: dict[str, Any] = {
+        "equal ids": {"image_ids": torch.zeros(9, dtype=torch.int64)},
+        "excluded": {"excluded": tuple(torch.cartesian_prod(torch.arange(9), torch.arange(9)).T)},
+    }[reason]
+    data = features(rng, 9, 0, 8)
+    check(data, torch.float64, 10, positives=positives, **options)
+    out = run(sigmoid_loss, data, torch.float64, 10, positives=positives, **options)
+    if positives == "pair" or reason == "excluded":
+        own = -torch.nn.functional.logsigmoid(out["positive_logit"])
+        torch.testing.assert_close(out["per_pair_loss"], own)
+
+
+def test_weights_of_zero_and_no_pairs(rng: torch.Generator) -> None:
+    out = run(sigmoid_loss, features(rng, 9, 5, 8), torch.float32, 10, pair_weights=torch.zeros(9))
+    assert not any(bool(out[name].any()) for name in ("loss", "d_text", "d_image", "d_scale", "d_bias"))
+    assert out["per_pair_loss"].min() > 0
+    text = torch.zeros(0, 8, requires_grad=True)
+    empty = sigmoid_loss(text, torch.zeros(0, 8), torch.ones(5, 8), logit_scale=10.0)
+    empty.loss.backward()
+    assert float(empty.loss.detach()) == 0
+    assert text.grad is not None and text.grad.shape == (0, 8)
+
+
+def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
+    data = features(rng, 70, 30, 16)
+    data["text"][33, 2] = math.nan
+    out = run(sigmoid_loss, data, torch.float32, 10)
+    for name in ("per_pair_loss", "positive_logit"):
+        assert out[name].isnan().nonzero().flatten().tolist() == [33]
+
+
+# Cost
+
+
+class Calls(TorchDispatchMode):
+    """The largest tensor that any operation returned, and the number of matrix products."""
+
+    largest = products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.products += str(func).split(".")[1] in ("mm", "addmm", "addmm_")
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, Tensor):
+                self.largest = max(self.largest, value.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
+    """No M x N matrix; 4 products of M x N x D in all, 3 with frozen images."""
+    data = {name: value.float() for name, value in features(rng, 3000, 1500, 16).items()}
+    text, image = data["text"].requires_grad_(), data["image"].requires_grad_(not frozen)
+    tiles = 6 * 2
+    with Calls() as calls:
+        loss = sigmoid_loss(text, image, data["bank"], logit_scale=14.0, image_ids=torch.arange(3000) // 2).loss
+        assert calls.products == tiles
+        loss.backward()
+    assert calls.largest <= 4 * contrastive.TILE_LOGITS < 4 * 3000 * 3000
+    # The bank's tiles yield no gradient for images.
+    assert calls.products == 3 * tiles + (0 if frozen else 6)
+    assert (image.grad is None) == frozen
+
+
+# Triton
+
+
+def test_triton_kernels_interpreted() -> None:
+    file = Path(__file__).with_name("interpreted_sigmoid.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
+def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, capability: int) -> None:
+    from tests.kernels.resources import resources
+
+    options = similarity.TILES[size]._asdict()
+    shape = {"BLOCK": options.pop("BLOCK"), "BLOCK_K": options.pop("BLOCK_K"), "UPCAST": False}
+    flags = {"IMAGE_IDS": True, "CAPTION_IDS": True, "IDS_POSITIVE": False, "CLOSED": sigmoid.CLOSED}
+    features, ids = f"*{dtype}", "*i32"
+    tile = {
+        "text_ptr": features, "column_ptr": features, "scalars_ptr": "*fp32",
+        "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
+        "image_row_ptr": ids, "image_col_ptr": ids, "caption_row_ptr": ids, "caption_col_ptr": ids,
+        "cell_rows_ptr": ids, "cell_cols_ptr": ids, "bounds_ptr": ids,
+    }  # fmt: skip
+    loss = tile | {"loss_ptr": "*fp32", "strip_tiles": "i32"}
+    slope = tile | {"slope_ptr": features, "sums_ptr": "*fp32", "first_row": "i32", "first_col": "i32"}
+    gather = {
+        "slope_ptr": features, "feature_ptr": features, "out_ptr": "*fp32", "rows": "i32", "K": "i32", "D": "i32",
+    }  # fmt: skip
+    chunk = {"CHUNK": sigmoid.CHUNK, "SLOPE_UNIT": sigmoid.SLOPE_UNIT}
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
+        (sigmoid._loss_kernel, loss, shape | flags),
+        (sigmoid._slope_kernel, slope, shape | flags | chunk),
+        (sigmoid._gather_kernel, gather, shape | {"ROW_STRIDE": sigmoid.CHUNK, "K_STRIDE": 1}),
+        (sigmoid._gather_kernel, gather, shape | {"ROW_STRIDE": 1, "K_STRIDE": sigmoid.CHUNK}),
+    ]
+    for kernel, types, constants in kernels:
+        used = resources(kernel, types, constants, capability, tmp_path, **options)
+        assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
+        assert used["SHARED"] <= 160 << 10, (kernel, used)
+
+
+# Wrong arguments
+
+TEXT = torch.zeros(4, 8)
+IDS = torch.zeros(4, dtype=torch.int64)
+WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"text_MD": [1.0]}, TypeError, "text_MD is a list"),
+    ({"text_MD": torch.zeros(4, 1025)}, ValueError, r"text_MD has shape \(4, 1025\)"),
+    ({"image_MD": torch.zeros(5, 8)}, ValueError, r"image_MD has shape \(5, 8\), expected \(4, 8\)"),
+    ({"image_MD": TEXT.half()}, TypeError, "image_MD is torch.float16 and text_MD is torch.float32"),
+    ({"bank_QD": torch.zeros(5, 8, requires_grad=True)}, ValueError, "bank_QD requires grad"),
+    ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale has shape \(2,\)"),
+    ({"logit_bias": math.inf}, ValueError, "logit_bias is inf"),
+    ({"pair_weights": -torch.ones(4)}, ValueError, "pair_weights has negative"),
+    ({"positives": "all"}, ValueError, "positives is 'all', expected 'pair' or 'ids'"),
+    ({"image_ids": IDS.int()}, TypeError, "image_ids is torch.int32, expected int64"),
+    ({"caption_ids": [1, 2, 3, 4]}, TypeError, "caption_ids is a list"),
+    ({"bank_ids": torch.zeros(5, dtype=torch.int64)}, ValueError, "bank_ids is given without image_ids"),
+    ({"bank_QD": None, "bank_ids": IDS, "image_ids": IDS}, ValueError, "bank_ids is given without bank_QD"),
+    ({"excluded": IDS}, TypeError, "excluded is a Tensor"),
+    ({"excluded": (IDS, IDS + 9)}, ValueError, r"excluded\[1\] \(columns\) spans 9 to 9, expected 0 to 8"),
+    ({"group": "gloo"}, TypeError, "group is a str, expected a ProcessGroup"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), WRONG, ids=[message for _, _, message in WRONG])
+def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    right: dict[str, Any] = {"text_MD": TEXT, "image_MD": TEXT, "bank_QD": torch.zeros(5, 8), "logit_scale": 1.0}
+    sigmoid_loss(**right)
+    with Calls() as calls, pytest.raises(error, match=message):
+        sigmoid_loss(**(right | change))
+    assert calls.products == 0
