@@ -327,7 +327,7 @@ class _Triton:
         vectors = []
         for pair in (part.image_ids, part.caption_ids):
             vectors += [self.scalars, self.scalars] if pair is None else list(pair)
-        given = {"IMAGE_IDS": part.image_ids is not None, "CAPTION_IDS": part.caption_ids is not None}
+        given: dict[str, Any] = {"IMAGE_IDS": part.image_ids is not None, "CAPTION_IDS": part.caption_ids is not None}
         given |= {"IDS_POSITIVE": self.cells.as_positives, "CLOSED": CLOSED}
         return [*vectors, *part.cells], {**given, **self.options}
 
