@@ -21,15 +21,21 @@ would cancel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+if TYPE_CHECKING:
+    from .fused import FusedTiles
 
 Positives = Literal["pair", "ids"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -558,6 +564,50 @@ def _next_shift(row: Tensor, col: Tensor | None, shift: float) -> float:
     return 0.0 if max(high, -low) <= SHIFT_REACH else (low + high) / 2
 
 
+# Choice of the path
+
+# Set by tests that run the kernels in Triton's interpreter.
+FUSED_ON_CPU = False
+
+
+def _no_kernels(text_MD: Tensor) -> str | None:
+    """Why the fused kernels do not run on such texts; None if they do."""
+    if text_MD.device.type != "cuda" and not FUSED_ON_CPU:
+        return f"{text_MD.device.type.upper()} tensors"
+    if find_spec("triton") is None:
+        return "Triton is not installed, which the fused kernels need: pip install triton"
+    # Triton takes a while to load, and CPU tensors do without.
+    from .fused import refusal
+
+    return refusal(text_MD)
+
+
+def _walk(
+    text_MD: Tensor,
+    ranks: _Ranks,
+    bank: int,
+    ids_M: list[Tensor],
+    ids_N: list[Tensor],
+    bank_ids: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    as_positives: bool,
+    smooth: bool,
+) -> Callable[..., _Tiles | FusedTiles]:
+    """What walks over the tiles, given texts, all images, bank and scale."""
+    reason = _no_kernels(text_MD)
+    if reason is None:
+        from .fused import FusedCells, FusedTiles, tile_config
+
+        config = tile_config(text_MD, bool(ids_M) or excluded is not None or smooth)
+        fused = FusedCells(ranks, bank, ids_M, ids_N, bank_ids, excluded, as_positives, config, text_MD.device)
+        return partial(FusedTiles, cells=fused, smooth=smooth)
+    if text_MD.device.type == "cuda" and text_MD.dtype != torch.float64:
+        warnings.warn(f"contrastive_loss falls back to chunked torch on CUDA: {reason}", stacklevel=3)
+    row_step, blocks = _plan(len(text_MD), ranks.total, bank)
+    cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, as_positives, row_step)
+    return partial(_Tiles, cells=cells, smooth=smooth)
+
+
 # Autograd function
 
 
@@ -572,13 +622,12 @@ class _Contrast(torch.autograd.Function):
         scale: Tensor,
         image_ND: Tensor,
         bank_QD: Tensor | None,
-        cells: _Cells,
+        walk: Callable[..., _Tiles | FusedTiles],
         ranks: _Ranks,
-        smooth: bool,
     ) -> tuple[Tensor | None, ...]:
-        sums = _Tiles(text_MD, image_ND, bank_QD, scale, cells, smooth).forward()
+        sums = walk(text_MD, image_ND, bank_QD, scale).forward()
         ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, *sums)
-        ctx.cells, ctx.ranks, ctx.smooth = cells, ranks, smooth
+        ctx.walk, ctx.ranks = walk, ranks
         ctx.mark_non_differentiable(*sums[len(_Gradients._fields) :])
         return tuple(sums)
 
@@ -587,14 +636,14 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         text_MD, image_ND, bank_QD, scale, *sums = ctx.saved_tensors
         need_text, need_image, need_scale = ctx.needs_input_grad[:3]
-        tiles = _Tiles(text_MD, image_ND, bank_QD, scale, ctx.cells, ctx.smooth)
+        tiles = ctx.walk(text_MD, image_ND, bank_QD, scale)
         given = _Gradients(*grads[: len(_Gradients._fields)])
         d_text_MD, d_image_ND, d_scale = tiles.backward(_Sums(*sums), given, need_text or need_scale, need_image)
         return (
             d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
             ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,
             d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
-            None, None, None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -902,11 +951,9 @@ def contrastive_loss(
         image_ND = ranks.gather_rows(image_MD.detach())
         ids_M = [ids.contiguous() for ids in (image_ids, caption_ids) if ids is not None]
         ids_N = list(ranks.gather_rows(torch.stack(ids_M, 1)).unbind(1)) if ids_M else []
-        row_step, blocks = _plan(M, ranks.total, Q)
-        cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, positives == "ids", row_step)
+        walk = _walk(text_MD, ranks, Q, ids_M, ids_N, bank_ids, excluded, positives == "ids", label_smoothing > 0)
     scale = _as_scalar(logit_scale, device)
-    smooth = label_smoothing > 0
-    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank_QD, cells, ranks, smooth))
+    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank_QD, walk, ranks))
 
     weights_M = torch.ones_like(sums.row_masked_M) if pair_weights is None else pair_weights.detach().double()
     losses_N, weights_N = _pair_losses(sums, ranks, weights_M, Q, label_smoothing, direction_weights)
@@ -928,6 +975,7 @@ def contrastive_loss(
 
 def explain(text_MD: Tensor) -> str:
     """The path that `contrastive_loss` takes for such texts, and why."""
-    if text_MD.device.type == "cuda":
-        return "chunked torch: no Triton kernel yet"
-    return f"chunked torch: {text_MD.device.type.upper()} tensors"
+    reason = _no_kernels(text_MD)
+    if reason is not None:
+        return f"chunked torch: {reason}"
+    return f"fused Triton kernels: {text_MD.dtype} tensors on {text_MD.device}"
