@@ -111,12 +111,11 @@ def _prepare(given: argparse.Namespace) -> None:
 def _train(given: argparse.Namespace) -> None:
     from .config import load_config
 
-    config = load_config(given.config, given.overrides)
-    _silence_model_files()
-    from .train import train
-    from .training.distributed import end_process
+    # A mistake in the config is told before torch is loaded.
+    load_config(given.config, given.overrides)
+    from .train import main
 
-    end_process(reported(lambda: train(config)))
+    main([str(given.config), *given.overrides])
 
 
 def _evaluate(given: argparse.Namespace) -> None:

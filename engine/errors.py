@@ -6,6 +6,17 @@ import errno
 import sys
 from collections.abc import Callable
 
+FULL = "free space and run the same command again; nothing half-written will be read"
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EACCES: "give this user the right to it, or choose another path",
+    errno.EPERM: "give this user the right to it, or choose another path",
+    errno.EROFS: "choose a path that can be written",
+    errno.EISDIR: "a file is wanted here, not a folder",
+    errno.ENOTDIR: "part of this path is a file, where a folder is wanted",
+}
+
 
 class UserError(Exception):
     """Bad input, named by file and field, with its remedy."""
@@ -19,13 +30,9 @@ def reported(command: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        remedy = REMEDIES.get(error.errno or 0)
+        if remedy is None:
             raise
-        print(
-            f"error: the disk is full, writing {error.filename or 'a file'}: free space and run the same command "
-            "again; nothing half-written will be read",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {error.filename or 'a file'}: {error.strerror}: {remedy}", file=sys.stderr, flush=True)
         return 2
     return 0

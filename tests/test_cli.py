@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from efficientclip.cli import main
+from efficientclip.errors import reported
 from tests import tiny
 
 
@@ -27,6 +28,8 @@ from tests import tiny
         (["search", "{folder}/none", "猫"], "none: no config.yaml"),
         (["search", "{folder}", "猫", "--top", "0"], "at least one picture"),
         (["report", "{folder}/none"], "none: no config.yaml"),
+        (["train", "{folder}"], "no such file"),
+        (["prepare", "{config}/x.txt", "{folder}/s", "--config", "{config}"], "no such file"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -48,11 +51,17 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     assert left.value.code == 2
 
 
+def test_a_folder_in_place_of_a_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reported(lambda: tmp_path.write_text("")) == 2  # type: ignore[arg-type,return-value]
+    assert f"error: {tmp_path}: Is a directory: a file is wanted here" in capsys.readouterr().err
+
+
 def test_train_gets_the_config_with_its_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setitem(sys.modules, "efficientclip.train", SimpleNamespace(train=seen.append))
-    assert main(["train", str(tiny.config(tmp_path)), "optimizer.lr=0.5"]) == 0
-    assert seen[0].optimizer.lr == 0.5
+    monkeypatch.setitem(sys.modules, "efficientclip.train", SimpleNamespace(main=seen.append))
+    config = str(tiny.config(tmp_path))
+    assert main(["train", config, "optimizer.lr=0.5"]) == 0
+    assert seen == [[config, "optimizer.lr=0.5"]]
 
 
 def test_help_and_version_load_no_torch() -> None:
