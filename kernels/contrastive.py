@@ -595,13 +595,14 @@ def _walk(
 ) -> Callable[..., _Tiles | FusedTiles]:
     """What walks over the tiles, given texts, all images, bank and scale."""
     reason = _no_kernels(text_MD)
-    if reason is None:
+    # Without texts there is no tile, and nothing to walk over.
+    if reason is None and len(text_MD):
         from .fused import FusedCells, FusedTiles, tile_config
 
         config = tile_config(text_MD, bool(ids_M) or excluded is not None or smooth)
         fused = FusedCells(ranks, bank, ids_M, ids_N, bank_ids, excluded, as_positives, config, text_MD.device)
         return partial(FusedTiles, cells=fused, smooth=smooth)
-    if text_MD.device.type == "cuda" and text_MD.dtype != torch.float64:
+    if reason is not None and text_MD.device.type == "cuda" and text_MD.dtype != torch.float64:
         warnings.warn(f"contrastive_loss falls back to chunked torch on CUDA: {reason}", stacklevel=3)
     row_step, blocks = _plan(len(text_MD), ranks.total, bank)
     cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, as_positives, row_step)

@@ -397,7 +397,7 @@ def gradient_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:
-    """A tile a program: d loss / d logit into the chunk `out`, and its share of d scale; vectors as `_pack` makes them."""
+    """A tile a program: d loss / d logit into the chunk `out`, and its share of d scale; vectors: see `_pack`."""
     in_row = tl.program_id(1) * BLOCK_M
     in_col = tl.program_id(0) * BLOCK_N
     row = first_row + in_row
@@ -472,8 +472,10 @@ def product_kernel(
 
 @dataclass(frozen=True)
 class Launch:
-    """Depth of one step of a product, warps and load stages."""
+    """A tile's rows and columns, the depth of one step of its product, warps and load stages."""
 
+    rows: int
+    columns: int
     depth: int
     warps: int
     stages: int
@@ -483,81 +485,83 @@ class Launch:
 class Config:
     """How one architecture walks the tiles. The bits of a result depend on every field but warps and stages."""
 
-    tile: tuple[int, int]
-    """Rows and columns of a tile of logits, in all kernels that compute them."""
     forward: Launch
     rescue: Launch
     gradient: Launch
     product: Launch
-    product_tile: tuple[int, int]
-    """Rows and width of a tile of d text or d image."""
+    """Its columns are those of d text and d image, their width D."""
     descriptors: bool
     """Whether blocks are moved by TMA, else by each thread's pointers."""
     kept: int
     """Rows of the column sums that a forward strip keeps in registers."""
     programs: int
-    """Forward programs, about as many as are resident on the full chip: a constant, for equal bits on its cut versions."""
+    """Forward programs, as many as the full chip holds: a constant, so that its cut versions give equal bits."""
     chunk: tuple[int, int]
     """Rows and columns of logit gradients in memory at a time."""
     panel: int = 32768
-    """Columns whose sums are in memory at a time."""
+    """Columns whose sums are in memory at a time, a multiple of a forward tile's."""
 
 
-# Rows: architecture, whether features are fp32, whether a tile must also look at ids, masked cells or all logits.
+def _config(
+    forward: tuple[int, ...],
+    product: tuple[int, ...],
+    *,
+    descriptors: bool,
+    kept: int,
+    programs: int,
+    chunk: tuple[int, int],
+    recompute: tuple[int, ...] | None = None,
+) -> Config:
+    again = Launch(*(recompute or forward))
+    return Config(Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk)
+
+
+# By architecture, whether features are fp32, and whether tiles also look at ids, masked cells or all logits. With
+# masked cells, which are ordered by tile, forward and recompute have one tile. Codes and masks take the registers of
+# half a tile.
 _TABLE: dict[tuple[int, bool, bool], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
-    (80, False, False): Config(
-        (128, 128), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 3), Launch(32, 8, 4), (128, 128),
-        descriptors=False, kept=32, programs=108, chunk=(4096, 4096),
+    (80, False, False): _config(
+        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
-    # tf32x3 holds its operands in three parts: half the tile, half the depth.
-    (80, True, False): Config(
-        (128, 64), Launch(16, 8, 4), Launch(16, 8, 4), Launch(32, 8, 3), Launch(32, 8, 3), (128, 128),
-        descriptors=False, kept=32, programs=108, chunk=(4096, 2048),
+    (80, False, True): _config(
+        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
-    (80, False, True): Config(
-        (128, 64), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 3), Launch(32, 8, 4), (128, 128),
-        descriptors=False, kept=32, programs=108, chunk=(4096, 4096),
+    # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
+    (80, True, False): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
-    (80, True, True): Config(
-        (64, 64), Launch(16, 8, 4), Launch(16, 8, 4), Launch(16, 8, 4), Launch(32, 8, 3), (128, 128),
-        descriptors=False, kept=32, programs=108, chunk=(4096, 2048),
+    (80, True, True): _config(
+        (64, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
-    # 4 warps: two programs an SM, and the exponentials of one hide under the products of the other.
-    (90, False, False): Config(
-        (128, 128), Launch(64, 4, 3), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 4), (128, 128),
-        descriptors=True, kept=32, programs=264, chunk=(4096, 4096),
+    # 4 warps forward: two programs an SM, and the exponentials of one hide under the products of the other.
+    (90, False, False): _config(
+        (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=264, chunk=(4096, 4096),
+        recompute=(128, 128, 64, 8, 3),
     ),
-    # wgmma wants tf32 operands along the depth: the second program's registers go to their conversion.
-    (90, True, False): Config(
-        (128, 128), Launch(32, 8, 3), Launch(32, 8, 3), Launch(32, 8, 3), Launch(32, 8, 3), (128, 128),
-        descriptors=True, kept=64, programs=132, chunk=(4096, 2048),
+    (90, False, True): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
     ),
-    # Codes and masks take the registers of half a tile.
-    (90, False, True): Config(
-        (128, 64), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 4), (128, 128),
-        descriptors=True, kept=32, programs=132, chunk=(4096, 4096),
+    # The second program's registers go to the parts of tf32x3.
+    (90, True, False): _config(
+        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048)
     ),
-    (90, True, True): Config(
-        (128, 64), Launch(16, 8, 4), Launch(16, 8, 4), Launch(16, 8, 4), Launch(32, 8, 3), (128, 128),
-        descriptors=True, kept=1, programs=132, chunk=(4096, 2048),
+    (90, True, True): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
     ),
-    # A thread reads whole rows from tensor memory: no column sum is a thread's own, hence kept = 1.
-    (100, False, False): Config(
-        (128, 128), Launch(64, 8, 3), Launch(32, 16, 4), Launch(64, 8, 3), Launch(64, 8, 4), (128, 128),
-        descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
+    # A thread reads whole rows from tensor memory: no part of a column is a thread's own, hence kept = 1.
+    (100, False, False): _config(
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
+        recompute=(128, 64, 64, 8, 4),
     ),
-    (100, True, False): Config(
-        (128, 64), Launch(32, 8, 3), Launch(32, 8, 3), Launch(32, 8, 3), Launch(32, 8, 3), (128, 128),
-        descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+    (100, False, True): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
-    (100, False, True): Config(
-        (128, 64), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 3), Launch(64, 8, 4), (128, 128),
-        descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
+    (100, True, False): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, True, True): Config(
-        (128, 64), Launch(16, 8, 4), Launch(16, 8, 4), Launch(16, 8, 4), Launch(32, 8, 3), (128, 128),
-        descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+    (100, True, True): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
 }  # fmt: skip
 
@@ -616,8 +620,8 @@ class FusedCells:
     ) -> None:
         self.own, self.as_positives, self.config = ranks.own, as_positives, config
         M, N = self.own.stop - self.own.start, ranks.total
-        self.codes = _codes(list(zip(ids_M, ids_N, strict=True))) if ids_M and M else None
-        self.bank_codes = _codes([(ids_M[0], bank_ids_Q)]) if bank_ids_Q is not None and bank and M else None
+        self.codes = _codes(list(zip(ids_M, ids_N, strict=True))) if ids_M else None
+        self.bank_codes = _codes([(ids_M[0], bank_ids_Q)]) if bank_ids_Q is not None and bank else None
         self.cells: Pair | None = None
         self.bank_cells: Pair | None = None
         same_M, same_N, left_out_M, left_out_N = (
@@ -639,8 +643,8 @@ class FusedCells:
                     plain &= ~(here & (codes[0][:, row] == codes[1][:, torch.where(here, col - first, 0)]).any(0))
             row, col = row[plain], col[plain]
             left_out_M, left_out_N = _histogram(row, M), _histogram(col[col < N], N)
-            self.cells = _by_tile(row[col < N], col[col < N], M, N, config.tile)
-            self.bank_cells = _by_tile(row[col >= N], col[col >= N] - N, M, bank, config.tile)
+            self.cells = _by_tile(row[col < N], col[col < N], M, N, config.forward)
+            self.bank_cells = _by_tile(row[col >= N], col[col >= N] - N, M, bank, config.forward)
         self.counts = (
             (left_out_M, left_out_N, same_M, same_N)
             if as_positives
@@ -687,13 +691,13 @@ def _histogram(values: Tensor, size: int) -> Tensor:
     return bounds.diff().double()
 
 
-def _by_tile(row: Tensor, col: Tensor, rows: int, columns: int, tile: tuple[int, int]) -> Pair | None:
+def _by_tile(row: Tensor, col: Tensor, rows: int, columns: int, tile: Launch) -> Pair | None:
     if not len(row):
         return None
-    across = triton.cdiv(columns, tile[1])
-    of_tile, order = (row // tile[0] * across + col // tile[1]).sort(stable=True)
-    tiles = torch.arange(triton.cdiv(rows, tile[0]) * across + 1, device=row.device)
-    inside = row % tile[0] * tile[1] + col % tile[1]
+    across = triton.cdiv(columns, tile.columns)
+    of_tile, order = (row // tile.rows * across + col // tile.columns).sort(stable=True)
+    tiles = torch.arange(triton.cdiv(rows, tile.rows) * across + 1, device=row.device)
+    inside = row % tile.rows * tile.columns + col % tile.columns
     return inside[order].int(), torch.searchsorted(of_tile, tiles).int()
 
 
@@ -717,8 +721,6 @@ class FusedTiles:
         # The interpreter multiplies bf16 as bit patterns and knows no tf32x3.
         self.upcast = text_MD.device.type == "cpu"
         self.precision = "tf32x3" if text_MD.dtype == torch.float32 and not self.upcast else "ieee"
-        tile_M, tile_N = self.config.tile
-        self.row_blocks, self.col_blocks = triton.cdiv(len(text_MD), tile_M), triton.cdiv(len(image_ND), tile_N)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.text_MD.device)
@@ -737,10 +739,9 @@ class FusedTiles:
         """Arguments of every kernel that computes logits of the batch's columns, or the bank's."""
         columns_ND = self.bank_QD if bank and self.bank_QD is not None else self.image_ND
         codes, cells = (self.cells.bank_codes, self.cells.bank_cells) if bank else (self.cells.codes, self.cells.cells)
-        tile_M, tile_N = self.config.tile
         return {
-            **self._matrix("text", self.text_MD, (tile_M, launch.depth)),
-            **self._matrix("columns", columns_ND, (tile_N, launch.depth)),
+            **self._matrix("text", self.text_MD, (launch.rows, launch.depth)),
+            **self._matrix("columns", columns_ND, (launch.columns, launch.depth)),
             "scale": self.scale,
             "row_codes": None if codes is None else codes[0],
             "col_codes": None if codes is None else codes[1],
@@ -753,8 +754,8 @@ class FusedTiles:
             "BANK": bank,
             "IDS": 0 if codes is None else len(codes[0]),
             "POSITIVES": self.cells.as_positives,
-            "BLOCK_M": tile_M,
-            "BLOCK_N": tile_N,
+            "BLOCK_M": launch.rows,
+            "BLOCK_N": launch.columns,
             "BLOCK_D": launch.depth,
             "PRECISION": self.precision,
             "UPCAST": self.upcast,
@@ -765,54 +766,49 @@ class FusedTiles:
     def forward(self) -> _Sums:
         from .contrastive import _Sums
 
-        M, N = len(self.text_MD), len(self.image_ND)
+        (M, N), launch, config = (len(self.text_MD), len(self.image_ND)), self.config.forward, self.config
         extra, smooth = self.cells.as_positives, self.smooth
         positive_M = self._new(M, dtype=torch.float64)
         for rows, own in self._row_steps():
             products = self.text_MD[rows].float() * self.scale * self.image_ND[own].float()
             positive_M[rows] = products.sum(1, dtype=torch.float64)
-        if M == 0:
-            nothing_M, nothing_N = positive_M, self._full(0, N, dtype=torch.float64)
-            more = [nothing_M if extra else None, nothing_N if extra else None]
-            more += [nothing_M if smooth else None, nothing_N if smooth else None]
-            return _Sums(positive_M, nothing_M.clone(), nothing_N - math.inf, *more, *self.cells.counts)
 
-        P = min(self.row_blocks, self.config.programs)
-        S = max(1, self.config.programs // P)
-        width = min(N, self.config.panel)
+        P = min(triton.cdiv(M, launch.rows), config.programs)
+        S = max(1, config.programs // P)
+        width = min(N, config.panel)
         row_top, row_sum = self._full(LOWEST.value, S, M), self._full(0, S, M)
         row_extra = self._full(0, S, M) if extra else None
         row_logits = self._full(0, S, M) if smooth else None
+        col_top, col_sum = self._new(triton.cdiv(width, launch.columns), P), self._new(P, width)
+        col_extra = self._full(0, P, width) if extra else None
+        col_logits = self._new(P, width) if smooth else None
         highest_N, total_N = self._new(N, dtype=torch.float64), self._new(N, dtype=torch.float64)
         col_extra_N = self._new(N, dtype=torch.float64) if extra else None
         col_logits_N = self._new(N, dtype=torch.float64) if smooth else None
-        tile_N = self.config.tile[1]
-        col_top, col_sum = self._new(triton.cdiv(width, tile_N), P), self._new(P, width)
-        col_extra = self._full(0, P, width) if extra else None
-        col_logits = self._new(P, width) if smooth else None
-        launch = self.config.forward
-        rows = {"row_top": row_top, "row_sum": row_sum, "row_extra": row_extra, "row_logits": row_logits}
-        columns = {"col_top": col_top, "col_sum": col_sum, "col_extra": col_extra, "col_logits": col_logits}
-        options = {"width": width, "SMOOTH": smooth, "KEPT": self.config.kept}
+        of_rows = {"row_top": row_top, "row_sum": row_sum, "row_extra": row_extra, "row_logits": row_logits}
+        of_columns = {"col_top": col_top, "col_sum": col_sum, "col_extra": col_extra, "col_logits": col_logits}
+        options = {"width": width, "SMOOTH": smooth, "KEPT": config.kept}
         with torch.cuda.device_of(self.text_MD):
             for first in range(0, N, width):
                 last = min(first + width, N)
-                blocks = triton.cdiv(last - first, tile_N)
+                blocks = triton.cdiv(last - first, launch.columns)
                 forward_kernel[P, min(S, blocks)](
-                    **self._tile(False, launch), **rows, **columns, first=first, last=last, **options
+                    **self._tile(False, launch), **of_rows, **of_columns, first=first, last=last, **options
                 )
                 merge_kernel[blocks,](
-                    col_top, col_sum, highest_N, total_N, P, first, last, width, BLOCK_P=16, BLOCK_N=tile_N
+                    col_top, col_sum, highest_N, total_N, P, first, last, width, BLOCK_P=16, BLOCK_N=launch.columns
                 )
                 for partial, sums_N in ((col_extra, col_extra_N), (col_logits, col_logits_N)):
                     if partial is not None and sums_N is not None:
                         sums_N[first:last] = partial[:, : last - first].sum(0, dtype=torch.float64)
             if self.bank_QD is not None:
                 Q = len(self.bank_QD)
-                forward_kernel[P, min(S, triton.cdiv(Q, tile_N))](
-                    **self._tile(True, launch), **rows, **dict.fromkeys(columns), first=0, last=Q, **options
+                forward_kernel[P, min(S, triton.cdiv(Q, launch.columns))](
+                    **self._tile(True, launch), **of_rows, **dict.fromkeys(of_columns), first=0, last=Q, **options
                 )
-            rescue_kernel[self.col_blocks,](**self._tile(False, self.config.rescue), highest=highest_N, total=total_N)
+            rescue_kernel[triton.cdiv(N, config.rescue.columns),](
+                **self._tile(False, config.rescue), highest=highest_N, total=total_N
+            )
         top_M = row_top.amax(0)
         sum_M = (row_sum.double() * (row_top - top_M).double().exp2()).sum(0)
 
@@ -840,8 +836,6 @@ class FusedTiles:
         padded = triton.cdiv(self.D, 4) * 4
         d_text_MD = self._full(0, M, padded)[:, : self.D] if need_text else None
         d_image_ND = self._full(0, N, padded)[:, : self.D] if need_image else None
-        if M == 0:
-            return d_text_MD, d_image_ND, d_scale
         gain = _gain(grads)
         row_KM = _pack(sums.row_lse_M, gain, grads.row_lse_M, grads.row_extra_M, grads.row_logits_M)
         col_KN = _pack(sums.col_lse_N, gain, grads.col_lse_N, grads.col_extra_N, grads.col_logits_N)
@@ -872,21 +866,21 @@ class FusedTiles:
         """Adds the products of all logit gradients of the batch's columns, or the bank's; returns d scale."""
         columns_ND = self.bank_QD if bank and self.bank_QD is not None else self.image_ND
         M, N = len(self.text_MD), len(columns_ND)
-        tile_M, tile_N = self.config.tile
         high, wide = min(self.config.chunk[0], M), min(self.config.chunk[1], triton.cdiv(N, 16) * 16)
         chunk = self._new(high, wide, dtype=self.text_MD.dtype)
-        blocks = triton.cdiv(high, tile_M) * triton.cdiv(wide, tile_N)
+        launch = self.config.gradient
+        blocks = triton.cdiv(high, launch.rows) * triton.cdiv(wide, launch.columns)
         scale_slopes, d_scale = self._new(blocks), self._full(0, dtype=torch.float64)
-        tile = self._tile(bank, self.config.gradient)
+        tile = self._tile(bank, launch)
         for row in range(0, M, high):
             rows = slice(row, min(row + high, M))
             for col in range(0, N, wide):
                 cols = slice(col, min(col + wide, N))
                 dz_RC = chunk[: rows.stop - row, : cols.stop - col]
-                grid = triton.cdiv(dz_RC.shape[1], tile_N), triton.cdiv(dz_RC.shape[0], tile_M)
+                grid = triton.cdiv(dz_RC.shape[1], launch.columns), triton.cdiv(dz_RC.shape[0], launch.rows)
                 gradient_kernel[grid](
                     **tile,
-                    **self._matrix("out", dz_RC, self.config.tile),
+                    **self._matrix("out", dz_RC, (launch.rows, launch.columns)),
                     row_vectors=row_KM,
                     col_vectors=None if bank else col_KN,
                     scale_slopes=scale_slopes,
@@ -902,19 +896,19 @@ class FusedTiles:
         return d_scale
 
     def _add_product(self, out: Tensor, dz_RC: Tensor, features: Tensor, transposed: bool) -> None:
-        launch, (tile_R, tile_D) = self.config.product, self.config.product_tile
+        launch = self.config.product
         rows, K = dz_RC.shape[::-1] if transposed else dz_RC.shape
-        product_kernel[triton.cdiv(self.D, tile_D), triton.cdiv(rows, tile_R)](
-            **self._matrix("chunk", dz_RC, (launch.depth, tile_R) if transposed else (tile_R, launch.depth)),
-            **self._matrix("features", features, (launch.depth, tile_D)),
-            **self._matrix("out", out, (tile_R, tile_D)),
+        product_kernel[triton.cdiv(self.D, launch.columns), triton.cdiv(rows, launch.rows)](
+            **self._matrix("chunk", dz_RC, (launch.depth, launch.rows) if transposed else (launch.rows, launch.depth)),
+            **self._matrix("features", features, (launch.depth, launch.columns)),
+            **self._matrix("out", out, (launch.rows, launch.columns)),
             rows=rows,
             K=K,
             D=self.D,
             TRANSPOSED=transposed,
-            BLOCK_R=tile_R,
+            BLOCK_R=launch.rows,
             BLOCK_K=launch.depth,
-            BLOCK_D=tile_D,
+            BLOCK_D=launch.columns,
             PRECISION=self.precision,
             UPCAST=self.upcast,
             num_warps=launch.warps,

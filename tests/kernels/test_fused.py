@@ -1,0 +1,286 @@
+"""The Triton kernels of `contrastive_loss` against its fp64 reference: on a GPU, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from efficientclip.kernels import contrastive, contrastive_loss, contrastive_loss_naive, explain
+from tests.kernels.test_contrastive import everything, features, rms, rng, run, unit
+
+__all__ = ["rng"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+runs_kernels = pytest.mark.skipif(
+    DEVICE.type == "cpu" and not INTERPRETED, reason="runs in a process of its own, see test_in_the_interpreter"
+)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="the kernels run here")
+def test_in_the_interpreter() -> None:
+    """Triton decides at import whether it interprets: all tests below, in one process where it does."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every `torch.empty` is full of NaN; in the interpreter, tiles so small that there are many."""
+    monkeypatch.setattr(contrastive, "FUSED_ON_CPU", True)
+    if INTERPRETED:
+        use_tiles(monkeypatch, descriptors=True)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 16) -> None:
+    from efficientclip.kernels import fused
+
+    config = fused.Config(
+        fused.Launch(32, 16, 32, 4, 2), fused.Launch(32, 16, 32, 4, 2), fused.Launch(32, 16, 16, 4, 2),
+        fused.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3, chunk=(64, 48), panel=64,
+    )  # fmt: skip
+    monkeypatch.setattr(fused, "tile_config", lambda text_MD, options: config)
+
+
+def on_device(value: Any) -> Any:
+    if isinstance(value, tuple | list) and value and isinstance(value[0], Tensor):
+        return tuple(part.to(DEVICE) for part in value)
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
+def check(data: dict[str, Any], dtype: torch.dtype, scale: float, **options: Any) -> None:
+    """Relative RMSE at most twice that of plain torch in the same dtype, or a few units in the last place."""
+    data, options = ({name: on_device(value) for name, value in given.items()} for given in (data, options))
+    rounded = {name: None if value is None else value.to(dtype).double() for name, value in data.items()}
+    truth = run(contrastive_loss_naive, rounded, torch.float64, scale, **options)
+    plain = run(contrastive_loss_naive, data, dtype, scale, **options)
+    ours = run(contrastive_loss, data, dtype, scale, **options)
+    unit_of_logits = torch.finfo(torch.float32).eps * (1 + abs(scale))
+    size = {"d_text": abs(scale) / len(data["text"]), "d_image": abs(scale) / len(data["text"])}
+    for name, value in truth.items():
+        assert ours[name].isfinite().all(), name
+        error = rms(ours[name] - value)
+        allowed = 2 * rms(plain[name] - value) + 8 * unit_of_logits * size.get(name, 1.0)
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, of {rms(value):.2e}"
+
+
+OPTIONS: dict[str, list[str]] = {
+    "plain": [],
+    "ids": ["image_ids"],
+    "bank ids, excluded": ["image_ids", "bank_ids", "excluded"],
+    "both ids, smoothing": ["image_ids", "caption_ids", "label_smoothing"],
+    "excluded, weights": ["excluded", "pair_weights", "direction_weights"],
+    "smoothing": ["label_smoothing"],
+}
+HALVES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 3, 24), (3, 5, 100), (63, 0, 64), (100, 37, 24)])
+def test_ragged_shapes(rng: torch.Generator, dtype: torch.dtype, M: int, Q: int, D: int) -> None:
+    check(features(rng, M, Q, D, hard=M > 30), dtype, 14)
+    check(features(rng, M, Q, D, hard=M > 30), dtype, 14, **everything(rng, M, Q))
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", [0.01, 1, 100, 200, -30])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_scales(rng: torch.Generator, dtype: torch.dtype, scale: float) -> None:
+    check(features(rng, 41, 18, 24, hard=True), dtype, scale)
+
+
+@runs_kernels
+@pytest.mark.parametrize("names", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_options(rng: torch.Generator, positives: str, names: list[str]) -> None:
+    options = everything(rng, 41, 18)
+    check(features(rng, 41, 18, 8), torch.float32, 14, positives=positives, **{name: options[name] for name in names})
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_pointers_and_full_column_sums(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """The other way of each choice that architectures differ in."""
+    if INTERPRETED:
+        use_tiles(monkeypatch, descriptors=False, kept=1)
+    check(features(rng, 70, 18, 25, hard=True), dtype, 100)
+    check(features(rng, 41, 18, 25, hard=True), dtype, 14, positives="ids", **everything(rng, 41, 18))
+
+
+@runs_kernels
+@pytest.mark.parametrize("rescued", [True, False])
+def test_weak_columns(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, rescued: bool) -> None:
+    """Half of the images are opposite to all texts and one text is its neighbour's image: sums lie e^300 apart."""
+    data = features(rng, 60, 0, 8)
+    data["text"] = torch.nn.functional.normalize(0.05 * data["text"] + data["text"][0])
+    data["image"][::2] = -data["text"][::2]
+    data["image"][1::2] = data["text"][1::2]
+    if rescued:
+        check(data, torch.float32, 150)
+        return
+    from efficientclip.kernels import fused
+
+    class Skipped:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda **_: None
+
+    monkeypatch.setattr(fused, "rescue_kernel", Skipped())
+    text, image = (data[name].float().to(DEVICE) for name in ("text", "image"))
+    sums = tiles(text, image, None, 150.0).forward()
+    assert (sums.col_lse_N == -math.inf).any()
+
+
+def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
+    """What walks the tiles of texts whose images start at `first`; in fp64 the chunked path."""
+    ranks = contrastive._Ranks(None, len(text_MD), {}, text_MD.device)
+    ranks.offset, ranks.total, ranks.own = first, len(image_ND), slice(first, first + len(text_MD))
+    given = {"ids_M": [], "ids_N": [], "bank_ids": None, "excluded": None, "as_positives": False, "smooth": False}
+    walk = contrastive._walk(text_MD, ranks, 0 if bank_QD is None else len(bank_QD), **{**given, **more})
+    return walk(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device))
+
+
+@runs_kernels
+@pytest.mark.parametrize("as_positives", [True, False])
+def test_one_rank_of_several(rng: torch.Generator, as_positives: bool) -> None:
+    """All sums and gradients equal those of the chunked path in fp64."""
+    M, N, Q, D, first = 37, 90, 21, 24, 40
+    text, image, bank = (unit(rng, size, D).float().to(DEVICE) for size in (M, N, Q))
+    ids_N = [torch.randint(0, 20, (N,), generator=rng).to(DEVICE) for _ in "12"]
+    more = {
+        "ids_M": [ids[first : first + M] for ids in ids_N],
+        "ids_N": ids_N,
+        "bank_ids": torch.randint(0, 20, (Q,), generator=rng).to(DEVICE),
+        "excluded": tuple(torch.randint(0, high, (200,), generator=rng).to(DEVICE) for high in (M, N + Q)),
+        "as_positives": as_positives,
+        "smooth": True,
+    }
+    ours = tiles(text, image, bank, 10.0, first, **more)
+    chunked = tiles(text.double(), image.double(), bank.double(), 10.0, first, **more)
+    assert (type(ours).__name__, type(chunked).__name__) == ("FusedTiles", "_Tiles")
+    sums, truth = ours.forward(), chunked.forward()
+    for name, value in truth._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(sums, name), value, rtol=2e-6, atol=2e-5, msg=name)
+    fields = contrastive._Gradients._fields
+    values = (getattr(truth, name) for name in fields)
+    grads = contrastive._Gradients(*(None if v is None else torch.rand_like(v) / 1e6 for v in values))
+    for one, other in zip(
+        ours.backward(sums, grads, True, True), chunked.backward(truth, grads, True, True), strict=True
+    ):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
+@runs_kernels
+def test_a_nan_stays_where_it_is(rng: torch.Generator) -> None:
+    text, image = (unit(rng, 70, 8).float().to(DEVICE) for _ in "12")
+    text[33, 2] = math.nan
+    sums = tiles(text, image, None, 10.0).forward()
+    assert sums.row_lse_M.isnan().nonzero().flatten().tolist() == [33]
+    # Column 33 leaves out its own text, which is the NaN.
+    assert sums.col_lse_N.isnan().logical_not().nonzero().flatten().tolist() == [33]
+
+
+@runs_kernels
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_nothing_to_contrast_with(rng: torch.Generator, positives: str) -> None:
+    every = torch.cartesian_prod(torch.arange(9), torch.arange(9)).T
+    given: dict[str, dict[str, Any]] = {
+        "equal ids": {"image_ids": torch.zeros(9, dtype=torch.int64)},
+        "excluded": {"excluded": (every[0], every[1])},
+        "weights": {"pair_weights": torch.zeros(9)},
+    }
+    data = {name: on_device(value) for name, value in features(rng, 9, 0, 8).items()}
+    for options in given.values():
+        out = run(
+            contrastive_loss, data, torch.float16, 100, positives=positives, label_smoothing=0.1,
+            **{name: on_device(value) for name, value in options.items()},
+        )  # fmt: skip
+        assert not any(out[name].any() for name in ("loss", "d_text", "d_image", "d_scale", "d_bias"))
+        assert out["per_pair_loss"].isfinite().all()
+
+
+@runs_kernels
+def test_twice_gives_the_same_bits(rng: torch.Generator) -> None:
+    data = {name: on_device(value) for name, value in features(rng, 70, 18, 24, hard=True).items()}
+    options = {name: on_device(value) for name, value in everything(rng, 70, 18).items()}
+    one, other = (run(contrastive_loss, data, torch.bfloat16, 100, positives="ids", **options) for _ in "12")
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@runs_kernels
+def test_strides_do_not_matter(rng: torch.Generator) -> None:
+    text, image = (unit(rng, 41, 24).to(DEVICE, torch.bfloat16) for _ in "12")
+    wide = torch.cat([text, image], 1)
+    views = [
+        (text.T.contiguous().T, torch.stack([image, -image], 1)[:, 0]),
+        (wide[:, :24], wide[:, 24:]),
+    ]
+    expected = contrastive_loss(text, image, logit_scale=14.0)
+    for views_of in views:
+        given = [view.detach().requires_grad_() for view in views_of]
+        out = contrastive_loss(*given, logit_scale=14.0)
+        out.loss.backward()
+        assert torch.equal(out.loss, expected.loss)
+        assert all(view.grad is not None and view.grad.isfinite().all() for view in given)
+
+
+@runs_kernels
+def test_rows_far_apart_are_copied() -> None:
+    from efficientclip.kernels.fused import _addressable
+
+    far = torch.empty_strided((3, 512), (1 << 31, 1), dtype=torch.bfloat16, device="meta")
+    assert _addressable(far).stride() == (512, 1)
+    near = torch.empty_strided((3, 512), (1024, 1), dtype=torch.bfloat16, device="meta")
+    assert _addressable(near) is near
+
+
+@runs_kernels
+@pytest.mark.parametrize("frozen", [True, False])
+def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
+    """Frozen images cost no product, and neither does the bank's share of d image."""
+    from efficientclip.kernels import fused
+
+    transposed = []
+    product = fused.FusedTiles._add_product
+
+    def counted(self: Any, *arguments: Any) -> None:
+        transposed.append(arguments[3])
+        product(self, *arguments)
+
+    monkeypatch.setattr(fused.FusedTiles, "_add_product", counted)
+    text, image, bank = (unit(rng, size, 8).float().to(DEVICE) for size in (70, 70, 20))
+    text.requires_grad_()
+    image.requires_grad_(not frozen)
+    contrastive_loss(text, image, bank, logit_scale=14.0).loss.backward()
+    chunks = 2 * 2 if INTERPRETED else 1
+    assert transposed.count(True) == (0 if frozen else chunks)
+    assert transposed.count(False) == chunks + (2 if INTERPRETED else 1)
+    assert (image.grad is None) == frozen
+
+
+@runs_kernels
+def test_explain_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = torch.zeros(1, 1, device=DEVICE)
+    assert explain(text) == f"fused Triton kernels: torch.float32 tensors on {text.device}"
+    assert explain(text.double()).startswith("chunked torch: fp64")
+    monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
+    assert explain(text).endswith("pip install triton")
