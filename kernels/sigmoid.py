@@ -7,7 +7,8 @@ Cost model, for M texts on this rank, N images of all ranks, Q bank rows and wid
   exponential and one division in backward. The bank's logits yield no d image.
 - memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N. Chunked
   torch: two tiles of `contrastive.TILE_LOGITS` logits. Triton: 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of
-  partial sums in forward, one chunk of `CHUNK` x `CHUNK` slopes in backward (32 MB, fp32 64 MB).
+  partial sums in forward, one chunk of `CHUNK` x `CHUNK` slopes in backward (32 MB, fp32 64 MB), 12
+  bytes a tile of 128 x 128 (fp32: 64 x 64) for the list of excluded cells.
 - exchange a rank: N images in their own dtype and about 4 N numbers in forward; in backward nothing when
   images are frozen, else a reduce-scatter of N x D in fp32.
 
@@ -46,7 +47,7 @@ from .contrastive import (
     _ScaleGradient,
     _Tiles,
 )
-from .similarity import TILES, by_tile, interpreted, jit, tile_product, uses_triton
+from .similarity import TILES, Tile, by_tile, interpreted, jit, tile_product, uses_triton
 
 try:
     import triton.language as tl
@@ -118,30 +119,32 @@ def _scores(  # type: ignore[no-untyped-def]
     IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Of one tile: the dot products (`CLOSED` for excluded cells), u, and which cells are positives."""
+    """Of one tile: the dot products (`CLOSED` for excluded cells), u, and which cells are positives, if any.
+
+    Pairs' own cells are masked here: torch adds them, in fp32.
+    """
     dot_RC = tile_product(text_ptr, row_R, row_R < M, column_ptr, col_C, col_C < C, D, BLOCK, BLOCK_K, UPCAST)
     # Marked in place, so that one tensor alone lives through the loop.
     for cell in range(tl.load(bounds_ptr + at), tl.load(bounds_ptr + at + 1)):
         row = tl.load(cell_rows_ptr + cell)
         col = tl.load(cell_cols_ptr + cell)
         dot_RC = tl.where((row_R == row)[:, None] & (col_C == col)[None, :], CLOSED, dot_RC)
-    own_RC = (row_R + diagonal)[:, None] == col_C[None, :]
-    same_RC = own_RC
+    masked_RC = (dot_RC == CLOSED) | (col_C >= C)[None, :] | ((row_R + diagonal)[:, None] == col_C[None, :])
+    positive_RC = tl.zeros([BLOCK, BLOCK], tl.int1)
     if IMAGE_IDS:
         row_ids_R = tl.load(image_row_ptr + row_R, mask=row_R < M, other=0)
         col_ids_C = tl.load(image_col_ptr + col_C, mask=col_C < C, other=0)
-        same_RC = same_RC | (row_ids_R[:, None] == col_ids_C[None, :])
+        positive_RC = row_ids_R[:, None] == col_ids_C[None, :]
     if CAPTION_IDS:
         row_ids_R = tl.load(caption_row_ptr + row_R, mask=row_R < M, other=0)
         col_ids_C = tl.load(caption_col_ptr + col_C, mask=col_C < C, other=0)
-        same_RC = same_RC | (row_ids_R[:, None] == col_ids_C[None, :])
-    positive_RC = same_RC if IDS_POSITIVE else own_RC
-    masked_RC = (dot_RC == CLOSED) | (col_C >= C)[None, :]
-    if not IDS_POSITIVE:
-        masked_RC = masked_RC | (same_RC & ~own_RC)
-    z_RC = dot_RC * tl.load(scalars_ptr) + tl.load(scalars_ptr + 1)
-    u_RC = tl.where(masked_RC, float("-inf"), tl.where(positive_RC, -z_RC, z_RC))
-    return dot_RC, u_RC, positive_RC
+        positive_RC = positive_RC | (row_ids_R[:, None] == col_ids_C[None, :])
+    u_RC = dot_RC * tl.load(scalars_ptr) + tl.load(scalars_ptr + 1)
+    if IDS_POSITIVE:
+        u_RC = tl.where(positive_RC, -u_RC, u_RC)
+    else:
+        masked_RC = masked_RC | positive_RC
+    return dot_RC, tl.where(masked_RC, float("-inf"), u_RC), positive_RC
 
 
 @jit
@@ -200,12 +203,11 @@ def _slope_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     e_RC = tl.exp(-tl.abs(u_RC))
     slope_RC = tl.where(u_RC > 0, 1.0, e_RC) / (1.0 + e_RC)
-    slope_RC = tl.where(positive_RC, -slope_RC, slope_RC)
+    if IDS_POSITIVE:
+        slope_RC = tl.where(positive_RC, -slope_RC, slope_RC)
     sums = sums_ptr + (2 * tl.program_id(1)) * CHUNK + in_row_R
     tl.store(sums, tl.sum(slope_RC, 1))
     tl.store(sums + CHUNK, tl.sum(slope_RC * dot_RC, 1))
-    # Pairs' own slopes are the large ones, and are not rounded: they are added apart.
-    slope_RC = tl.where((row_R + diagonal)[:, None] == col_C[None, :], 0.0, slope_RC)
     slope = slope_ptr + in_row_R[:, None] * CHUNK + in_col_C[None, :]
     tl.store(slope, (slope_RC * SLOPE_UNIT).to(slope_ptr.dtype.element_ty))
 
@@ -255,6 +257,11 @@ class _TritonCells:
 
     parts: list[_Part]
     as_positives: bool
+
+
+def warps(tile: Tile, both_ids: bool) -> int:
+    """Warps of a kernel that compares ids: twice as many where the registers of two ids would spill."""
+    return 2 * tile.num_warps if both_ids else tile.num_warps
 
 
 def _relabelled(rows_M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,17 +336,23 @@ class _Triton:
             vectors += [self.scalars, self.scalars] if pair is None else list(pair)
         given: dict[str, Any] = {"IMAGE_IDS": part.image_ids is not None, "CAPTION_IDS": part.caption_ids is not None}
         given |= {"IDS_POSITIVE": self.cells.as_positives, "CLOSED": CLOSED}
-        return [*vectors, *part.cells], {**given, **self.options}
+        given["num_warps"] = warps(self.tile, part.image_ids is not None and part.caption_ids is not None)
+        return [*vectors, *part.cells], {**self.options, **given}
+
+    def _own_dots(self) -> Tensor:
+        M = len(self.text_MD)
+        dot_M = torch.zeros(M, dtype=torch.float64, device=self.text_MD.device)
+        own_MD = self.image_ND[self.offset : self.offset + M]
+        for start in range(0, M, CHUNK):
+            rows = slice(start, start + CHUNK)
+            dot_M[rows] = (self.text_MD[rows].float() * own_MD[rows]).sum(1, dtype=torch.float64)
+        return dot_M
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """(loss_M, positive_M), fp64."""
         M, D = self.text_MD.shape
-        loss_M, positive_M = (torch.zeros(M, dtype=torch.float64, device=self.text_MD.device) for _ in "12")
-        own_MD = self.image_ND[self.offset : self.offset + M]
-        for start in range(0, M, CHUNK):
-            rows = slice(start, start + CHUNK)
-            positive_M[rows] = (self.text_MD[rows].float() * own_MD[rows]).sum(1, dtype=torch.float64)
-        positive_M.mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
+        positive_M = self._own_dots().mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
+        loss_M = -functional.logsigmoid(positive_M)
         for part in self.cells.parts:
             tiles = -(-part.columns // self.tile.BLOCK)
             strips = -(-tiles // STRIP_TILES)
@@ -391,7 +404,8 @@ class _Triton:
             d_text_MD.mul_((g_M * unit).float()[:, None])
         if d_image_ND is not None:
             d_image_ND.mul_(top * unit)
-        own_M1 = (-g_M * torch.sigmoid(-positive_M) * self.scale.double().reshape(())).float()[:, None]
+        own_M = -g_M * torch.sigmoid(-positive_M)
+        own_M1 = (own_M * self.scale.double().reshape(())).float()[:, None]
         for start in range(0, M, CHUNK):
             rows = slice(start, min(start + CHUNK, M))
             own = slice(self.offset + start, self.offset + rows.stop)
@@ -400,7 +414,7 @@ class _Triton:
             if d_image_ND is not None:
                 d_image_ND[own].addcmul_(self.text_MD[rows].float(), own_M1[rows])
         d_bias, d_scale = (sums_2M * g_M).sum(1).unbind()
-        return d_text_MD, d_image_ND, d_scale, d_bias
+        return d_text_MD, d_image_ND, d_scale + (own_M * self._own_dots()).sum(), d_bias + own_M.sum()
 
     def _gather(self, slope: Tensor, features_KD: Tensor, out_RD: Tensor, strides: tuple[int, int]) -> None:
         (rows, D), block = out_RD.shape, self.tile.BLOCK
@@ -500,7 +514,8 @@ class _Sigmoid(torch.autograd.Function):
         cells: _Cells | _TritonCells,
         ranks: _Ranks,
     ) -> tuple[Tensor, Tensor]:
-        loss_M, positive_M = _path(text_MD, image_ND, bank_QD, scale, bias, cells, ranks).losses()
+        with torch.cuda.device_of(text_MD):
+            loss_M, positive_M = _path(text_MD, image_ND, bank_QD, scale, bias, cells, ranks).losses()
         ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, bias, positive_M)
         ctx.cells, ctx.ranks = cells, ranks
         ctx.mark_non_differentiable(positive_M)
@@ -512,7 +527,10 @@ class _Sigmoid(torch.autograd.Function):
         text_MD, image_ND, bank_QD, scale, bias, positive_M = ctx.saved_tensors
         need_text, need_image, need_scale, need_bias = ctx.needs_input_grad[:4]
         path = _path(text_MD, image_ND, bank_QD, scale, bias, ctx.cells, ctx.ranks)
-        d_text_MD, d_image_ND, d_scale, d_bias = path.gradients(g_M, positive_M, need_text or need_scale, need_image)
+        # The chunked path takes d scale from d text.
+        texts = need_text or (need_scale and isinstance(path, _Chunked))
+        with torch.cuda.device_of(text_MD):
+            d_text_MD, d_image_ND, d_scale, d_bias = path.gradients(g_M, positive_M, texts, need_image)
         return (
             d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
             ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,

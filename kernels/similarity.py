@@ -20,6 +20,7 @@ Shapes: M queries, Q bank rows, D width, E positives, R x C one tile, K features
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class Tile(NamedTuple):
 
 # By bytes a feature: the largest that spill no register on sm_80, sm_90 and sm_100.
 TILES = {2: Tile(128, 64, 8, 3), 4: Tile(64, 32, 4, 3)}
+PAIRED_ROWS, PAIRED_K = 16, 128
 # Queries a launch: bounds the list of tiles, 12 MB (fp32: 48 MB) at a million bank rows.
 SLAB_ROWS = 1 << 14
 # Programs a launch aims at, by cutting the bank into strips.
@@ -64,7 +66,12 @@ def jit(kernel: Any) -> Any:
 
 def uses_triton(features: Tensor) -> bool:
     """CUDA tensors take the Triton kernels, except fp64 ones, which no tensor core of theirs multiplies."""
-    return triton is not None and features.is_cuda and features.dtype != torch.float64
+    if not features.is_cuda or features.dtype == torch.float64:
+        return False
+    if triton is None:
+        warnings.warn("CUDA tensors fall back to chunked torch: Triton is missing, pip install triton", stacklevel=3)
+        return False
+    return True
 
 
 def interpreted() -> bool:
@@ -216,10 +223,10 @@ def by_tile(rows_E: Tensor, columns_E: Tensor, rows: int, columns: int, block: i
 def _paired_triton(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tensor:
     M, D = text_MD.shape
     out_M = torch.empty(M, dtype=torch.float32, device=text_MD.device)
-    block = 16
     if M:
-        _paired_kernel[-(-M // block),](
-            text_MD.contiguous(), bank_QD.contiguous(), rows_M.contiguous(), out_M, M, D, BLOCK_R=block, BLOCK_K=128,
+        _paired_kernel[-(-M // PAIRED_ROWS),](
+            text_MD.contiguous(), bank_QD.contiguous(), rows_M.contiguous(), out_M, M, D,
+            BLOCK_R=PAIRED_ROWS, BLOCK_K=PAIRED_K,
         )  # fmt: skip
     return out_M
 
@@ -420,7 +427,8 @@ def paired_similarity(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tenso
     _require_one_dtype(bank_QD, text_MD, "text_MD")
     _require_integers("rows_M", rows_M, len(text_MD), text_MD, "one bank row a text")
     _require_range("rows_M", rows_M, bank_QD)
-    return (_paired_triton if uses_triton(text_MD) else _paired_chunked)(text_MD, bank_QD, rows_M)
+    with torch.cuda.device_of(text_MD):
+        return (_paired_triton if uses_triton(text_MD) else _paired_chunked)(text_MD, bank_QD, rows_M)
 
 
 @torch.no_grad()
@@ -465,7 +473,8 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
     owners_E = torch.arange(len(query_MD), device=query_MD.device).repeat_interleave(sizes_M)
     cells_E = (owners_E * len(bank_QD) + rows_E).unique()
     owners_E, rows_E = cells_E // len(bank_QD), cells_E % len(bank_QD)
-    return (_ranks_triton if uses_triton(query_MD) else _ranks_chunked)(query_MD, bank_QD, owners_E, rows_E)
+    with torch.cuda.device_of(query_MD):
+        return (_ranks_triton if uses_triton(query_MD) else _ranks_chunked)(query_MD, bank_QD, owners_E, rows_E)
 
 
 @torch.no_grad()

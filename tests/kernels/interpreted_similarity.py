@@ -45,7 +45,7 @@ def test_the_interpreter_is_on() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "Q", "D"), [(1, 1, 1), (1, 70, 24), (75, 33, 100), (130, 40, 24)])
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 70, 1), (75, 33, 100)])
 def test_ranks_with_exact_ties(rng: torch.Generator, dtype: torch.dtype, M: int, Q: int, D: int) -> None:
     """Small whole numbers: products are exact in any order, and many tie."""
     query = torch.randint(-1, 2, (M, D), generator=rng).to(dtype)

@@ -216,34 +216,38 @@ def test_triton_kernels_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp32", 4)])
-def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, capability: int) -> None:
+@pytest.mark.parametrize(("dtype", "size", "ids"), [("bf16", 2, False), ("bf16", 2, True), ("fp32", 4, True)])
+def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, ids: bool, capability: int) -> None:
     from tests.kernels.resources import resources
 
-    options = similarity.TILES[size]._asdict()
-    shape = {"BLOCK": options.pop("BLOCK"), "BLOCK_K": options.pop("BLOCK_K"), "UPCAST": False}
-    flags = {"IMAGE_IDS": True, "CAPTION_IDS": True, "IDS_POSITIVE": False, "CLOSED": sigmoid.CLOSED}
-    features, ids = f"*{dtype}", "*i32"
-    tile = {
-        "text_ptr": features, "column_ptr": features, "scalars_ptr": "*fp32",
+    tile = similarity.TILES[size]
+    shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, "UPCAST": False}
+    flags = {"IMAGE_IDS": ids, "CAPTION_IDS": ids, "IDS_POSITIVE": ids, "CLOSED": sigmoid.CLOSED}
+    features, vector, label = f"*{dtype}", "*fp32", "*i32"
+    cells = {
+        "text_ptr": features, "column_ptr": features, "scalars_ptr": vector,
         "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
-        "image_row_ptr": ids, "image_col_ptr": ids, "caption_row_ptr": ids, "caption_col_ptr": ids,
-        "cell_rows_ptr": ids, "cell_cols_ptr": ids, "bounds_ptr": ids,
+        "image_row_ptr": label, "image_col_ptr": label, "caption_row_ptr": label, "caption_col_ptr": label,
+        "cell_rows_ptr": label, "cell_cols_ptr": label, "bounds_ptr": label,
     }  # fmt: skip
-    loss = tile | {"loss_ptr": "*fp32", "strip_tiles": "i32"}
-    slope = tile | {"slope_ptr": features, "sums_ptr": "*fp32", "first_row": "i32", "first_col": "i32"}
+    loss = cells | {"loss_ptr": vector, "strip_tiles": "i32"}
+    slope = cells | {"slope_ptr": features, "sums_ptr": vector, "first_row": "i32", "first_col": "i32"}
     gather = {
-        "slope_ptr": features, "feature_ptr": features, "out_ptr": "*fp32", "rows": "i32", "K": "i32", "D": "i32",
+        "slope_ptr": features, "feature_ptr": features, "out_ptr": vector, "rows": "i32", "K": "i32", "D": "i32",
     }  # fmt: skip
     chunk = {"CHUNK": sigmoid.CHUNK, "SLOPE_UNIT": sigmoid.SLOPE_UNIT}
-    kernels: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-        (sigmoid._loss_kernel, loss, shape | flags),
-        (sigmoid._slope_kernel, slope, shape | flags | chunk),
-        (sigmoid._gather_kernel, gather, shape | {"ROW_STRIDE": sigmoid.CHUNK, "K_STRIDE": 1}),
-        (sigmoid._gather_kernel, gather, shape | {"ROW_STRIDE": 1, "K_STRIDE": sigmoid.CHUNK}),
+    wide = sigmoid.warps(tile, ids)
+    kernels: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
+        (sigmoid._loss_kernel, loss, shape | flags, wide),
+        (sigmoid._slope_kernel, slope, shape | flags | chunk, wide),
     ]
-    for kernel, types, constants in kernels:
-        used = resources(kernel, types, constants, capability, tmp_path, **options)
+    if ids:
+        for strides in ({"ROW_STRIDE": sigmoid.CHUNK, "K_STRIDE": 1}, {"ROW_STRIDE": 1, "K_STRIDE": sigmoid.CHUNK}):
+            kernels.append((sigmoid._gather_kernel, gather, shape | strides, tile.num_warps))
+    for kernel, types, constants, num_warps in kernels:
+        used = resources(
+            kernel, types, constants, capability, tmp_path, num_warps=num_warps, num_stages=tile.num_stages
+        )
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
         assert used["SHARED"] <= 160 << 10, (kernel, used)
 

@@ -243,7 +243,7 @@ def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, cap
                 "text_ptr": features, "bank_ptr": features, "rows_ptr": lists, "out_ptr": vector,
                 "M": "i32", "D": "i32",
             },
-            {"BLOCK_R": 16, "BLOCK_K": 128},
+            {"BLOCK_R": similarity.PAIRED_ROWS, "BLOCK_K": similarity.PAIRED_K},
             {},
         ),
     ]  # fmt: skip
