@@ -65,7 +65,7 @@ def jit(kernel: Any) -> Any:
 
 
 def uses_triton(features: Tensor) -> bool:
-    """CUDA tensors take the Triton kernels, except fp64 ones, which no tensor core of theirs multiplies."""
+    """CUDA tensors take the Triton kernels, except fp64 ones: the kernels add in fp32."""
     if not features.is_cuda or features.dtype == torch.float64:
         return False
     if triton is None:

@@ -20,7 +20,7 @@ SLACK = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}
 def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few pairs need several tiles, strips and chunks."""
     monkeypatch.setattr(sigmoid, "uses_triton", lambda features: True)
-    for size, tile in {2: Tile(32, 64, 4, 2), 4: Tile(16, 32, 4, 2)}.items():
+    for size, tile in {2: Tile(32, 32, 4, 2), 4: Tile(32, 64, 4, 2)}.items():
         monkeypatch.setitem(similarity.TILES, size, tile)
     monkeypatch.setattr(sigmoid, "CHUNK", 64)
     monkeypatch.setattr(sigmoid, "STRIP_TILES", 2)
