@@ -36,7 +36,12 @@ ARMS = {
     "oracle": ["confidence.selection=none"],
     "schedule": ["confidence.selection=schedule"],
     "mixture": ["confidence.selection=mixture"],
-    "published": ["confidence.selection=published", "confidence.score=snapshot", "confidence.warmup_epochs=0"],
+    "published": [
+        "confidence.selection=published",
+        "confidence.score=snapshot",
+        "confidence.warmup_epochs=0",
+        "confidence.drop_share=0.1",
+    ],
 }
 
 
