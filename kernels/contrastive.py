@@ -11,6 +11,8 @@ Cost model, for M texts on this rank, N images of all ranks, Q bank rows and wid
 - exchange a rank: N images in their own dtype and about 4 N + 3 M numbers in forward; in backward nothing
   when images are frozen, else a reduce-scatter of N x D in fp32.
 
+On CUDA the tiles are walked by the kernels of `fused`, which has its own cost model; this one is for plain torch.
+
 Shapes: M this rank's pairs, N pairs of all ranks, Q bank rows, D width, R x C one tile, W ranks.
 
 The diagonal (each pair's own logit) never enters a log-sum-exp. With n the log-sum-exp of a row's other

@@ -7,15 +7,15 @@ Cost model, for M texts of this rank, N images of all ranks, Q bank rows and wid
 - exponentials: one a logit in forward, two in backward. Columns that the one exponential cannot serve are
   computed again, block by block; without any, that kernel only reads N sums.
 - memory beside the inputs: column sums, programs x panel x 4 B (35 MB on sm_90) however large N is; two numbers a
-  text and program column; the logit gradients of one chunk (32 MB); fp32 M x D for d text and N x D for d image;
-  a copy of features whose rows TMA cannot address (D odd, say).
+  text and column of programs; 4 B a tile where cells are masked; the logit gradients of one chunk (32 MB); fp32
+  M x D for d text and N x D for d image; a copy of features whose rows TMA cannot address (D odd, say).
 - traffic: a tile reads (rows + columns) D elements from L2 for rows x columns x D products, 128 x 128 being what the
   registers hold beside its exponentials. In backward a logit gradient is written once and read twice, in chunks
   that stay in L2.
 
 Why these tiles. Forward: a program keeps a block of columns and walks down its own blocks of rows, so that column
 sums leave the registers once a strip; rows are merged in a slice that no other program touches. So there are no
-atomics, and the bits depend on this file's tables alone. With e = exp2(z - the tile's row maximum), e summed
+atomics, and the bits do not depend on a chip's number of SMs. With e = exp2(z - the tile's row maximum), e summed
 along a row is the row's sum, and e * exp2(row maximum - strip maximum) summed down a column is the column's. A term
 below 2^-126 of the strip's maximum is lost: a column whose sum is under 2^-80 of it goes to the rescue kernel, in any
 other the loss is below M 2^-46.
@@ -483,7 +483,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Config:
-    """How one architecture walks the tiles. The bits of a result depend on every field but warps and stages."""
+    """How one architecture walks the tiles. The bits of a result depend on every field but the stages."""
 
     forward: Launch
     rescue: Launch

@@ -115,8 +115,15 @@ def test_fp16_and_bank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architec
             check(kernel, arguments, architecture, tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"smooth": True}, {"positives": True}], ids=["masks", "positives"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {"smooth": True}),
+        (torch.float32, {"smooth": True}),
+        (torch.bfloat16, {"positives": True}),
+    ],
+    ids=["bf16, masks", "fp32, masks", "bf16, positives"],
+)
 @pytest.mark.parametrize("architecture", SHARED_KB)
 def test_options(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype, options: dict[str, bool]

@@ -47,7 +47,7 @@ def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     torch.use_deterministic_algorithms(before)
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 16) -> None:
+def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8) -> None:
     from efficientclip.kernels import fused
 
     config = fused.Config(
@@ -64,7 +64,7 @@ def on_device(value: Any) -> Any:
 
 
 def check(data: dict[str, Any], dtype: torch.dtype, scale: float, **options: Any) -> None:
-    """Relative RMSE at most twice that of plain torch in the same dtype, or a few units in the last place."""
+    """Error at most twice that of plain torch in the same dtype, or a few units in a logit's last place."""
     data, options = ({name: on_device(value) for name, value in given.items()} for given in (data, options))
     rounded = {name: None if value is None else value.to(dtype).double() for name, value in data.items()}
     truth = run(contrastive_loss_naive, rounded, torch.float64, scale, **options)
@@ -76,6 +76,9 @@ def check(data: dict[str, Any], dtype: torch.dtype, scale: float, **options: Any
         assert ours[name].isfinite().all(), name
         error = rms(ours[name] - value)
         allowed = 2 * rms(plain[name] - value) + 8 * unit_of_logits * size.get(name, 1.0)
+        if name in ("d_text", "d_image") and len(value) < 10 and dtype != torch.float32:
+            # Logit gradients are rounded to the dtype: over so few of them that error does not average out.
+            allowed += torch.finfo(dtype).eps / 2 * abs(scale) / math.sqrt(value.shape[1])
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, of {rms(value):.2e}"
 
 
@@ -92,7 +95,7 @@ HALVES = [torch.float32, torch.bfloat16, torch.float16]
 
 @runs_kernels
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 3, 24), (3, 5, 100), (63, 0, 64), (100, 37, 24)])
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 3, 24), (3, 5, 100), (63, 0, 64), (100, 9, 24)])
 def test_ragged_shapes(rng: torch.Generator, dtype: torch.dtype, M: int, Q: int, D: int) -> None:
     check(features(rng, M, Q, D, hard=M > 30), dtype, 14)
     check(features(rng, M, Q, D, hard=M > 30), dtype, 14, **everything(rng, M, Q))
@@ -121,7 +124,7 @@ def test_pointers_and_full_column_sums(
     """The other way of each choice that architectures differ in."""
     if INTERPRETED:
         use_tiles(monkeypatch, descriptors=False, kept=1)
-    check(features(rng, 70, 18, 25, hard=True), dtype, 100)
+    check(features(rng, 50, 18, 25, hard=True), dtype, 100)
     check(features(rng, 41, 18, 25, hard=True), dtype, 14, positives="ids", **everything(rng, 41, 18))
 
 
@@ -146,6 +149,19 @@ def test_weak_columns(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, res
     text, image = (data[name].float().to(DEVICE) for name in ("text", "image"))
     sums = tiles(text, image, None, 150.0).forward()
     assert (sums.col_lse_N == -math.inf).any()
+
+
+@runs_kernels
+def test_merging_of_many_strips(rng: torch.Generator) -> None:
+    from efficientclip.kernels.fused import merge_kernel
+
+    P, N, width, block = 37, 40, 48, 16
+    tops, sums = 60 * torch.randn(3, P, generator=rng), torch.rand(P, width, generator=rng)
+    given = [part.to(DEVICE) for part in (tops, sums)]
+    highest, total = (torch.full((N,), math.nan, dtype=torch.float64, device=DEVICE) for _ in "12")
+    merge_kernel[3,](*given, highest, total, P, 0, N, width, BLOCK_P=16, BLOCK_N=block)
+    terms = sums[:, :N].double().log2() + tops.T.repeat_interleave(block, 1)[:, :N].double()
+    torch.testing.assert_close((total.log2() + highest).cpu(), torch.logsumexp(terms * math.log(2), 0) / math.log(2))
 
 
 def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
