@@ -1,0 +1,478 @@
+"""What `test_contrastive.py` measures: the contrastive loss of several packages, their memory, the CSV and its picture.
+
+python -m benchmarks.contrastive        draws results/contrastive.svg from results/contrastive.csv
+
+Shapes: N pairs, Q frozen rows of a bank, D width.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import matplotlib.pyplot as plt
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficientclip.kernels import contrastive_loss
+
+RESULTS = Path(__file__).parent / "results"
+KEY = (
+    "N", "D", "bank", "dtype", "frozen", "pass", "device", "hardware", "threads", "torch", "implementation",
+)  # fmt: skip
+COLUMNS = (
+    *KEY, "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "ratio_to", "error", "rounds", "note", "date",
+)  # fmt: skip
+
+STEADY = 1.2
+# Cores that others may take of those in use: the system itself needs a little.
+SPARE = 0.1
+# Seconds that a case's rounds may take together, and that a peer's round may.
+BUDGET, PATIENCE = 10, 60
+ROUNDS = {"cpu": (2, 7), "cuda": (5, 31)}
+# Of loss and gradients against plain torch in fp32; halves round the gradients that they return.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+MIB = 2**20
+PASSES = ("forward", "forward+backward")
+
+Row = dict[str, Any]
+Sample = tuple[float, float]
+Repeat = Callable[[Callable[[], None], Callable[[], None], int], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    N: int
+    D: int = 512
+    bank: int = 0
+    dtype: torch.dtype = torch.float32
+    frozen: bool = False
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        bank = f"bank={self.bank}-" if self.bank else ""
+        return f"{bank}N={self.N}-D={self.D}-{self.dtype_name}-{'frozen' if self.frozen else 'trainable'}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def gradient_bytes(self) -> int:
+        return self.N * self.D * self.dtype.itemsize * (1 if self.frozen else 2)
+
+    def flop(self, pass_: str) -> int:
+        """Of the products needed: one forward; backward the logits again, d text, and d image unless frozen."""
+        batch, bank = (1, 1) if pass_ == "forward" else (3 if self.frozen else 4, 3)
+        return 2 * self.N * (batch * self.N + bank * self.bank) * self.D
+
+
+@dataclass
+class Inputs:
+    text: Tensor
+    image: Tensor
+    bank: Tensor | None
+    scale: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"text": self.text, "image": self.image, "scale": self.scale}
+
+    def float(self) -> Inputs:
+        """The same values as leaves in fp32."""
+        text, image = (part.detach().float().requires_grad_(part.requires_grad) for part in (self.text, self.image))
+        bank = None if self.bank is None else self.bank.float()
+        return Inputs(text, image, bank, self.scale.detach().clone().requires_grad_())
+
+
+def inputs(case: Case) -> Inputs:
+    rng = torch.Generator(case.device).manual_seed(0)
+
+    def unit(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, case.D, generator=rng, device=case.device), dim=1).to(case.dtype)
+
+    return Inputs(
+        unit(case.N).requires_grad_(),
+        unit(case.N).requires_grad_(not case.frozen),
+        unit(case.bank) if case.bank else None,
+        torch.tensor(14.3, device=case.device, requires_grad=True),
+    )
+
+
+# Implementations
+
+
+def ours(data: Inputs) -> Tensor:
+    return contrastive_loss(data.text, data.image, data.bank, logit_scale=data.scale).loss
+
+
+def plain(data: Inputs) -> Tensor:
+    """One matrix of logits, which autograd keeps: no recompute."""
+    text = data.scale * data.text
+    logits = text @ data.image.T
+    rows = logits if data.bank is None else torch.cat([logits, text @ data.bank.T], 1)
+    target = torch.arange(len(text), device=text.device)
+    return (F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+compiled = torch.compile(plain, dynamic=False)
+
+
+@cache
+def clip_loss() -> Any:
+    from open_clip.loss import ClipLoss
+
+    return ClipLoss()
+
+
+def open_clip(data: Inputs) -> Tensor:
+    return clip_loss()(data.image, data.text, data.scale)
+
+
+def inf_cl(data: Inputs) -> Tensor:
+    from inf_cl import cal_flash_loss
+
+    pairs = (data.text, data.image), (data.image, data.text)
+    return sum(cal_flash_loss(*pair, scale=data.scale).mean() for pair in pairs) / 2
+
+
+def _missing(module: str, package: str) -> str | None:
+    return None if find_spec(module) else f"not installed: pip install {package}"
+
+
+def _open_clip_refuses(case: Case) -> str | None:
+    return "has no bank" if case.bank else _missing("open_clip", "open_clip_torch")
+
+
+def _compiled_refuses(case: Case) -> str | None:
+    slow = case.device == "cpu" and (case.N > 4096 or case.D != 512 or case.frozen or case.bank)
+    return "on CPUs compiled at D = 512 and N up to 4,096 only: compiling takes long" if slow else None
+
+
+def _inf_cl_refuses(case: Case) -> str | None:
+    if case.device == "cpu":
+        return "needs CUDA"
+    if case.bank:
+        return "has no bank"
+    if case.N % 64 or case.D % 256:
+        return "wrong unless 64 divides N and 256 divides D"
+    return _missing("inf_cl", "inf-cl")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    loss: Callable[[Inputs], Tensor]
+    matrices: int
+    """Matrices of logits that it holds at once, to estimate its memory."""
+    refuses: Callable[[Case], str | None] = lambda case: None
+
+    def estimate(self, case: Case) -> int:
+        """Bytes beside inputs and gradients."""
+        linear = 6 * 4 * case.N * case.D + 256 * MIB
+        return self.matrices * case.N * (case.N + case.bank) * case.dtype.itemsize + linear
+
+
+IMPLEMENTATIONS = (
+    Implementation("plain", plain, 5),
+    Implementation("ours", ours, 0),
+    Implementation("open_clip", open_clip, 4, _open_clip_refuses),
+    Implementation("compiled", compiled, 2, _compiled_refuses),
+    Implementation("inf-cl", inf_cl, 0, _inf_cl_refuses),
+)
+
+
+def free_bytes(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def refusal(one: Implementation, case: Case, seen: dict[str, tuple[int, float]]) -> str | None:
+    """Why it is not run; `seen` holds FLOP and seconds of the largest case so far."""
+    reason = one.refuses(case)
+    need = one.estimate(case) + case.gradient_bytes
+    if reason is None and need > 0.9 * free_bytes(case.device):
+        reason = f"would need {need / 2**30:.1f} GiB, {free_bytes(case.device) / 2**30:.1f} GiB are free"
+    if reason is None and one.name in seen and one.name != "ours":
+        flop, seconds = seen[one.name]
+        expected = seconds * case.flop(PASSES[1]) / flop
+        if expected > PATIENCE:
+            reason = f"would take {expected:.0f} s a round"
+    return reason
+
+
+# Measuring
+
+
+class Memory:
+    """The peak since `start`, beside what was held then: torch's on CUDA, the process's resident set on Linux."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.known = self.cuda or os.access("/proc/self/clear_refs", os.W_OK)
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
+        elif self.known:
+            # Pages that malloc keeps would be used again unseen.
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.held = self._resident("VmRSS")
+
+    def peak(self) -> float:
+        if not self.known:
+            return math.nan
+        return (torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")) - self.held
+
+    @staticmethod
+    def _resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step(loss: Callable[[Inputs], Tensor], data: Inputs, memory: Memory | None = None) -> tuple[Tensor, Sample, Sample]:
+    """The loss, seconds forward and in all, and peak bytes likewise."""
+    device = data.text.device.type
+    for leaf in data.leaves.values():
+        leaf.grad = None
+    if memory:
+        memory.start()
+    start = now(device)
+    value = loss(data)
+    middle = now(device)
+    peak = memory.peak() if memory else math.nan
+    again = now(device)
+    value.backward()
+    end = now(device)
+    peaks = peak, memory.peak() if memory else math.nan
+    return value.detach(), (middle - start, middle - start + end - again), peaks
+
+
+def values(loss: Tensor, data: Inputs) -> dict[str, Tensor]:
+    gradients = {name: leaf.grad for name, leaf in data.leaves.items() if leaf.grad is not None}
+    return {"loss": loss, **gradients}
+
+
+def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    return max(float((found[name].float() - value).norm() / value.norm()) for name, value in truth.items())
+
+
+def seconds_of_others() -> float:
+    """CPU seconds that other processes have had so far, up to a constant."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - times.iowait - time.process_time()
+
+
+def hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else str(cpuinfo.get_cpu_info()["brand_raw"])
+
+
+def in_turn(ours: Callable[[], None], others: Callable[[], None], rounds: int) -> None:
+    for _ in range(rounds):
+        others()
+        ours()
+
+
+def measure(case: Case, seen: dict[str, tuple[int, float]], repeat: Repeat = in_turn) -> tuple[list[Row], str | None]:
+    """A row for each implementation and pass, and what makes them worthless if the machine was busy.
+
+    The first round takes values and memory; it is left out of the medians where others are many. A case that takes
+    long has three rounds.
+    """
+    data, memory = inputs(case), Memory(case.device)
+    torch.compiler.reset()
+    notes: dict[str, str | None] = {}
+    found: dict[str, dict[str, Tensor]] = {}
+    samples: dict[str, list[Sample]] = {}
+    peaks: dict[str, Sample] = {}
+    small = inputs(Case(min(case.N, 512), case.D, min(case.bank, 512), case.dtype, case.frozen, case.device))
+    start, others = time.perf_counter(), seconds_of_others()
+    for one in IMPLEMENTATIONS:
+        notes[one.name] = refusal(one, case, seen)
+        if notes[one.name]:
+            continue
+        try:
+            step(one.loss, data if one.name == "compiled" else small)
+            loss, seconds, peaks[one.name] = step(one.loss, data, memory)
+        except torch.OutOfMemoryError:
+            notes[one.name] = "out of memory"
+        except Exception as error:
+            if one.name == "ours":
+                raise
+            notes[one.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        else:
+            samples[one.name] = [seconds]
+            found[one.name] = values(loss, data)
+            seen[one.name] = case.flop(PASSES[1]), seconds[1]
+    if "ours" not in samples:
+        raise MemoryError(f"contrastive_loss does not run at {case}: {notes['ours']}; choose smaller --sizes")
+    errors = _errors(case, data, found)
+    found.clear()
+
+    losses = {one.name: one.loss for one in IMPLEMENTATIONS if one.name in samples}
+    size = 16384 if case.device == "cuda" else 4096
+    left = data.text.detach()[:size]
+    right = (data.image.detach() if data.bank is None else data.bank)[:size].T
+    product_seconds: list[float] = []
+
+    def run(name: str) -> None:
+        samples[name].append(step(losses[name], data)[1])
+
+    def run_others() -> None:
+        for name in losses:
+            if name != "ours":
+                run(name)
+        begin = now(case.device)
+        torch.mm(left, right)
+        product_seconds.append(now(case.device) - begin)
+
+    least, most = ROUNDS[case.device]
+    once = sum(sample[0][1] for sample in samples.values())
+    repeat(lambda: run("ours"), run_others, max(least, min(most, int(BUDGET / once))))
+    cores = (seconds_of_others() - others) / (time.perf_counter() - start)
+    for name, taken in samples.items():
+        samples[name] = taken[1:] if len(taken) > 3 else taken
+    rate = 2 * len(left) * right.shape[1] * case.D / statistics.median(product_seconds[1:] or product_seconds)
+    return _rows(case, notes, samples, peaks, errors, rate), _busy(case, samples, cores)
+
+
+def _errors(case: Case, data: Inputs, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Against plain torch in fp32, where that fits into memory; a wrong loss of ours is an error."""
+    truth = found.get("plain") if case.dtype == torch.float32 else None
+    wide = Case(case.N, case.D, case.bank, torch.float32, case.frozen, case.device)
+    if truth is None and refusal(IMPLEMENTATIONS[0], wide, {}) is None:
+        exact = data.float()
+        truth = values(step(plain, exact)[0], exact)
+    if truth is None:
+        return {}
+    errors = {name: worst_error(result, truth) for name, result in found.items()}
+    if not errors["ours"] <= TOLERANCE[case.dtype]:
+        raise ArithmeticError(
+            f"loss or gradients are off by {errors['ours']:.1e} from plain torch at {case}, at most "
+            f"{TOLERANCE[case.dtype]:.0e} is right: a wrong loss has no speed; see tests/kernels/test_contrastive.py"
+        )
+    return errors
+
+
+def _busy(case: Case, samples: dict[str, list[Sample]], cores_of_others: float) -> str | None:
+    used = torch.get_num_threads() if case.device == "cpu" else 0
+    if cores_of_others > (os.cpu_count() or 1) - used + SPARE:
+        return f"busy machine: others held {cores_of_others:.1f} cores"
+    for name, taken in samples.items():
+        totals = [sample[1] for sample in taken]
+        if statistics.median(totals) > STEADY * min(totals):
+            return f"busy machine: {name}'s median is more than {STEADY} times its best round"
+    return None
+
+
+def _rows(
+    case: Case,
+    notes: dict[str, str | None],
+    samples: dict[str, list[Sample]],
+    peaks: dict[str, Sample],
+    errors: dict[str, float],
+    rate: float,
+) -> list[Row]:
+    base = "open_clip" if "open_clip" in samples else "plain"
+    machine = hardware(case.device)
+    rows = []
+    for at, pass_ in enumerate(PASSES):
+        medians = {name: statistics.median(sample[at] for sample in taken) for name, taken in samples.items()}
+        for name, note in notes.items():
+            row: Row = {
+                "N": case.N, "D": case.D, "bank": case.bank, "dtype": case.dtype_name, "frozen": case.frozen,
+                "pass": pass_, "device": case.device, "threads": torch.get_num_threads(), "implementation": name,
+                "note": note, "date": date.today(), "hardware": machine, "torch": torch.__version__,
+            }  # fmt: skip
+            if name in medians:
+                speed = case.flop(pass_) / medians[name]
+                extra = max(0.0, peaks[name][at] - at * case.gradient_bytes)
+                row |= {
+                    "seconds": f"{medians[name]:.4g}", "tflops": f"{speed / 1e12:.4g}",
+                    "share_of_mm": f"{speed / rate:.3f}", "rounds": len(samples[name]),
+                    "extra_mib": "" if math.isnan(extra) else f"{extra / MIB:.1f}",
+                }  # fmt: skip
+                if name in errors:
+                    row["error"] = f"{errors[name]:.1e}"
+                if base in medians:
+                    row |= {"ratio": f"{medians[name] / medians[base]:.3f}", "ratio_to": base}
+            rows.append(row)
+    return rows
+
+
+# Results
+
+
+def record(rows: Iterable[Row], file: Path) -> None:
+    """Writes the rows; earlier ones of the same key go."""
+    kept: dict[tuple[str, ...], Row] = {}
+    if file.exists():
+        with file.open() as old:
+            kept = {tuple(row[name] for name in KEY): row for row in csv.DictReader(old)}
+    kept |= {tuple(str(row[name]) for name in KEY): row for row in rows}
+    with file.open("w", newline="") as new:
+        writer = csv.DictWriter(new, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept.values())
+
+
+def draw(file: Path, picture: Path, D: int = 512) -> None:
+    """Time and extra memory of forward+backward against N, one row of pictures for each machine and dtype."""
+    with file.open() as source:
+        rows = [
+            row for row in csv.DictReader(source)
+            if row["pass"] == PASSES[1] and row["D"] == str(D) and row["bank"] == "0" and row["frozen"] == "False"
+            and row["seconds"]
+        ]  # fmt: skip
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["hardware"], row["threads"], row["dtype"], f"torch {row['torch']}"), []).append(row)
+    if not groups:
+        return
+    plt.switch_backend("agg")
+    plt.rcParams["svg.hashsalt"] = "contrastive"
+    figure, axes = plt.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False, layout="constrained")
+    for (time_axis, memory_axis), ((machine, threads, dtype, build), group) in zip(axes, groups.items(), strict=True):
+        for name in dict.fromkeys(row["implementation"] for row in group):
+            line = sorted((row for row in group if row["implementation"] == name), key=lambda row: int(row["N"]))
+            sizes = [int(row["N"]) for row in line]
+            time_axis.plot(sizes, [float(row["seconds"]) for row in line], marker="o", label=name)
+            memory_axis.plot(sizes, [float(row["extra_mib"] or "nan") for row in line], marker="o", label=name)
+            if name == "ours":
+                floor = [float(row["seconds"]) * float(row["share_of_mm"]) for row in line]
+                time_axis.plot(sizes, floor, "k--", label="4 products at torch.mm's rate")
+        used = f", {threads} threads" if group[0]["device"] == "cpu" else ""
+        time_axis.set(title=f"{machine}{used}, {dtype}, {build}, D = {D}", ylabel="forward + backward, seconds")
+        memory_axis.set(title="beside inputs and gradients", ylabel="peak memory, MiB")
+        for axis in (time_axis, memory_axis):
+            axis.set(xscale="log", yscale="log", xlabel="pairs N")
+            axis.grid(alpha=0.3)
+            axis.legend()
+    figure.savefig(picture, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(RESULTS / "contrastive.csv", RESULTS / "contrastive.svg")
