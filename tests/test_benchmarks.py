@@ -1,0 +1,102 @@
+"""The benchmarks' logic at small size on CPUs: peers that cannot run are named, wrong losses stop it, rows replace."""
+
+from __future__ import annotations
+
+import csv
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contrastive, gpu
+from benchmarks.contrastive import Case, Inputs, Memory, draw, measure, record
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive, "BUDGET", 0)
+
+
+@pytest.mark.usefixtures("few_rounds")
+@pytest.mark.parametrize("bank", [0, 300])
+def test_every_implementation_has_a_row_or_a_reason(tmp_path: Path, bank: int) -> None:
+    # Compiling takes longer than all other tests here: at this width it is refused.
+    case = Case(64, 32, bank, frozen=bool(bank))
+    rows, _ = measure(case, {})
+    assert len(rows) == 2 * len(contrastive.IMPLEMENTATIONS)
+    assert all(bool(row["note"]) != ("seconds" in row) for row in rows)
+    found = {(row["implementation"], row["pass"]): row for row in rows}
+    assert found["inf-cl", "forward"]["note"] == "needs CUDA"
+    assert float(found["ours", "forward+backward"]["error"]) < 1e-5
+    assert float(found["ours", "forward"]["seconds"]) < float(found["ours", "forward+backward"]["seconds"])
+
+    file = tmp_path / "contrastive.csv"
+    record(rows, file)
+    record([row | {"note": "again"} for row in rows[:1]], file)
+    with file.open() as source:
+        kept = list(csv.DictReader(source))
+    assert len(kept) == len(rows)
+    assert [row["note"] for row in kept].count("again") == 1
+    draw(file, tmp_path / "contrastive.svg", D=32)
+    assert (tmp_path / "contrastive.svg").exists() == (not bank)
+    assert len(list(gpu.speeds("cpu", file))) == 2
+    assert kept[0]["date"] == str(date.today())
+
+
+def test_a_wrong_loss_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(data: Inputs) -> Tensor:
+        return 1.01 * contrastive.plain(data)
+
+    one = contrastive.Implementation("ours", wrong, 0)
+    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (contrastive.IMPLEMENTATIONS[0], one))
+    with pytest.raises(ArithmeticError, match="a wrong loss has no speed"):
+        measure(Case(64, 32), {})
+
+
+@pytest.mark.usefixtures("few_rounds")
+def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(data: Inputs) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    one = contrastive.Implementation("peer", failing, 0)
+    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (*contrastive.IMPLEMENTATIONS[:2], one))
+    rows, _ = measure(Case(64, 32), {})
+    assert [row["note"] for row in rows if row["implementation"] == "peer"] == ["out of memory"] * 2
+
+
+def test_what_would_not_fit_or_take_too_long_is_refused() -> None:
+    plain = contrastive.IMPLEMENTATIONS[0]
+    reason = contrastive.refusal(plain, Case(1 << 22), {})
+    assert reason is not None and reason.startswith("would need 327")
+    slow = contrastive.refusal(plain, Case(2048), {"plain": (Case(1024).flop("forward+backward"), 20.0)})
+    assert slow == "would take 80 s a round"
+
+
+@pytest.mark.skipif(not Memory("cpu").known, reason="Linux only")
+def test_memory_is_the_peak() -> None:
+    memory = Memory("cpu")
+    memory.start()
+    torch.ones(64 << 18)
+    torch.ones(16 << 18)
+    assert memory.peak() / contrastive.MIB == pytest.approx(64, abs=4)
+
+
+def test_gpu_checks_see_right_and_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = gpu.kernel_checks("cpu", [(45, 20, 24), (64, 0, 16)], [torch.float32, torch.bfloat16])
+    assert not [check for check in checks if not check.passed]
+    assert {check.op for check in checks} == {
+        "contrastive_loss", "sigmoid_loss", "positive_ranks", "top_k", "paired_similarity",
+    }  # fmt: skip
+    monkeypatch.setattr(gpu, "SCALE", 30.001)
+    monkeypatch.setattr(gpu, "sigmoid_loss", lambda *given, **options: gpu.sigmoid_loss_naive(*given, **options))
+    monkeypatch.setattr(gpu, "top_k", lambda query, bank, k: gpu.top_k_naive(query, bank.roll(1, 0), k))
+    wrong = {check.op for check in gpu.kernel_checks("cpu", [(45, 20, 24)], [torch.float32]) if not check.passed}
+    assert wrong == {"top_k"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
