@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test bench lint types format clean
+.PHONY: help demo demo-system test bench bench-peers gpu lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -45,6 +45,15 @@ test: .venv/.ready ## the whole test suite
 
 bench: .venv/.ready ## the benchmarks
 	pytest benchmarks --benchmark-only
+
+# Peers want PyPI's build of torch, 5.5 GB, in an environment of its own.
+bench-peers: .venv-peers/.ready ## the contrastive benchmark beside open_clip; ARGS="--long -k 65536" chooses
+	.venv-peers/bin/python -m pytest benchmarks/test_contrastive.py --benchmark-only $(ARGS)
+
+# Without a GPU it says so, for which no other environment need be made.
+GPU_VENV := $(if $(filter 0,$(GPUS)),.venv,.venv-peers)
+gpu: $(GPU_VENV)/.ready ## on a CUDA machine: the kernels' values and speed beside peers, a short training
+	$(GPU_VENV)/bin/python -m benchmarks.gpu
 
 lint: .venv/.ready ## ruff and mypy
 	ruff check
@@ -99,6 +108,12 @@ OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and \
 	@$(PIP) torch
 	@echo "set-up: the other packages and the C++ loader"
 	@$(PIP) --editable '.[demo,dev]'
+	@touch $@
+
+.venv-peers/.ready: .venv/.ready
+	@echo "set-up: .venv-peers, 5.5 GB"
+	@.venv/bin/python -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install -qq --editable '.[bench]'
 	@touch $@
 
 demo-system:

@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def green() -> None:
     """Runs the loss's tests once a session; while they are red, nothing is reported."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Tests ask for deterministic algorithms, which cuBLAS refuses without a fixed workspace.
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         pytest.fail(f"the loss's tests are red, and a wrong loss has no speed:\n{done.stdout[-4000:]}", pytrace=False)

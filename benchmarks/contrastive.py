@@ -197,7 +197,10 @@ IMPLEMENTATIONS = (
 
 
 def free_bytes(device: str) -> int:
-    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if device == "cpu":
+        return psutil.virtual_memory().available
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
 
 
 def refusal(one: Implementation, case: Case, seen: dict[str, tuple[int, float]]) -> str | None:
@@ -285,6 +288,7 @@ def seconds_of_others() -> float:
     return sum(times) - times.idle - times.iowait - time.process_time()
 
 
+@cache
 def hardware(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else str(cpuinfo.get_cpu_info()["brand_raw"])
 

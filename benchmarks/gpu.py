@@ -144,10 +144,9 @@ def kernel_checks(
 # Other programs
 
 
-def pytest_passes(*arguments: str) -> bool:
-    # Tests ask for deterministic algorithms, which cuBLAS refuses without a fixed workspace.
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return not subprocess.run([sys.executable, "-m", "pytest", "-q", *arguments], cwd=ROOT, env=environment).returncode
+def pytest_passes(*arguments: str, **environment: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    return not subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
 
 
 def training_losses(device: str, folder: Path) -> list[float]:
@@ -204,7 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
         note("values", op, f"{len(of_op) - len(wrong)} of {len(of_op)} within bounds", not wrong)
         for check in wrong[:5]:
             note("", check.what, f"error {check.error:.1e}, allowed {check.allowed:.1e}")
-    note("tests", "tests/kernels", "pytest", pytest_passes("tests/kernels"))
+    # Tests ask for deterministic algorithms, which cuBLAS refuses without a fixed workspace.
+    passed = pytest_passes("tests/kernels", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    note("tests", "tests/kernels", "pytest", passed)
     suite = ["benchmarks/test_contrastive.py", "--benchmark-only", "--long", "--device", given.device]
     suite += ["--results", str(given.results.absolute()), *(["--sizes", given.sizes] if given.sizes else [])]
     note("speed", "benchmarks/test_contrastive.py", "pytest", pytest_passes(*suite))
