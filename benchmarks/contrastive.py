@@ -412,7 +412,8 @@ def _rows(
             }  # fmt: skip
             if name in medians:
                 speed = case.flop(pass_) / medians[name]
-                extra = max(0.0, peaks[name][at] - at * case.gradient_bytes)
+                # The whole peak may stem from forward, where no gradient is held.
+                extra = max(peaks[name][0], peaks[name][at] - at * case.gradient_bytes)
                 row |= {
                     "seconds": f"{medians[name]:.4g}", "tflops": f"{speed / 1e12:.4g}",
                     "share_of_mm": f"{speed / rate:.3f}", "rounds": len(samples[name]),
