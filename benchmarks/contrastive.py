@@ -51,6 +51,8 @@ PASSES = ("forward", "forward+backward")
 
 Row = dict[str, Any]
 Sample = tuple[float, float]
+# FLOP and seconds of the latest case by implementation and dtype, from which larger ones are estimated.
+Seen = dict[tuple[str, torch.dtype], tuple[int, float]]
 Repeat = Callable[[Callable[[], None], Callable[[], None], int], None]
 
 
@@ -203,14 +205,14 @@ def free_bytes(device: str) -> int:
     return torch.cuda.mem_get_info()[0]
 
 
-def refusal(one: Implementation, case: Case, seen: dict[str, tuple[int, float]]) -> str | None:
-    """Why it is not run; `seen` holds FLOP and seconds of the largest case so far."""
+def refusal(one: Implementation, case: Case, seen: Seen) -> str | None:
+    """Why it is not run."""
     reason = one.refuses(case)
     need = one.estimate(case) + case.gradient_bytes
     if reason is None and need > 0.9 * free_bytes(case.device):
         reason = f"would need {need / 2**30:.1f} GiB, {free_bytes(case.device) / 2**30:.1f} GiB are free"
-    if reason is None and one.name in seen and one.name != "ours":
-        flop, seconds = seen[one.name]
+    if reason is None and one.name != "ours" and (one.name, case.dtype) in seen:
+        flop, seconds = seen[one.name, case.dtype]
         expected = seconds * case.flop(PASSES[1]) / flop
         if expected > PATIENCE:
             reason = f"would take {expected:.0f} s a round"
@@ -299,7 +301,7 @@ def in_turn(ours: Callable[[], None], others: Callable[[], None], rounds: int) -
         ours()
 
 
-def measure(case: Case, seen: dict[str, tuple[int, float]], repeat: Repeat = in_turn) -> tuple[list[Row], str | None]:
+def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row], str | None]:
     """A row for each implementation and pass, and what makes them worthless if the machine was busy.
 
     The first round takes values and memory; it is left out of the medians where others are many. A case that takes
@@ -329,7 +331,8 @@ def measure(case: Case, seen: dict[str, tuple[int, float]], repeat: Repeat = in_
         else:
             samples[one.name] = [seconds]
             found[one.name] = values(loss, data)
-            seen[one.name] = case.flop(PASSES[1]), seconds[1]
+            if not case.bank:
+                seen[one.name, case.dtype] = case.flop(PASSES[1]), seconds[1]
     if "ours" not in samples:
         raise MemoryError(f"contrastive_loss does not run at {case}: {notes['ours']}; choose smaller --sizes")
     errors = _errors(case, data, found)

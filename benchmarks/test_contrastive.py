@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contrastive import Case, Row, draw, measure, record
+from benchmarks.contrastive import Case, Row, Seen, draw, measure, record
 
 SHOWN = ("implementation", "pass", "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "error", "note")
 
@@ -64,7 +64,7 @@ def results(request: pytest.FixtureRequest) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, tuple[int, float]]:
+def seen() -> Seen:
     return {}
 
 
@@ -89,7 +89,7 @@ def test_contrastive(
     benchmark: Any,
     capsys: pytest.CaptureFixture[str],
     results: Path,
-    seen: dict[str, tuple[int, float]],
+    seen: Seen,
     case: Case,
 ) -> None:
     rows, busy = measure(case, seen, lambda ours, others, rounds: benchmark.pedantic(ours, setup=others, rounds=rounds))

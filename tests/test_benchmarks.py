@@ -70,7 +70,9 @@ def test_what_would_not_fit_or_take_too_long_is_refused() -> None:
     plain = contrastive.IMPLEMENTATIONS[0]
     reason = contrastive.refusal(plain, Case(1 << 22), {})
     assert reason is not None and reason.startswith("would need 327")
-    slow = contrastive.refusal(plain, Case(2048), {"plain": (Case(1024).flop("forward+backward"), 20.0)})
+    slow = contrastive.refusal(
+        plain, Case(2048), {("plain", torch.float32): (Case(1024).flop("forward+backward"), 20.0)}
+    )
     assert slow == "would take 80 s a round"
 
 
