@@ -8,8 +8,12 @@ Cost model, for M texts on this rank, N images of all ranks, Q bank rows and wid
 - memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, the equal ids of one
   tile, fp32 M x D for d text and fp32 N x D for d image; for half-precision features also one block of
   columns in fp32.
-- exchange a rank: N images in their own dtype and about 4 N + 3 M numbers in forward; in backward nothing
-  when images are frozen, else a reduce-scatter of N x D in fp32.
+- exchange a rank, gather: N images in their own dtype in forward; in backward nothing when images are frozen, else
+  a reduce-scatter of N x D in fp32. Memory O((N + Q) D).
+- exchange a rank, ring: the same N images in forward, block by block while the last one is computed on, and once
+  more in backward; beside them N x D in fp32 when images are trained. Memory O((M + Q) D + N), for M the longest
+  rank's: two blocks of images, and in backward three of their gradients.
+- either: at most 2 N ids and 3 N numbers gathered, at most 6 N numbers reduced.
 
 On CUDA the tiles are walked by the kernels of `fused`, which has its own cost model; this one is for plain torch.
 
@@ -24,9 +28,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import reduce
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from .fused import FusedTiles
 
 Positives = Literal["pair", "ids"]
+Exchange = Literal["gather", "ring"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # 8 MB in fp32: a tile stays in the last-level cache between its product and the passes over it.
@@ -144,8 +149,9 @@ class _Ranks:
                     raise ValueError(f"{name} differs between ranks: {values} in rank order, expected one value")
             self.sizes = [int(size) for size in sizes]
         self.total = sum(self.sizes)
-        self.offset = sum(self.sizes[: self.rank])
-        self.own = slice(self.offset, self.offset + size)
+        self.parts = [slice(sum(self.sizes[:rank]), sum(self.sizes[: rank + 1])) for rank in range(self.world)]
+        self.own = self.parts[self.rank]
+        self.offset = self.own.start
 
     def gather(self, flat: Tensor) -> Tensor:
         """The equally long tensors of all ranks, stacked: [W, *shape]."""
@@ -185,6 +191,28 @@ class _Ranks:
         _reduce_scatter(out, padded, group=self.group)
         return out[: self.sizes[self.rank]]
 
+    def pass_on(self, rows: Tensor, source: int) -> tuple[Tensor, list[dist.Work]]:
+        """Starts to send `source`'s rows to the next rank; the rows that arrive in turn, once the works are done."""
+        incoming = rows.new_empty((self.sizes[source - 1], *rows.shape[1:]))
+        ends = ((dist.isend, rows, self.rank + 1), (dist.irecv, incoming, self.rank - 1))
+        operations = [
+            dist.P2POp(end, part, group=self.group, group_peer=peer % self.world)
+            for end, part, peer in ends
+            if part.numel()
+        ]
+        return incoming, dist.batch_isend_irecv(operations) if operations else []
+
+    def travel(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each rank and its rows, own first; the next ones are under way while the caller works on these."""
+        for step in range(self.world):
+            source = (self.rank - step) % self.world
+            last = step + 1 == self.world
+            incoming, works = (rows, []) if last else self.pass_on(rows, source)
+            yield source, rows
+            for work in works:
+                work.wait()
+            rows = incoming
+
 
 # Chunked path
 
@@ -218,12 +246,13 @@ class _Cells:
     """The cells of each tile that are no plain negatives: masked ones, and positives beside the diagonal.
 
     Equal ids are joined by sorting, tile by tile: the lists are as long as there are equal pairs in the tile.
+    The diagonal's cell of row i is in column `offset` + i, and nowhere if there is no such column.
     """
 
     def __init__(
         self,
         blocks: Sequence[_Block],
-        ranks: _Ranks,
+        offset: int,
         rows_M: Sequence[Tensor],
         columns_N: Sequence[Tensor],
         bank_ids_Q: Tensor | None,
@@ -232,7 +261,7 @@ class _Cells:
         row_step: int,
     ) -> None:
         self.blocks = blocks
-        self.offset = ranks.offset
+        self.offset = offset
         self.rows_M = rows_M
         self.as_positives = as_positives
         self.row_step = row_step
@@ -313,6 +342,13 @@ class _Sums(NamedTuple):
     col_extras_N: Tensor
 
 
+class _LogSumExps(NamedTuple):
+    """What backward needs of `_Sums`; those of the rows may cover more columns than are walked."""
+
+    row_lse_M: Tensor
+    col_lse_N: Tensor
+
+
 class _Gradients(NamedTuple):
     """The gradient of every differentiable field of `_Sums`, in the same order."""
 
@@ -344,6 +380,7 @@ class _Tiles:
         self.image_ND = image_ND.contiguous() if image_ND.dtype == self.dtype else image_ND
         self.bank_QD = bank_QD.contiguous() if bank_QD is not None and bank_QD.dtype == self.dtype else bank_QD
         self.offset, self.blocks, self.row_step = cells.offset, cells.blocks, cells.row_step
+        self.diagonal = 0 <= self.offset <= len(image_ND) - len(text_MD)
         widest = max((block.stop - block.start for block in self.blocks), default=0)
         tallest = min(self.row_step, len(text_MD))
         self.buffers = [self._new(tallest * widest) for _ in range(2)]
@@ -397,8 +434,9 @@ class _Tiles:
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
             scaled_RD = self._scaled_rows(rows)
-            own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
-            positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64)
+            if self.diagonal:
+                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64)
             for index, block in enumerate(self.blocks):
                 cols = None if block.bank else slice(block.start, block.stop)
                 columns_CD = self._columns(block)
@@ -457,7 +495,7 @@ class _Tiles:
         return row, (lse(0, tile) if both else None)
 
     def backward(
-        self, sums: _Sums, grads: _Gradients, need_text: bool, need_image: bool
+        self, sums: _LogSumExps, grads: _Gradients, need_text: bool, need_image: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(d text_MD, d image_ND, d scale) in the accumulation dtype; d text also serves d scale."""
         M, N, D = *self.text_MD.shape[:1], *self.image_ND.shape
@@ -497,10 +535,11 @@ class _Tiles:
                 if d_image_ND is not None and not block.bank:
                     d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
             g_R1 = grads.positive_M[rows, None].to(self.dtype)
-            if d_image_ND is not None:
+            if d_image_ND is not None and self.diagonal:
                 d_image_ND[own].addcmul_(scaled_RD, g_R1)
-            if d_RD is not None:
+            if d_RD is not None and self.diagonal:
                 d_RD.addcmul_(self.image_ND[own].to(self.dtype), g_R1)
+            if d_RD is not None:
                 d_scale += (d_RD * self.text_MD[rows]).sum(dtype=torch.float64)
                 d_RD.mul_(self.scale)
         return d_text_MD, d_image_ND, d_scale
@@ -510,7 +549,7 @@ class _Tiles:
         tile: Tensor,
         rows: slice,
         block: _Block,
-        sums: _Sums,
+        sums: _LogSumExps,
         grads: _Gradients,
         reach: tuple[float, float],
     ) -> None:
@@ -584,38 +623,190 @@ def _no_kernels(text_MD: Tensor) -> str | None:
     return refusal(text_MD)
 
 
-def _walk(
-    text_MD: Tensor,
-    ranks: _Ranks,
-    bank: int,
-    ids_M: list[Tensor],
-    ids_N: list[Tensor],
-    bank_ids: Tensor | None,
-    excluded: tuple[Tensor, Tensor] | None,
-    as_positives: bool,
-    smooth: bool,
-) -> Callable[..., _Tiles | FusedTiles]:
-    """What walks over the tiles, given texts, all images, bank and scale."""
-    reason = _no_kernels(text_MD)
-    # Without texts there is no tile, and nothing to walk over.
-    if reason is None and len(text_MD):
+def _may_read(tensor: Tensor) -> bool:
+    """Whether the host may look at values: not while torch.compile traces or a CUDA graph is captured."""
+    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+class _Place(NamedTuple):
+    """Which of `total` columns hold the diagonal; columns beyond them where all are other ranks' images."""
+
+    own: slice
+    total: int
+
+
+class _Options(NamedTuple):
+    """What both operators are told beside features, in their order; K kinds of ids, cells as (row, column)."""
+
+    ids_KM: Tensor | None
+    ids_KN: Tensor | None
+    bank_ids_Q: Tensor | None
+    excluded_2E: Tensor | None
+    offset: int
+    as_positives: bool
+    smooth: bool
+
+    def of_block(self, columns: slice, total: int, own: bool) -> _Options:
+        """The same for `columns` of the batch alone, and the bank behind them if it is this rank's own block."""
+        if columns == slice(0, total):
+            return self
+        excluded_2E = self.excluded_2E
+        if excluded_2E is not None:
+            col_E = excluded_2E[1]
+            here_E = (col_E >= columns.start) & (col_E < columns.stop)
+            moved_E = col_E - columns.start
+            if own:
+                here_E |= col_E >= total
+                moved_E = torch.where(col_E >= total, col_E - total + columns.stop - columns.start, moved_E)
+            excluded_2E = torch.stack([excluded_2E[0], moved_E])[:, here_E]
+        return self._replace(
+            ids_KN=None if self.ids_KN is None else self.ids_KN[:, columns],
+            bank_ids_Q=self.bank_ids_Q if own else None,
+            excluded_2E=excluded_2E,
+            offset=self.offset - columns.start,
+        )
+
+
+def _tiles(
+    text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: _Options
+) -> _Tiles | FusedTiles:
+    """What walks over the tiles."""
+    M, N, Q = len(text_MD), len(image_ND), 0 if bank_QD is None else len(bank_QD)
+    ids_M, ids_N = ([] if ids is None else list(ids) for ids in (options.ids_KM, options.ids_KN))
+    excluded = None if options.excluded_2E is None else (options.excluded_2E[0], options.excluded_2E[1])
+    given = ids_M, ids_N, options.bank_ids_Q, excluded, options.as_positives
+    # Without texts or images there is no tile, and nothing to walk over.
+    if M and N and _no_kernels(text_MD) is None:
         from .fused import FusedCells, FusedTiles, tile_config
 
-        config = tile_config(text_MD, bool(ids_M) or excluded is not None or smooth)
-        fused = FusedCells(ranks, bank, ids_M, ids_N, bank_ids, excluded, as_positives, config, text_MD.device)
-        return partial(FusedTiles, cells=fused, smooth=smooth)
-    if reason is not None and text_MD.device.type == "cuda" and text_MD.dtype != torch.float64:
-        warnings.warn(f"contrastive_loss falls back to chunked torch on CUDA: {reason}", stacklevel=3)
-    row_step, blocks = _plan(len(text_MD), ranks.total, bank)
-    cells = _Cells(blocks, ranks, ids_M, ids_N, bank_ids, excluded, as_positives, row_step)
-    return partial(_Tiles, cells=cells, smooth=smooth)
+        config = tile_config(text_MD, bool(ids_M) or excluded is not None or options.smooth)
+        place = _Place(slice(options.offset, options.offset + M), N)
+        fused = FusedCells(place, Q, *given, config, text_MD.device)
+        return FusedTiles(text_MD, image_ND, bank_QD, scale, fused, options.smooth)
+    row_step, blocks = _plan(M, N, Q)
+    cells = _Cells(blocks, options.offset, *given, row_step)
+    return _Tiles(text_MD, image_ND, bank_QD, scale, cells, options.smooth)
 
 
-# Autograd function
+# Operators
 
 
-class _Contrast(torch.autograd.Function):
-    """Text, image and scale to `_Sums`; `image_MD`, this rank's share of `image_ND`, takes its gradient."""
+def _or_empty(part: Tensor | None, like: Tensor) -> Tensor:
+    """An operator returns tensors only: an empty one for None."""
+    return like.new_empty(0) if part is None else part
+
+
+def _used(parts: Sequence[Tensor], as_positives: bool, smooth: bool) -> list[Any]:
+    """Fields of `_Sums` or `_Gradients` that came through an operator: None for the empty ones."""
+    used = dict.fromkeys(_Sums._fields, True)
+    used |= {"row_extra_M": as_positives, "col_extra_N": as_positives, "row_logits_M": smooth, "col_logits_N": smooth}
+    return [part if here else None for part, here in zip(parts, used.values(), strict=False)]
+
+
+@torch.library.custom_op("efficientclip::contrastive_sums", mutates_args=())
+def contrastive_sums(
+    text_MD: Tensor,
+    image_ND: Tensor,
+    bank_QD: Tensor | None,
+    scale: Tensor,
+    ids_KM: Tensor | None,
+    ids_KN: Tensor | None,
+    bank_ids_Q: Tensor | None,
+    excluded_2E: Tensor | None,
+    offset: int,
+    as_positives: bool,
+    smooth: bool,
+) -> list[Tensor]:
+    """The fields of `_Sums` in their order, fp64; row i's own image is `offset` + i, or none of these.
+
+    Without `as_positives` or `smooth` the fields that they ask for are empty. Arguments are as `contrastive_loss`
+    describes and checks them, with `bank_ids_Q` compared with `ids_KM[0]`.
+    """
+    reason = _no_kernels(text_MD)
+    if reason is not None and text_MD.is_cuda and text_MD.dtype != torch.float64:
+        warnings.warn(f"contrastive_loss falls back to chunked torch on CUDA: {reason}", stacklevel=2)
+    options = _Options(ids_KM, ids_KN, bank_ids_Q, excluded_2E, offset, as_positives, smooth)
+    sums = _tiles(text_MD, image_ND, bank_QD, scale, options).forward()
+    return [_or_empty(part, sums.positive_M) for part in sums]
+
+
+@contrastive_sums.register_fake
+def _(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, *options: Any) -> list[Tensor]:
+    sizes = {"M": text_MD.shape[0], "N": image_ND.shape[0]}
+    parts = [text_MD.new_empty(sizes[name[-1]], dtype=torch.float64) for name in _Sums._fields]
+    as_positives, smooth = options[-2:]
+    return [_or_empty(part, parts[0]) for part in _used(parts, as_positives, smooth)]
+
+
+@torch.library.custom_op("efficientclip::contrastive_gradients", mutates_args=())
+def contrastive_gradients(
+    text_MD: Tensor,
+    image_ND: Tensor,
+    bank_QD: Tensor | None,
+    scale: Tensor,
+    ids_KM: Tensor | None,
+    ids_KN: Tensor | None,
+    bank_ids_Q: Tensor | None,
+    excluded_2E: Tensor | None,
+    offset: int,
+    as_positives: bool,
+    smooth: bool,
+    row_lse_M: Tensor,
+    col_lse_N: Tensor,
+    grads: list[Tensor],
+    need_text: bool,
+    need_image: bool,
+) -> list[Tensor]:
+    """[d text_MD, d image_ND, d scale] in fp32 (fp64 for fp64 features), d scale in fp64 and without shape.
+
+    `grads` are those of the first fields of `_Sums`, as far as `_Gradients` goes. A gradient that is not needed is
+    empty; d scale needs `need_text`. Where the rows have more columns than these, `row_lse_M` is over all of them.
+    """
+    options = _Options(ids_KM, ids_KN, bank_ids_Q, excluded_2E, offset, as_positives, smooth)
+    tiles = _tiles(text_MD, image_ND, bank_QD, scale, options)
+    given = _Gradients(*_used(grads, as_positives, smooth))
+    parts = tiles.backward(_LogSumExps(row_lse_M, col_lse_N), given, need_text, need_image)
+    # Rows without gaps, as the exchanges want them.
+    return [_or_empty(part, parts[2]).contiguous() for part in parts]
+
+
+@contrastive_gradients.register_fake
+def _(text_MD: Tensor, image_ND: Tensor, *given: Any) -> list[Tensor]:
+    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+    d_scale = text_MD.new_empty((), dtype=torch.float64)
+    parts = [
+        features.new_empty(features.shape, dtype=dtype) if need else d_scale.new_empty(0)
+        for features, need in zip((text_MD, image_ND), given[-2:], strict=True)
+    ]
+    return [*parts, d_scale]
+
+
+def _save_sums(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:8], *output[1:3])
+    ctx.options = inputs[8:]
+
+
+def _sums_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    text_MD, image_ND, _, scale = ctx.saved_tensors[:4]
+    need_text, need_image, _, need_scale = ctx.needs_input_grad[:4]
+    d_text_MD, d_image_ND, d_scale = contrastive_gradients(
+        *ctx.saved_tensors[:8], *ctx.options, *ctx.saved_tensors[8:], grads[: len(_Gradients._fields)],
+        need_text or need_scale, need_image,
+    )  # fmt: skip
+    return (
+        d_text_MD.to(text_MD.dtype) if need_text else None,
+        d_image_ND.to(image_ND.dtype) if need_image else None,
+        None,
+        d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
+        *[None] * 7,
+    )
+
+
+contrastive_sums.register_autograd(_sums_backward, setup_context=_save_sums)
+
+
+class _OverRanks(torch.autograd.Function):
+    """`contrastive_sums` over the images of all ranks: gathered, or block by block as they come round the ring."""
 
     @staticmethod
     def forward(
@@ -623,41 +814,93 @@ class _Contrast(torch.autograd.Function):
         text_MD: Tensor,
         image_MD: Tensor,
         scale: Tensor,
-        image_ND: Tensor,
         bank_QD: Tensor | None,
-        walk: Callable[..., _Tiles | FusedTiles],
+        options: _Options,
         ranks: _Ranks,
-    ) -> tuple[Tensor | None, ...]:
-        sums = walk(text_MD, image_ND, bank_QD, scale).forward()
-        ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, *sums)
-        ctx.walk, ctx.ranks = walk, ranks
+        ring: bool,
+    ) -> tuple[Tensor, ...]:
+        image = image_MD.contiguous() if ring else ranks.gather_rows(image_MD)
+        blocks: dict[int, list[Tensor]] = {}
+        for source, columns, image_CD in _blocks(image, ranks, ring):
+            own = source == ranks.rank
+            if own or len(image_CD):
+                of_block = options.of_block(columns, ranks.total, own)
+                blocks[source] = contrastive_sums(text_MD, image_CD, bank_QD if own else None, scale, *of_block)
+        sums = _merge([blocks[source] for source in sorted(blocks)])
+        ctx.save_for_backward(text_MD, image, bank_QD, scale, *sums[1:3])
+        ctx.options, ctx.ranks, ctx.ring = options, ranks, ring
         ctx.mark_non_differentiable(*sums[len(_Gradients._fields) :])
         return tuple(sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        text_MD, image_ND, bank_QD, scale, *sums = ctx.saved_tensors
+        text_MD, image, bank_QD, scale, row_lse_M, col_lse_N = ctx.saved_tensors
         need_text, need_image, need_scale = ctx.needs_input_grad[:3]
-        tiles = ctx.walk(text_MD, image_ND, bank_QD, scale)
-        given = _Gradients(*grads[: len(_Gradients._fields)])
-        d_text_MD, d_image_ND, d_scale = tiles.backward(_Sums(*sums), given, need_text or need_scale, need_image)
+        ranks, named = ctx.ranks, dict(zip(_Gradients._fields, grads, strict=False))
+        dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+        d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype)
+        d_scale = text_MD.new_zeros((), dtype=torch.float64)
+        d_image: Tensor | None = None
+        works: list[dist.Work] = []
+        for source, columns, image_CD in _blocks(image, ranks, ctx.ring):
+            own = source == ranks.rank
+            d_CD = image_CD.new_empty((0, image_CD.shape[1]), dtype=dtype)
+            if own or len(image_CD):
+                d_MD, d_CD, d_factor = contrastive_gradients(
+                    text_MD, image_CD, bank_QD if own else None, scale,
+                    *ctx.options.of_block(columns, ranks.total, own), row_lse_M, col_lse_N[columns],
+                    [grad[columns] if name.endswith("_N") else grad for name, grad in named.items()],
+                    need_text or need_scale, need_image,
+                )  # fmt: skip
+                d_scale += d_factor
+                if need_text or need_scale:
+                    d_text_MD += d_MD
+            if need_image and ctx.ring:
+                # A block's gradient follows it a step behind: what came so far arrives during the product above.
+                for work in works:
+                    work.wait()
+                sent = d_CD if d_image is None else d_image.add_(d_CD)
+                d_image, works = ranks.pass_on(sent, source)
+            elif need_image:
+                d_image = ranks.sum_rows(d_CD)
+        for work in works:
+            work.wait()
         return (
-            d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
-            ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,
+            d_text_MD.to(text_MD.dtype) if need_text else None,
+            None if d_image is None else d_image.to(image.dtype),
             d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
             None, None, None, None,
         )  # fmt: skip
 
 
+def _blocks(image: Tensor, ranks: _Ranks, ring: bool) -> Iterator[tuple[int, slice, Tensor]]:
+    """The images of each rank with their columns, or all of them as this rank's."""
+    if not ring:
+        yield ranks.rank, slice(0, ranks.total), image
+        return
+    for source, image_CD in ranks.travel(image):
+        yield source, ranks.parts[source], image_CD
+
+
+def _merge(blocks: list[list[Tensor]]) -> list[Tensor]:
+    """The fields of `_Sums` over the columns of all blocks, in the order of ranks."""
+    merged = []
+    for name, *parts in zip(_Sums._fields, *blocks, strict=True):
+        if name.endswith("_N"):
+            merged.append(torch.cat(parts))
+        else:
+            merged.append(reduce(torch.logaddexp if name == "row_lse_M" else torch.add, parts))
+    return merged
+
+
 class _JoinColumns(torch.autograd.Function):
-    """Column log-sum-exps of this rank and of all to the global ones; the gradient needs no exchange."""
+    """This rank's column log-sum-exps to the global ones, given too; the gradient needs no exchange."""
 
     @staticmethod
-    def forward(ctx: Any, own_N: Tensor, all_WN: Tensor) -> Tensor:
-        lse_N = torch.logsumexp(all_WN, 0)
+    def forward(ctx: Any, own_N: Tensor, lse_N: Tensor) -> Tensor:
         ctx.save_for_backward(own_N, lse_N)
-        return lse_N
+        return lse_N.clone()
 
     @staticmethod
     @once_differentiable
@@ -670,7 +913,7 @@ class _JoinColumns(torch.autograd.Function):
 
 
 def _as_scalar(value: Tensor | float, device: torch.device) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device=device)
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=torch.float64, device=device)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -735,16 +978,17 @@ def _pair_losses(
 
 def _join_columns(sums: _Sums, ranks: _Ranks) -> _Sums:
     """`sums` with the column vectors over the texts of all ranks."""
-    names = ["col_lse_N", "col_masked_N", "col_extras_N", "col_extra_N", "col_logits_N"]
+    names = ["col_masked_N", "col_extras_N", "col_extra_N", "col_logits_N"]
     parts = {name: part for name in names if (part := getattr(sums, name)) is not None}
-    gathered_WKN = ranks.gather(torch.stack(list(parts.values())).detach())
-    joined = {}
-    for (name, part), all_WN in zip(parts.items(), gathered_WKN.unbind(1), strict=True):
-        if name == "col_lse_N":
-            joined[name] = _JoinColumns.apply(part, all_WN)
-        else:
-            # The other ranks' share is a constant here.
-            joined[name] = all_WN.sum(0) + (part - part.detach())
+    top_N = sums.col_lse_N.detach().clone()
+    dist.all_reduce(top_N, dist.ReduceOp.MAX, group=ranks.group)
+    top_N.masked_fill_(top_N == -math.inf, 0)
+    total_KN = torch.stack([(sums.col_lse_N - top_N).exp(), *parts.values()]).detach()
+    dist.all_reduce(total_KN, group=ranks.group)
+    joined = {"col_lse_N": _JoinColumns.apply(sums.col_lse_N, total_KN[0].log() + top_N)}
+    for (name, part), total_N in zip(parts.items(), total_KN[1:], strict=True):
+        # The other ranks' share is a constant here.
+        joined[name] = total_N + (part - part.detach())
     return sums._replace(**joined)
 
 
@@ -826,7 +1070,7 @@ def _require_options(
         _require_tensor("pair_weights", pair_weights, text_MD, (len(text_MD),), "one weight a pair")
         if not pair_weights.is_floating_point():
             raise TypeError(f"pair_weights is {pair_weights.dtype}, expected a floating-point tensor")
-        if not bool(((pair_weights >= 0) & (pair_weights < math.inf)).all()):
+        if _may_read(pair_weights) and not bool(((pair_weights >= 0) & (pair_weights < math.inf)).all()):
             raise ValueError("pair_weights has negative or non-finite entries, expected finite numbers >= 0")
 
 
@@ -844,7 +1088,7 @@ def _require_excluded(excluded: Any, text_MD: Tensor) -> None:
 
 
 def _require_excluded_range(excluded: tuple[Tensor, Tensor] | None, rows: int, columns: int) -> None:
-    if excluded is None or not len(excluded[0]):
+    if excluded is None or not len(excluded[0]) or not _may_read(excluded[0]):
         return
     for name, part, stop in (("[0] (rows)", excluded[0], rows), ("[1] (columns)", excluded[1], columns)):
         low, high = (int(end) for end in part.aminmax())
@@ -871,6 +1115,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     direction_weights: tuple[float, float] = (0.5, 0.5),
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> ContrastiveOutput:
     """Symmetric InfoNCE between the texts and images of all ranks, with a bank of further images.
 
@@ -907,6 +1152,12 @@ def contrastive_loss(
             included.
         direction_weights: (a, b), each >= 0; not divided by their sum.
         group: the ranks that share the batch, each of which must call; None means this process alone.
+        exchange: how images reach other ranks: "gather" holds those of all ranks at once; "ring" passes them from
+            rank to rank while it computes, with no more than two ranks' images held, for batches whose N x D is
+            too much. The numbers are the same up to rounding.
+
+    Compiles without a graph break (`group=None`) and, on the fused path, is captured in CUDA graphs. Neither reads
+    values: that `pair_weights` are finite and >= 0 and `excluded` is in range is then up to the caller.
 
     Returns:
         ContrastiveOutput in fp32 (fp64 for fp64 features); `per_pair_loss_M` and `positive_logit_M` are
@@ -934,6 +1185,8 @@ def contrastive_loss(
     _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"exchange is {exchange!r}, expected 'gather' or 'ring'")
 
     device = text_MD.device
     agreed: dict[str, float] = {
@@ -947,16 +1200,23 @@ def contrastive_loss(
         "label_smoothing": label_smoothing,
         "direction_weights[0]": direction_weights[0],
         "direction_weights[1]": direction_weights[1],
+        "whether exchange is 'ring'": exchange == "ring",
     }
     ranks = _Ranks(group, M, agreed, device)
     _require_excluded_range(excluded, M, ranks.total + Q)
-    with torch.no_grad():
-        image_ND = ranks.gather_rows(image_MD.detach())
-        ids_M = [ids.contiguous() for ids in (image_ids, caption_ids) if ids is not None]
-        ids_N = list(ranks.gather_rows(torch.stack(ids_M, 1)).unbind(1)) if ids_M else []
-        walk = _walk(text_MD, ranks, Q, ids_M, ids_N, bank_ids, excluded, positives == "ids", label_smoothing > 0)
+    given_ids = [ids for ids in (image_ids, caption_ids) if ids is not None]
+    ids_KM = torch.stack(given_ids) if given_ids else None
+    ids_KN = None if ids_KM is None else ranks.gather_rows(ids_KM.T).T.contiguous()
+    excluded_2E = None if excluded is None else torch.stack([*excluded])
+    as_positives, smooth = positives == "ids", label_smoothing > 0
+    options = _Options(ids_KM, ids_KN, bank_ids, excluded_2E, ranks.offset, as_positives, smooth)
     scale = _as_scalar(logit_scale, device)
-    sums = _Sums(*_Contrast.apply(text_MD, image_MD, scale, image_ND, bank_QD, walk, ranks))
+    if group is None:
+        parts = contrastive_sums(text_MD, image_MD, bank_QD, scale, *options)
+    else:
+        ring = exchange == "ring" and ranks.world > 1
+        parts = _OverRanks.apply(text_MD, image_MD, scale, bank_QD, options, ranks, ring)
+    sums = _Sums(*_used(parts, as_positives, smooth))
 
     weights_M = torch.ones_like(sums.row_masked_M) if pair_weights is None else pair_weights.detach().double()
     losses_N, weights_N = _pair_losses(sums, ranks, weights_M, Q, label_smoothing, direction_weights)

@@ -36,7 +36,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 if TYPE_CHECKING:
-    from .contrastive import _Gradients, _Ranks, _Sums
+    from .contrastive import _Gradients, _LogSumExps, _Place, _Sums
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Stands for the maximum of nothing: finite, so that differences of two of them are 0 and not NaN.
@@ -603,12 +603,13 @@ class FusedCells:
     """Masked and positive cells as the kernels read them; their counts come from sorted ids, without tiles.
 
     `codes` are those of the rows [K, M] and of the columns [K, N] in int32, equal where ids are, for K kinds of
-    ids. `cells` are masked cells ordered by tile, each its place in the tile, and the bounds of each tile's.
+    ids. `cells` are masked cells ordered by tile, each its place in the tile, and the bounds of each tile's; nothing
+    here waits for the device.
     """
 
     def __init__(
         self,
-        ranks: _Ranks,
+        place: _Place,
         bank: int,
         ids_M: list[Tensor],
         ids_N: list[Tensor],
@@ -618,8 +619,9 @@ class FusedCells:
         config: Config,
         device: torch.device,
     ) -> None:
-        self.own, self.as_positives, self.config = ranks.own, as_positives, config
-        M, N = self.own.stop - self.own.start, ranks.total
+        self.own, self.as_positives, self.config = place.own, as_positives, config
+        M, N = self.own.stop - self.own.start, place.total
+        self.diagonal = self.own.start >= 0 and self.own.stop <= N
         self.codes = _codes(list(zip(ids_M, ids_N, strict=True))) if ids_M else None
         self.bank_codes = _codes([(ids_M[0], bank_ids_Q)]) if bank_ids_Q is not None and bank else None
         self.cells: Pair | None = None
@@ -629,22 +631,25 @@ class FusedCells:
         )
         if self.codes is not None:
             same_M, same_N = _count_same(*self.codes)
-            # A text's own image has its ids, and is no cell of these.
-            same_M -= 1
-            same_N[self.own] -= 1
+            if self.diagonal:
+                # A text's own image has its ids, and is no cell of these.
+                same_M -= 1
+                same_N[self.own] -= 1
         if self.bank_codes is not None:
             same_M += _count_same(*self.bank_codes)[0]
         if excluded is not None and len(excluded[0]):
-            cell = (excluded[0] * (N + bank) + excluded[1]).unique()
+            cell = (excluded[0] * (N + bank) + excluded[1]).sort().values
             row, col = cell // (N + bank), cell % (N + bank)
             plain = col != row + self.own.start
+            plain[1:] &= cell[1:] != cell[:-1]
             for codes, here, first in ((self.codes, col < N, 0), (self.bank_codes, col >= N, N)):
                 if codes is not None:
                     plain &= ~(here & (codes[0][:, row] == codes[1][:, torch.where(here, col - first, 0)]).any(0))
-            row, col = row[plain], col[plain]
-            left_out_M, left_out_N = _histogram(row, M), _histogram(col[col < N], N)
-            self.cells = _by_tile(row[col < N], col[col < N], M, N, config.forward)
-            self.bank_cells = _by_tile(row[col >= N], col[col >= N] - N, M, bank, config.forward)
+            in_batch = plain & (col < N)
+            left_out_M, left_out_N = _histogram(row, plain, M), _histogram(col, in_batch, N)
+            self.cells = _by_tile(row, col, in_batch, M, N, config.forward)
+            if bank:
+                self.bank_cells = _by_tile(row, col - N, plain & (col >= N), M, bank, config.forward)
         self.counts = (
             (left_out_M, left_out_N, same_M, same_N)
             if as_positives
@@ -685,20 +690,20 @@ def _count_same(code_KM: Tensor, code_KN: Tensor) -> Pair:
     return count(rows, columns), count(columns, rows)
 
 
-def _histogram(values: Tensor, size: int) -> Tensor:
+def _histogram(values: Tensor, chosen: Tensor, size: int) -> Tensor:
     # bincount is refused on CUDA where deterministic algorithms are asked for.
-    bounds = torch.searchsorted(values.sort().values, torch.arange(size + 1, device=values.device))
-    return bounds.diff().double()
+    ordered = torch.where(chosen, values, size).sort().values
+    return torch.searchsorted(ordered, torch.arange(size + 1, device=values.device)).diff().double()
 
 
-def _by_tile(row: Tensor, col: Tensor, rows: int, columns: int, tile: Launch) -> Pair | None:
-    if not len(row):
-        return None
+def _by_tile(row: Tensor, col: Tensor, chosen: Tensor, rows: int, columns: int, tile: Launch) -> Pair:
+    """Places in their tiles of the chosen cells, ordered by tile, and the tiles' bounds; the others come last."""
     across = triton.cdiv(columns, tile.columns)
-    of_tile, order = (row // tile.rows * across + col // tile.columns).sort(stable=True)
-    tiles = torch.arange(triton.cdiv(rows, tile.rows) * across + 1, device=row.device)
+    tiles = triton.cdiv(rows, tile.rows) * across
+    of_tile, order = torch.where(chosen, row // tile.rows * across + col // tile.columns, tiles).sort(stable=True)
     inside = row % tile.rows * tile.columns + col % tile.columns
-    return inside[order].int(), torch.searchsorted(of_tile, tiles).int()
+    bounds = torch.searchsorted(of_tile, torch.arange(tiles + 1, device=row.device))
+    return inside[order].int(), bounds.int()
 
 
 class FusedTiles:
@@ -768,8 +773,8 @@ class FusedTiles:
 
         (M, N), launch, config = (len(self.text_MD), len(self.image_ND)), self.config.forward, self.config
         extra, smooth = self.cells.as_positives, self.smooth
-        positive_M = self._new(M, dtype=torch.float64)
-        for rows, own in self._row_steps():
+        positive_M = self._full(0, M, dtype=torch.float64)
+        for rows, own in self._row_steps() if self.cells.diagonal else ():
             products = self.text_MD[rows].float() * self.scale * self.image_ND[own].float()
             positive_M[rows] = products.sum(1, dtype=torch.float64)
 
@@ -827,7 +832,7 @@ class FusedTiles:
         )
 
     def backward(
-        self, sums: _Sums, grads: _Gradients, need_text: bool, need_image: bool
+        self, sums: _LogSumExps, grads: _Gradients, need_text: bool, need_image: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """(d text_MD, d image_ND, d scale) in fp32, fp32 and fp64."""
         M, N = len(self.text_MD), len(self.image_ND)
@@ -845,20 +850,21 @@ class FusedTiles:
                 d_scale += self._accumulate(True, row_KM, col_KN, d_text_MD, None)
         d_scale /= gain
         smaller = (1 / gain).float()
-        if d_image_ND is not None:
-            d_image_ND.mul_(smaller)
-        for rows, own in self._row_steps():
+        for gradient in (d_text_MD, d_image_ND):
+            if gradient is not None:
+                gradient.mul_(smaller)
+        for rows, own in self._row_steps() if self.cells.diagonal else ():
             text_RD, own_RD = self.text_MD[rows].float(), self.image_ND[own].float()
             g_R1 = grads.positive_M[rows, None].float()
             d_scale += (text_RD * own_RD * g_R1).sum(dtype=torch.float64)
             if d_image_ND is not None:
                 d_image_ND[own].addcmul_(text_RD, g_R1)
             if d_text_MD is not None:
-                d_text_MD[rows].mul_(smaller).addcmul_(own_RD, g_R1).mul_(self.scale)
-        if d_image_ND is not None:
-            d_image_ND.mul_(self.scale)
-        # An exchange over ranks wants rows without gaps.
-        return d_text_MD, None if d_image_ND is None else d_image_ND.contiguous(), d_scale
+                d_text_MD[rows].addcmul_(own_RD, g_R1)
+        for gradient in (d_text_MD, d_image_ND):
+            if gradient is not None:
+                gradient.mul_(self.scale)
+        return d_text_MD, d_image_ND, d_scale
 
     def _accumulate(
         self, bank: bool, row_KM: Tensor, col_KN: Tensor, d_text_MD: Tensor | None, d_image_ND: Tensor | None

@@ -658,7 +658,7 @@ def sigmoid_loss(
             given = [ids for ids in (image, caption) if ids is not None]
             row_step, blocks = _plan(M, ranks.total, Q)
             rows_M, columns_N = [ids[0] for ids in given], [ids[1] for ids in given]
-            cells = _Cells(blocks, ranks, rows_M, columns_N, bank_ids, excluded, as_positives, row_step)
+            cells = _Cells(blocks, ranks.offset, rows_M, columns_N, bank_ids, excluded, as_positives, row_step)
     scale, bias = _as_scalar(logit_scale, device), _as_scalar(0.0 if logit_bias is None else logit_bias, device)
     loss_M, positive_M = _Sigmoid.apply(text_MD, image_MD, scale, bias, image_ND, bank_QD, cells, ranks)
 

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from efficientclip.kernels import contrastive, contrastive_loss
 from efficientclip.training.distributed import end_process
+from tests.kernels.test_contrastive import Calls
 
 Q, D = 19, 24
-SIZES = {"ragged": (37, 90), "one alone": (1, 6), "one empty": (0, 30), "equal": (40, 40)}
+EXCHANGES = ("gather", "ring")
+SIZES: dict[int, dict[str, tuple[int, ...]]] = {
+    2: {"ragged": (37, 90), "one alone": (1, 6), "one empty": (0, 30), "equal": (40, 40)},
+    4: {"ragged, one empty": (13, 0, 41, 22)},
+}
+# By number of ranks: the options given, and the features' dtypes.
+GIVEN: dict[int, list[tuple[str | None, torch.dtype]]] = {
+    2: [(None, torch.float32), ("all", torch.float64), ("all", torch.float32), ("all", torch.bfloat16)],
+    4: [("all", torch.float64), ("all", torch.float32)],
+}
 
 
 def union(sizes: tuple[int, ...], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -64,23 +74,29 @@ def own_options(options: dict[str, Any], own: slice) -> dict[str, Any]:
 
 
 def step(
-    inputs: dict[str, Tensor], own: slice, options: dict[str, Any], dtype: torch.dtype, frozen: bool, group: Any
+    inputs: dict[str, Tensor],
+    own: slice,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    frozen: bool,
+    computed: torch.dtype | None = None,
+    **over: Any,
 ) -> dict[str, Tensor]:
-    """Loss, what belongs to this rank's pairs, and the gradients of the parameters."""
+    """Loss, what belongs to this rank's pairs, and the gradients of the parameters; features rounded to `dtype`."""
     maps = {name: inputs[name].clone().requires_grad_() for name in ("text_map", "image_map")}
     scale, bias = (torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (14.0, -2.0))
     # Mapped in fp64 whatever `dtype` is: only the loss may round.
     text, image = (
-        torch.nn.functional.normalize(inputs[name][own] @ maps[f"{name}_map"], dim=1).to(dtype)
+        torch.nn.functional.normalize(inputs[name][own] @ maps[f"{name}_map"], dim=1).to(dtype).to(computed or dtype)
         for name in ("text", "image")
     )
     out = contrastive_loss(
         text,
         image.detach() if frozen else image,
-        torch.nn.functional.normalize(inputs["bank"], dim=1).to(dtype),
+        torch.nn.functional.normalize(inputs["bank"], dim=1).to(dtype).to(computed or dtype),
         logit_scale=scale,
         logit_bias=bias,
-        group=group,
+        **over,
         **options,
     )
     out.loss.backward()
@@ -103,17 +119,26 @@ def over_ranks(value: dict[str, Tensor], sizes: tuple[int, ...]) -> dict[str, An
 
 
 def count_exchanges() -> dict[str, int]:
-    """Wraps the two collectives that the loss uses."""
-    counts = {"_all_gather": 0, "_reduce_scatter": 0}
-    for name in counts:
-        collective = getattr(contrastive, name)
+    """Wraps the gradients' collective, and the ring's exchange."""
+    counts = {"_reduce_scatter": 0, "pass_on": 0}
+    for owner, name in ((contrastive, "_reduce_scatter"), (contrastive._Ranks, "pass_on")):
+        exchange = getattr(owner, name)
 
-        def counted(*args: Any, name: str = name, collective: Any = collective, **kwargs: Any) -> Any:
+        def counted(*args: Any, name: str = name, exchange: Any = exchange, **kwargs: Any) -> Any:
             counts[name] += 1
-            return collective(*args, **kwargs)
+            return exchange(*args, **kwargs)
 
-        setattr(contrastive, name, counted)
+        setattr(owner, name, counted)
     return counts
+
+
+def largest(exchange: str, group: Any) -> dict[str, int]:
+    """Bytes of the largest tensor in a step of 64 pairs a rank, and of the images of one rank and of all."""
+    text, image = (torch.randn(64, 64, requires_grad=True) for _ in "12")
+    with Calls() as calls:
+        contrastive_loss(text, image, logit_scale=1.0, group=group, exchange=exchange).loss.backward()
+    own = image.untyped_storage().nbytes()
+    return {"seen": calls.largest, "own": own, "all": own * dist.get_world_size(group)}
 
 
 def main(path: str, seed: int) -> None:
@@ -123,20 +148,27 @@ def main(path: str, seed: int) -> None:
     contrastive.TILE_ROWS, contrastive.TILE_LOGITS = 16, 16 * 40
     counts = count_exchanges()
     results: dict[Any, Any] = {}
-    for kind, sizes in SIZES.items():
+    for kind, sizes in SIZES[dist.get_world_size()].items():
         inputs, options = union(sizes, seed)
-        own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+        own, everyone = slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), slice(0, sum(sizes))
         for positives in ("pair", "ids"):
-            for given in (None, "all"):
+            for given, dtype in GIVEN[len(sizes)]:
                 chosen = {"positives": positives, **(options if given else {})}
                 for frozen in (True, False):
-                    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                        counts.update(_all_gather=0, _reduce_scatter=0)
-                        mine = step(inputs, own, own_options(chosen, own), dtype, frozen, group)
-                        exchanges = dict(counts)
-                        whole = step(inputs, slice(0, sum(sizes)), chosen, dtype, frozen, None)
-                        key = (kind, positives, given, frozen, str(dtype))
-                        results[key] = over_ranks(mine, sizes), whole, exchanges
+                    seen: dict[str, Any] = {}
+                    for exchange in EXCHANGES:
+                        counts.update(dict.fromkeys(counts, 0))
+                        over = {"group": group, "exchange": exchange}
+                        mine = step(inputs, own, own_options(chosen, own), dtype, frozen, **over)
+                        seen[exchange] = over_ranks(mine, sizes), dict(counts)
+                    if rank == 0:
+                        whole = truth = step(inputs, everyone, chosen, dtype, frozen)
+                        if dtype == torch.float32:
+                            truth = step(inputs, everyone, chosen, dtype, frozen, torch.float64)
+                        for exchange, (ranks, exchanges) in seen.items():
+                            results[kind, positives, given, frozen, dtype, exchange] = ranks, whole, truth, exchanges
+    for exchange in EXCHANGES:
+        results["largest", exchange] = largest(exchange, group)
     text = torch.ones(3, D)
     try:
         contrastive_loss(text, text, torch.ones(5 + rank, D), logit_scale=1.0, group=group)

@@ -166,25 +166,24 @@ def test_merging_of_many_strips(rng: torch.Generator) -> None:
 
 def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
     """What walks the tiles of texts whose images start at `first`; in fp64 the chunked path."""
-    ranks = contrastive._Ranks(None, len(text_MD), {}, text_MD.device)
-    ranks.offset, ranks.total, ranks.own = first, len(image_ND), slice(first, first + len(text_MD))
-    given = {"ids_M": [], "ids_N": [], "bank_ids": None, "excluded": None, "as_positives": False, "smooth": False}
-    walk = contrastive._walk(text_MD, ranks, 0 if bank_QD is None else len(bank_QD), **{**given, **more})
-    return walk(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device))
+    given = dict.fromkeys(contrastive._Options._fields) | {"as_positives": False, "smooth": False, "offset": first}
+    options = contrastive._Options(**given | more)
+    return contrastive._tiles(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device), options)
 
 
 @runs_kernels
+@pytest.mark.parametrize(("first", "Q"), [(40, 21), (90, 0), (-37, 0)], ids=["own columns", "beyond", "before"])
 @pytest.mark.parametrize("as_positives", [True, False])
-def test_one_rank_of_several(rng: torch.Generator, as_positives: bool) -> None:
+def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: int, Q: int) -> None:
     """All sums and gradients equal those of the chunked path in fp64."""
-    M, N, Q, D, first = 37, 90, 21, 24, 40
+    M, N, D = 37, 90, 24
     text, image, bank = (unit(rng, size, D).float().to(DEVICE) for size in (M, N, Q))
-    ids_N = [torch.randint(0, 20, (N,), generator=rng).to(DEVICE) for _ in "12"]
+    ids_KN = torch.randint(0, 20, (2, N), generator=rng).to(DEVICE)
     more = {
-        "ids_M": [ids[first : first + M] for ids in ids_N],
-        "ids_N": ids_N,
-        "bank_ids": torch.randint(0, 20, (Q,), generator=rng).to(DEVICE),
-        "excluded": tuple(torch.randint(0, high, (200,), generator=rng).to(DEVICE) for high in (M, N + Q)),
+        "ids_KM": ids_KN[:, 40 : 40 + M],
+        "ids_KN": ids_KN,
+        "bank_ids_Q": torch.randint(0, 20, (Q,), generator=rng).to(DEVICE) if Q else None,
+        "excluded_2E": torch.stack([torch.randint(0, high, (200,), generator=rng) for high in (M, N + Q)]).to(DEVICE),
         "as_positives": as_positives,
         "smooth": True,
     }
