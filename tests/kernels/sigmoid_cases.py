@@ -61,8 +61,8 @@ def run(
     scalar = torch.float64 if dtype == torch.float64 else torch.float32
     text, image = (data[name].to(dtype, copy=True).requires_grad_() for name in ("text", "image"))
     bank = None if data["bank"] is None else data["bank"].to(dtype)
-    logit_scale = torch.tensor([scale], dtype=scalar, requires_grad=True)
-    logit_bias = torch.tensor(bias, dtype=scalar, requires_grad=True)
+    logit_scale = torch.tensor([scale], dtype=scalar, device=text.device, requires_grad=True)
+    logit_bias = torch.tensor(bias, dtype=scalar, device=text.device, requires_grad=True)
     out = loss(text, image, bank, logit_scale=logit_scale, logit_bias=logit_bias, **options)
     out.loss.backward()
     named = {
