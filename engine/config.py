@@ -80,6 +80,7 @@ class Objective(Section):
     regression_weight: float = Field(0.0, ge=0, description="weight of 1 - cosine to the frozen feature (distillation)")
     direction_weights: tuple[float, float] = Field((0.5, 0.5), description="trained->frozen, frozen->trained")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    exchange: Literal["gather", "ring"] = Field("gather", description="ring: the loss never holds all ranks' features")
     bank_size: int = Field(20_000, ge=0, description="frozen rows beyond the batch; 0 turns the bank off")
 
 

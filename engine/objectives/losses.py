@@ -44,6 +44,7 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
             label_smoothing=objective.label_smoothing,
             direction_weights=objective.direction_weights,
             group=dist.group.WORLD,
+            exchange=objective.exchange,
         ).loss
     distance_M = (1 - F.cosine_similarity(features_MD, frozen_MD)) * batch.weights_M
     regression = distance_M.sum() * (world_size / max(float(batch.whole.weights_N.sum()), 1.0))
