@@ -72,6 +72,31 @@ class ContrastiveOutput(NamedTuple):
 # Naive reference
 
 
+def positive_and_masked(
+    logits: Tensor,
+    positives: Positives,
+    image_ids: Tensor | None,
+    caption_ids: Tensor | None,
+    bank_ids: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    """What ids and exclusions make of the cells of all `logits` [M, M + Q], as bool: positives, and masked ones."""
+    M = len(logits)
+    own = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
+    same = own.clone()
+    if image_ids is not None:
+        same[:, :M] |= image_ids[:, None] == image_ids
+        if bank_ids is not None:
+            same[:, M:] |= image_ids[:, None] == bank_ids
+    if caption_ids is not None:
+        same[:, :M] |= caption_ids[:, None] == caption_ids
+    positive = same if positives == "ids" else own
+    masked = torch.zeros_like(own) if positives == "ids" else same
+    if excluded is not None:
+        masked = masked.index_put(excluded, torch.tensor(True, device=logits.device))
+    return positive, masked
+
+
 def contrastive_loss_naive(
     text_MD: Tensor,
     image_MD: Tensor,
@@ -95,18 +120,7 @@ def contrastive_loss_naive(
     bias = 0.0 if logit_bias is None else logit_bias
     logits = logit_scale * (text_MD.to(dtype) @ columns.to(dtype).T) + bias
 
-    own = torch.eye(M, len(columns), dtype=torch.bool, device=device)
-    same = own.clone()
-    if image_ids is not None:
-        same[:, :M] |= image_ids[:, None] == image_ids
-        if bank_ids is not None:
-            same[:, M:] |= image_ids[:, None] == bank_ids
-    if caption_ids is not None:
-        same[:, :M] |= caption_ids[:, None] == caption_ids
-    positive = same if positives == "ids" else own
-    masked = torch.zeros_like(own) if positives == "ids" else same
-    if excluded is not None:
-        masked = masked.index_put(excluded, torch.tensor(True, device=device))
+    positive, masked = positive_and_masked(logits, positives, image_ids, caption_ids, bank_ids, excluded)
     kept = ~masked | positive
 
     def direction(logits: Tensor, kept: Tensor, positive: Tensor) -> Tensor:
@@ -1096,6 +1110,50 @@ def _require_excluded_range(excluded: tuple[Tensor, Tensor] | None, rows: int, c
             raise ValueError(f"excluded{name} spans {low} to {high}, expected 0 to {stop - 1}")
 
 
+def _require_arguments(
+    text_MD: Tensor,
+    image_MD: Tensor,
+    bank_QD: Tensor | None,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None,
+    image_ids: Tensor | None,
+    caption_ids: Tensor | None,
+    bank_ids: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    pair_weights: Tensor | None,
+    positives: str,
+    group: dist.ProcessGroup | None,
+    label_smoothing: float = 0.0,
+    direction_weights: Sequence[float] = (0.5, 0.5),
+) -> dict[str, float]:
+    """Raises for what the losses refuse on one rank; returns what all ranks must agree on, by its description."""
+    _require_features(text_MD, image_MD, bank_QD)
+    M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
+    _require_scalar("logit_scale", logit_scale, text_MD)
+    if logit_bias is not None:
+        _require_scalar("logit_bias", logit_bias, text_MD)
+    _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
+    _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
+    if bank_ids is not None and bank_QD is None:
+        raise ValueError("bank_ids is given without bank_QD, whose rows it names: pass both")
+    _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
+    if bank_ids is not None and image_ids is None:
+        raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
+    _require_excluded(excluded, text_MD)
+    _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
+    return {
+        "the width D of text_MD": text_MD.shape[1],
+        "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
+        "whether image_MD requires grad": image_MD.requires_grad,
+        "the number Q of bank rows": Q,
+        "whether image_ids is given": image_ids is not None,
+        "whether caption_ids is given": caption_ids is not None,
+        "whether positives is 'ids'": positives == "ids",
+    }
+
+
 # Public function
 
 
@@ -1169,34 +1227,16 @@ def contrastive_loss(
         TypeError, ValueError: before any compute, an argument of the wrong kind, shape, device, dtype or
         range.
     """
-    _require_features(text_MD, image_MD, bank_QD)
+    agreed = _require_arguments(
+        text_MD, image_MD, bank_QD, logit_scale, logit_bias, image_ids, caption_ids, bank_ids, excluded,
+        pair_weights, positives, group, label_smoothing, direction_weights,
+    )  # fmt: skip
     M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
-    _require_scalar("logit_scale", logit_scale, text_MD)
-    if logit_bias is not None:
-        _require_scalar("logit_bias", logit_bias, text_MD)
-    _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
-    _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
-    if bank_ids is not None and bank_QD is None:
-        raise ValueError("bank_ids is given without bank_QD, whose rows it names: pass both")
-    _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
-    if bank_ids is not None and image_ids is None:
-        raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
-    _require_excluded(excluded, text_MD)
-    _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
     if exchange not in ("gather", "ring"):
         raise ValueError(f"exchange is {exchange!r}, expected 'gather' or 'ring'")
 
     device = text_MD.device
-    agreed: dict[str, float] = {
-        "the width D of text_MD": text_MD.shape[1],
-        "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
-        "whether image_MD requires grad": image_MD.requires_grad,
-        "the number Q of bank rows": Q,
-        "whether image_ids is given": image_ids is not None,
-        "whether caption_ids is given": caption_ids is not None,
-        "whether positives is 'ids'": positives == "ids",
+    agreed |= {
         "label_smoothing": label_smoothing,
         "direction_weights[0]": direction_weights[0],
         "direction_weights[1]": direction_weights[1],

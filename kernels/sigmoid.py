@@ -31,21 +31,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .contrastive import (
-    DTYPES,
     ContrastiveOutput,
     Positives,
     _as_scalar,
     _Cells,
     _plan,
     _Ranks,
-    _require_excluded,
+    _require_arguments,
     _require_excluded_range,
-    _require_features,
-    _require_ids,
-    _require_options,
-    _require_scalar,
     _ScaleGradient,
     _Tiles,
+    positive_and_masked,
 )
 from .similarity import TILES, Tile, by_tile, interpreted, jit, tile_product, uses_triton
 
@@ -88,18 +84,7 @@ def sigmoid_loss_naive(
     bias = 0.0 if logit_bias is None else logit_bias
     logits = logit_scale * (text_MD.to(dtype) @ columns.to(dtype).T) + bias
 
-    own = torch.eye(M, len(columns), dtype=torch.bool, device=device)
-    same = own.clone()
-    if image_ids is not None:
-        same[:, :M] |= image_ids[:, None] == image_ids
-        if bank_ids is not None:
-            same[:, M:] |= image_ids[:, None] == bank_ids
-    if caption_ids is not None:
-        same[:, :M] |= caption_ids[:, None] == caption_ids
-    positive = same if positives == "ids" else own
-    masked = torch.zeros_like(own) if positives == "ids" else same
-    if excluded is not None:
-        masked = masked.index_put(excluded, torch.tensor(True, device=device))
+    positive, masked = positive_and_masked(logits, positives, image_ids, caption_ids, bank_ids, excluded)
 
     cell_loss = -functional.logsigmoid(torch.where(positive, logits, -logits))
     pair_loss = cell_loss.masked_fill(masked & ~positive, 0).sum(1)
@@ -614,33 +599,13 @@ def sigmoid_loss(
         TypeError, ValueError: before any compute, an argument of the wrong kind, shape, device, dtype or
         range.
     """
-    _require_features(text_MD, image_MD, bank_QD)
+    agreed = _require_arguments(
+        text_MD, image_MD, bank_QD, logit_scale, logit_bias, image_ids, caption_ids, bank_ids, excluded,
+        pair_weights, positives, group,
+    )  # fmt: skip
     M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
-    _require_scalar("logit_scale", logit_scale, text_MD)
-    if logit_bias is not None:
-        _require_scalar("logit_bias", logit_bias, text_MD)
-    _require_ids("image_ids", image_ids, text_MD, M, "one id a pair")
-    _require_ids("caption_ids", caption_ids, text_MD, M, "one id a pair")
-    if bank_ids is not None and bank_QD is None:
-        raise ValueError("bank_ids is given without bank_QD, whose rows it names: pass both")
-    _require_ids("bank_ids", bank_ids, text_MD, Q, "one id a bank row")
-    if bank_ids is not None and image_ids is None:
-        raise ValueError("bank_ids is given without image_ids, which it is compared with: pass both")
-    _require_excluded(excluded, text_MD)
-    _require_options(text_MD, pair_weights, positives, 0.0, (0.5, 0.5))
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
 
     device = text_MD.device
-    agreed: dict[str, float] = {
-        "the width D of text_MD": text_MD.shape[1],
-        "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
-        "whether image_MD requires grad": image_MD.requires_grad,
-        "the number Q of bank rows": Q,
-        "whether image_ids is given": image_ids is not None,
-        "whether caption_ids is given": caption_ids is not None,
-        "whether positives is 'ids'": positives == "ids",
-    }
     ranks = _Ranks(group, M, agreed, device)
     _require_excluded_range(excluded, M, ranks.total + Q)
     as_positives = positives == "ids"

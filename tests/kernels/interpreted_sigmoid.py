@@ -10,27 +10,20 @@ import torch
 
 from efficientclip.kernels import sigmoid, sigmoid_loss, similarity
 from efficientclip.kernels.similarity import Tile
-from tests.kernels.sigmoid_cases import check, everything, features, generator, run
+from tests.kernels.sigmoid_cases import check, everything, features, run
 
 # The interpreter cuts fp32 off to bf16, which a GPU rounds: twice the error.
 SLACK = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}
 
 
 @pytest.fixture(autouse=True)
-def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few pairs need several tiles, strips and chunks."""
     monkeypatch.setattr(sigmoid, "uses_triton", lambda features: True)
     for size, tile in {2: Tile(32, 32, 4, 2), 4: Tile(32, 64, 4, 2)}.items():
         monkeypatch.setitem(similarity.TILES, size, tile)
     monkeypatch.setattr(sigmoid, "CHUNK", 64)
     monkeypatch.setattr(sigmoid, "STRIP_TILES", 2)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return generator()
 
 
 @pytest.mark.parametrize("dtype", SLACK)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 
 import pytest
 import torch
@@ -17,21 +16,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
-def triton_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few queries need several."""
     monkeypatch.setattr(similarity, "uses_triton", lambda features: True)
     monkeypatch.setattr(similarity, "TILES", {2: Tile(16, 64, 4, 2), 4: Tile(32, 64, 4, 2)})
     monkeypatch.setattr(similarity, "SLAB_ROWS", 64)
     monkeypatch.setattr(similarity, "PROGRAMS", 6)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = secrets.randbelow(1 << 31)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def positives(rng: torch.Generator, M: int, Q: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +12,6 @@ from torch import Tensor
 from efficientclip.kernels import ContrastiveOutput, sigmoid_loss, sigmoid_loss_naive
 
 Loss = Callable[..., ContrastiveOutput]
-
-
-def generator() -> torch.Generator:
-    seed = secrets.randbelow(1 << 31)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
 
 
 def features(rng: torch.Generator, M: int, Q: int, D: int, hard: bool = False) -> dict[str, Any]:

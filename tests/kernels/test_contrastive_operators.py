@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from efficientclip.kernels import contrastive, contrastive_loss
-from tests.kernels.test_contrastive import everything, features, poisoned_memory, rng, run
+from tests.kernels.test_contrastive import everything, features, run
 
-__all__ = ["poisoned_memory", "rng"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 CASES: dict[str, dict[str, Any]] = {

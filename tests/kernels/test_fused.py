@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from efficientclip.kernels import contrastive, contrastive_loss, contrastive_loss_naive, explain
-from tests.kernels.test_contrastive import everything, features, rms, rng, run, unit
-
-__all__ = ["rng"]
+from tests.kernels.test_contrastive import everything, features, rms, run, unit
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
@@ -35,16 +32,11 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True)
-def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every `torch.empty` is full of NaN; in the interpreter, tiles so small that there are many."""
+def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    """The kernels on CPU tensors too; in the interpreter, tiles so small that there are many."""
     monkeypatch.setattr(contrastive, "FUSED_ON_CPU", True)
     if INTERPRETED:
         use_tiles(monkeypatch, descriptors=True)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8) -> None:

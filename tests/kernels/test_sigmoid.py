@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, sigmoid_loss_naive, similarity
-from tests.kernels.sigmoid_cases import check, everything, features, generator, run
+from tests.kernels.sigmoid_cases import check, everything, features, run
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every `torch.empty` is full of NaN; one thread, as tiles this small gain nothing from more."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.set_num_threads(before[1])
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    return generator()
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +22,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (1, 300, 24), (70, 1, 100), (130, 401, 24), (257, 83, 100), (64, 128, 1)]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> Iterator[None]:
-    """Every `torch.empty` is full of NaN; one thread, as tiles this small gain nothing from more."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(1)
-    yield
-    torch.use_deterministic_algorithms(before[0])
-    torch.set_num_threads(before[1])
-
-
-@pytest.fixture
-def rng() -> torch.Generator:
-    seed = secrets.randbelow(1 << 31)
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture
