@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measuring import RESULTS
+
 ROOT = Path(__file__).parents[1]
 TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_fused.py")
 
@@ -20,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--sizes", help="pairs N instead of the default ones: 1024,65536")
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch, on CPUs")
-    group.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder of CSV and picture")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder of CSV and picture")
 
 
 def pytest_configure(config: pytest.Config) -> None:

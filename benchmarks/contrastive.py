@@ -8,12 +8,10 @@ Shapes: N pairs, Q frozen rows of a bank, D width.
 from __future__ import annotations
 
 import csv
-import ctypes
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -21,16 +19,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import cpuinfo
 import matplotlib.pyplot as plt
 import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, Row, hardware
 from efficientclip.kernels import contrastive_loss
 
-RESULTS = Path(__file__).parent / "results"
 KEY = (
     "N", "D", "bank", "dtype", "frozen", "pass", "device", "hardware", "threads", "torch", "implementation",
 )  # fmt: skip
@@ -38,18 +35,13 @@ COLUMNS = (
     *KEY, "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "ratio_to", "error", "rounds", "note", "date",
 )  # fmt: skip
 
-STEADY = 1.2
-# Cores that others may take of those in use: the system itself needs a little.
-SPARE = 0.1
 # Seconds that a case's rounds may take together, and that a peer's round may.
 BUDGET, PATIENCE = 10, 60
 ROUNDS = {"cpu": (2, 7), "cuda": (5, 31)}
 # Of loss and gradients against plain torch in fp32; halves round the gradients that they return.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-MIB = 2**20
 PASSES = ("forward", "forward+backward")
 
-Row = dict[str, Any]
 Sample = tuple[float, float]
 # FLOP and seconds of the latest case by implementation and dtype, from which larger ones are estimated.
 Seen = dict[tuple[str, torch.dtype], tuple[int, float]]
@@ -222,35 +214,6 @@ def refusal(one: Implementation, case: Case, seen: Seen) -> str | None:
 # Measuring
 
 
-class Memory:
-    """The peak since `start`, beside what was held then: torch's on CUDA, the process's resident set on Linux."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.known = self.cuda or os.access("/proc/self/clear_refs", os.W_OK)
-
-    def start(self) -> None:
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.held = torch.cuda.memory_allocated()
-        elif self.known:
-            # Pages that malloc keeps would be used again unseen.
-            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.held = self._resident("VmRSS")
-
-    def peak(self) -> float:
-        if not self.known:
-            return math.nan
-        return (torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")) - self.held
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def now(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
@@ -284,17 +247,6 @@ def worst_error(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(float((found[name].float() - value).norm() / value.norm()) for name, value in truth.items())
 
 
-def seconds_of_others() -> float:
-    """CPU seconds that other processes have had so far, up to a constant."""
-    times = psutil.cpu_times()
-    return sum(times) - times.idle - times.iowait - time.process_time()
-
-
-@cache
-def hardware(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else str(cpuinfo.get_cpu_info()["brand_raw"])
-
-
 def in_turn(ours: Callable[[], None], others: Callable[[], None], rounds: int) -> None:
     for _ in range(rounds):
         others()
@@ -314,7 +266,7 @@ def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row]
     samples: dict[str, list[Sample]] = {}
     peaks: dict[str, Sample] = {}
     small = inputs(Case(min(case.N, 512), case.D, min(case.bank, 512), case.dtype, case.frozen, case.device))
-    start, others = time.perf_counter(), seconds_of_others()
+    neighbours = Neighbours()
     for one in IMPLEMENTATIONS:
         notes[one.name] = refusal(one, case, seen)
         if notes[one.name]:
@@ -358,11 +310,14 @@ def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row]
     least, most = ROUNDS[case.device]
     once = sum(sample[0][1] for sample in samples.values())
     repeat(lambda: run("ours"), run_others, max(least, min(most, int(BUDGET / once))))
-    cores = (seconds_of_others() - others) / (time.perf_counter() - start)
     for name, taken in samples.items():
         samples[name] = taken[1:] if len(taken) > 3 else taken
     rate = 2 * len(left) * right.shape[1] * case.D / statistics.median(product_seconds[1:] or product_seconds)
-    return _rows(case, notes, samples, peaks, errors, rate), _busy(case, samples, cores)
+    busy = neighbours.busy(
+        torch.get_num_threads() if case.device == "cpu" else 0,
+        {name: [sample[1] for sample in taken] for name, taken in samples.items()},
+    )
+    return _rows(case, notes, samples, peaks, errors, rate), busy
 
 
 def _errors(case: Case, data: Inputs, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
@@ -381,17 +336,6 @@ def _errors(case: Case, data: Inputs, found: dict[str, dict[str, Tensor]]) -> di
             f"{TOLERANCE[case.dtype]:.0e} is right: a wrong loss has no speed; see tests/kernels/test_contrastive.py"
         )
     return errors
-
-
-def _busy(case: Case, samples: dict[str, list[Sample]], cores_of_others: float) -> str | None:
-    used = torch.get_num_threads() if case.device == "cpu" else 0
-    if cores_of_others > (os.cpu_count() or 1) - used + SPARE:
-        return f"busy machine: others held {cores_of_others:.1f} cores"
-    for name, taken in samples.items():
-        totals = [sample[1] for sample in taken]
-        if statistics.median(totals) > STEADY * min(totals):
-            return f"busy machine: {name}'s median is more than {STEADY} times its best round"
-    return None
 
 
 def _rows(
@@ -431,19 +375,6 @@ def _rows(
 
 
 # Results
-
-
-def record(rows: Iterable[Row], file: Path) -> None:
-    """Writes the rows; earlier ones of the same key go."""
-    kept: dict[tuple[str, ...], Row] = {}
-    if file.exists():
-        with file.open() as old:
-            kept = {tuple(row[name] for name in KEY): row for row in csv.DictReader(old)}
-    kept |= {tuple(str(row[name]) for name in KEY): row for row in rows}
-    with file.open("w", newline="") as new:
-        writer = csv.DictWriter(new, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept.values())
 
 
 def draw(file: Path, picture: Path, D: int = 512) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.contrastive import RESULTS
+from benchmarks.measuring import RESULTS
 from efficientclip.kernels import (
     contrastive_loss,
     contrastive_loss_naive,

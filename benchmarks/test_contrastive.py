@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contrastive import Case, Row, Seen, draw, measure, record
+from benchmarks.contrastive import COLUMNS, KEY, Case, Seen, draw, measure
+from benchmarks.measuring import Row, record
 
 SHOWN = ("implementation", "pass", "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "error", "note")
 
@@ -98,4 +99,4 @@ def test_contrastive(
     show(case, rows, capsys)
     if busy:
         pytest.skip(f"{busy}; nothing recorded")
-    record(rows, results)
+    record(rows, results, KEY, COLUMNS)

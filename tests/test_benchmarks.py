@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import contrastive, gpu
-from benchmarks.contrastive import Case, Inputs, Memory, draw, measure, record
+from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
+from benchmarks.measuring import Memory, record
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,8 +38,8 @@ def test_every_implementation_has_a_row_or_a_reason(tmp_path: Path, bank: int) -
     assert float(found["ours", "forward"]["seconds"]) < float(found["ours", "forward+backward"]["seconds"])
 
     file = tmp_path / "contrastive.csv"
-    record(rows, file)
-    record([row | {"note": "again"} for row in rows[:1]], file)
+    record(rows, file, KEY, COLUMNS)
+    record([row | {"note": "again"} for row in rows[:1]], file, KEY, COLUMNS)
     with file.open() as source:
         kept = list(csv.DictReader(source))
     assert len(kept) == len(rows)
@@ -83,7 +84,7 @@ def test_what_would_not_fit_or_take_too_long_is_refused() -> None:
 @pytest.mark.skipif(not Memory("cpu").known, reason="Linux only")
 def test_memory_is_the_peak() -> None:
     """In a process of its own: what earlier tests left to malloc decides whether freed pages stay resident."""
-    code = "import torch; from benchmarks.contrastive import Memory; memory = Memory('cpu'); memory.start()\n"
+    code = "import torch; from benchmarks.measuring import Memory; memory = Memory('cpu'); memory.start()\n"
     code += "torch.ones(64 << 18); torch.ones(16 << 18); print(memory.peak())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) / contrastive.MIB == pytest.approx(64, abs=4)

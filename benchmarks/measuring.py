@@ -1,0 +1,101 @@
+"""What every benchmark needs: peak memory, how busy the machine was, and the CSV file that its rows go to."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cpuinfo
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+STEADY = 1.2
+# Cores that others may take of those in use: the system itself needs a little.
+SPARE = 0.1
+
+Row = dict[str, Any]
+
+
+class Memory:
+    """The peak since `start`, beside what was held then: torch's on CUDA, the process's resident set on Linux."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.known = self.cuda or os.access("/proc/self/clear_refs", os.W_OK)
+
+    def start(self) -> None:
+        if self.cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
+        elif self.known:
+            # Pages that malloc keeps would be used again unseen.
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.held = self._resident("VmRSS")
+
+    def peak(self) -> float:
+        """Bytes; NaN where the system does not tell."""
+        if not self.known:
+            return math.nan
+        return (torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")) - self.held
+
+    @staticmethod
+    def _resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+class Neighbours:
+    """The cores that processes other than this one and its children have held since it was made."""
+
+    def __init__(self) -> None:
+        self.began, self.before = time.perf_counter(), self._seconds()
+
+    @staticmethod
+    def _seconds() -> float:
+        times, own = psutil.cpu_times(), psutil.Process()
+        mine = [one.cpu_times() for one in (own, *own.children(recursive=True))]
+        ended = own.cpu_times()
+        return (
+            sum(times) - times.idle - times.iowait - sum(one.user + one.system for one in mine)
+            - ended.children_user - ended.children_system
+        )  # fmt: skip
+
+    def busy(self, used: int, seconds: Mapping[str, Sequence[float]]) -> str | None:
+        """Why figures taken on `used` cores are worthless; `seconds` are the rounds of each implementation."""
+        cores = (self._seconds() - self.before) / (time.perf_counter() - self.began)
+        if cores > (os.cpu_count() or 1) - used + SPARE:
+            return f"busy machine: others held {cores:.1f} cores"
+        for name, rounds in seconds.items():
+            if statistics.median(rounds) > STEADY * min(rounds):
+                return f"busy machine: {name}'s median is more than {STEADY} times its best round"
+        return None
+
+
+@cache
+def hardware(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else str(cpuinfo.get_cpu_info()["brand_raw"])
+
+
+def record(rows: Iterable[Row], file: Path, key: Sequence[str], columns: Sequence[str]) -> None:
+    """Writes the rows; earlier ones of the same key go."""
+    kept: dict[tuple[str, ...], Row] = {}
+    if file.exists():
+        with file.open() as old:
+            kept = {tuple(row[name] for name in key): row for row in csv.DictReader(old)}
+    kept |= {tuple(str(row[name]) for name in key): row for row in rows}
+    with file.open("w", newline="") as new:
+        writer = csv.DictWriter(new, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept.values())
