@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the rule that a loss whose tests are red has no speed."""
+"""Options of the benchmarks, and the rule that what is wrong has no speed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from benchmarks.measuring import RESULTS
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_fused.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,12 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes minutes or several GB: pass --long"))
 
 
-@pytest.fixture(scope="session")
-def green() -> None:
-    """Runs the loss's tests once a session; while they are red, nothing is reported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *TESTS]
+@pytest.fixture(scope="module")
+def green(request: pytest.FixtureRequest) -> None:
+    """Runs the benchmark's `TESTS` once; while they are red, nothing is reported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *request.module.TESTS]
     # Tests ask for deterministic algorithms, which cuBLAS refuses without a fixed workspace.
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail(f"the loss's tests are red, and a wrong loss has no speed:\n{done.stdout[-4000:]}", pytrace=False)
+        pytest.fail(f"tests are red, and what is wrong has no speed:\n{done.stdout[-4000:]}", pytrace=False)

@@ -2,7 +2,7 @@
 
     pytest benchmarks/test_contrastive.py --benchmark-only [--long] [--sizes 1024,65536] [--device cuda]
 
-The loss's own tests run first, once a session (fixture `green`), and while they are red nothing is reported. Peers run
+The loss's own tests run first, once (fixture `green`), and while they are red nothing is reported. Peers run
 between the rounds of the loss. Nothing is recorded if other processes took the cores or the rounds disagree: then
 threads wait for each other, and the figures say nothing.
 """
@@ -21,6 +21,7 @@ from rich.table import Table
 from benchmarks.contrastive import COLUMNS, KEY, Case, Seen, draw, measure
 from benchmarks.measuring import Row, record
 
+TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_fused.py")
 SHOWN = ("implementation", "pass", "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "error", "note")
 
 
