@@ -169,7 +169,11 @@ def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: floa
 def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: int, Q: int) -> None:
     """All sums and gradients equal those of the chunked path in fp64."""
     M, N, D = 37, 90, 24
-    text, image, bank = (unit(rng, size, D).float().to(DEVICE) for size in (M, N, Q))
+    # Near one direction: products are positive, and so d scale, the sum of all slopes times theirs, does not cancel.
+    near = unit(rng, 1, D)
+    text, image, bank = (
+        torch.nn.functional.normalize(unit(rng, size, D) + near).float().to(DEVICE) for size in (M, N, Q)
+    )
     ids_KN = torch.randint(0, 20, (2, N), generator=rng).to(DEVICE)
     more = {
         "ids_KM": ids_KN[:, 40 : 40 + M],
