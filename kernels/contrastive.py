@@ -667,6 +667,12 @@ class _Options(NamedTuple):
     as_positives: bool
     smooth: bool
 
+    def of_cells(self) -> tuple[list[Tensor], list[Tensor], Tensor | None, tuple[Tensor, Tensor] | None, bool]:
+        """As the lists of cells take them: ids of rows and of columns by kind, the bank's, cells, `as_positives`."""
+        ids_M, ids_N = ([] if ids is None else list(ids) for ids in (self.ids_KM, self.ids_KN))
+        excluded = None if self.excluded_2E is None else (self.excluded_2E[0], self.excluded_2E[1])
+        return ids_M, ids_N, self.bank_ids_Q, excluded, self.as_positives
+
     def of_block(self, columns: slice, total: int, own: bool) -> _Options:
         """The same for `columns` of the batch alone, and the bank behind them if it is this rank's own block."""
         if columns == slice(0, total):
@@ -688,28 +694,96 @@ class _Options(NamedTuple):
         )
 
 
+def _options(
+    ranks: _Ranks,
+    image_ids: Tensor | None,
+    caption_ids: Tensor | None,
+    bank_ids: Tensor | None,
+    excluded: tuple[Tensor, Tensor] | None,
+    as_positives: bool,
+    smooth: bool = False,
+) -> _Options:
+    """What operators are told over the columns of all ranks."""
+    given_ids = [ids for ids in (image_ids, caption_ids) if ids is not None]
+    ids_KM = torch.stack(given_ids) if given_ids else None
+    ids_KN = None if ids_KM is None else ranks.gather_rows(ids_KM.T).T.contiguous()
+    excluded_2E = None if excluded is None else torch.stack([*excluded])
+    return _Options(ids_KM, ids_KN, bank_ids, excluded_2E, ranks.offset, as_positives, smooth)
+
+
 def _tiles(
     text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: _Options
 ) -> _Tiles | FusedTiles:
     """What walks over the tiles."""
     M, N, Q = len(text_MD), len(image_ND), 0 if bank_QD is None else len(bank_QD)
-    ids_M, ids_N = ([] if ids is None else list(ids) for ids in (options.ids_KM, options.ids_KN))
-    excluded = None if options.excluded_2E is None else (options.excluded_2E[0], options.excluded_2E[1])
-    given = ids_M, ids_N, options.bank_ids_Q, excluded, options.as_positives
     # Without texts or images there is no tile, and nothing to walk over.
     if M and N and _no_kernels(text_MD) is None:
         from .fused import FusedCells, FusedTiles, tile_config
 
-        config = tile_config(text_MD, bool(ids_M) or excluded is not None or options.smooth)
+        config = tile_config(text_MD, options.ids_KM is not None or options.excluded_2E is not None or options.smooth)
         place = _Place(slice(options.offset, options.offset + M), N)
-        fused = FusedCells(place, Q, *given, config, text_MD.device)
+        fused = FusedCells(place, Q, *options.of_cells(), config, text_MD.device)
         return FusedTiles(text_MD, image_ND, bank_QD, scale, fused, options.smooth)
     row_step, blocks = _plan(M, N, Q)
-    cells = _Cells(blocks, options.offset, *given, row_step)
+    cells = _Cells(blocks, options.offset, *options.of_cells(), row_step)
     return _Tiles(text_MD, image_ND, bank_QD, scale, cells, options.smooth)
 
 
 # Operators
+
+
+class Operators(NamedTuple):
+    """A loss's two operators, whose arguments begin alike: text_MD, image_ND, bank_QD, `scalars`, `options`.
+
+    `sums` returns `fields`, those that end in _N by column. `gradients` is told beside the same arguments what was
+    `kept` of them, a list of the gradients of the first `differentiable`, and whether d text (which d scale, the
+    first scalar's, comes with) and d image are needed; it returns d text, d image, and every scalar's in fp64.
+    """
+
+    sums: Any
+    gradients: Any
+    fields: tuple[str, ...]
+    kept: tuple[str, ...]
+    differentiable: int
+    scalars: int
+    options: int
+    """How many of `_Options` both take."""
+
+    def keep(self, sums: Sequence[Tensor]) -> list[Tensor]:
+        return [part for name, part in zip(self.fields, sums, strict=True) if name in self.kept]
+
+    def register_autograd(self) -> None:
+        scalars = slice(3, 3 + self.scalars)
+        # Those three, the scalars, and of the options ids and excluded cells.
+        tensors = scalars.stop + 4
+
+        def save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+            ctx.save_for_backward(*inputs[:tensors], *self.keep(output))
+            ctx.options = inputs[tensors:]
+
+        def backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+            given, kept = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+            need_text, need_image = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+            need_scalars = ctx.needs_input_grad[scalars]
+            d_text_MD, d_image_ND, *d_scalars = self.gradients(
+                *given, *ctx.options, *kept, grads[: self.differentiable], need_text or need_scalars[0], need_image
+            )
+            return (
+                d_text_MD.to(given[0].dtype) if need_text else None,
+                d_image_ND.to(given[1].dtype) if need_image else None,
+                None,
+                *_of_scalars(d_scalars, given[scalars], need_scalars),
+                *[None] * self.options,
+            )
+
+        self.sums.register_autograd(backward, setup_context=save)
+
+
+def _of_scalars(grads: Sequence[Tensor], scalars: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        grad.to(scalar.dtype).reshape(scalar.shape) if need else None
+        for grad, scalar, need in zip(grads, scalars, needed, strict=True)
+    ]
 
 
 def _or_empty(part: Tensor | None, like: Tensor) -> Tensor:
@@ -722,6 +796,17 @@ def _used(parts: Sequence[Tensor], as_positives: bool, smooth: bool) -> list[Any
     used = dict.fromkeys(_Sums._fields, True)
     used |= {"row_extra_M": as_positives, "col_extra_N": as_positives, "row_logits_M": smooth, "col_logits_N": smooth}
     return [part if here else None for part, here in zip(parts, used.values(), strict=False)]
+
+
+def fake_gradients(scalars: int, text_MD: Tensor, image_ND: Tensor, need_text: bool, need_image: bool) -> list[Tensor]:
+    """What the operators of gradients return, but for the values."""
+    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
+    d_scalars = [text_MD.new_empty((), dtype=torch.float64) for _ in range(scalars)]
+    parts = [
+        features.new_empty(features.shape, dtype=dtype) if need else text_MD.new_empty(0, dtype=torch.float64)
+        for features, need in ((text_MD, need_text), (image_ND, need_image))
+    ]
+    return [*parts, *d_scalars]
 
 
 @torch.library.custom_op("efficientclip::contrastive_sums", mutates_args=())
@@ -793,89 +878,96 @@ def contrastive_gradients(
 
 @contrastive_gradients.register_fake
 def _(text_MD: Tensor, image_ND: Tensor, *given: Any) -> list[Tensor]:
-    dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
-    d_scale = text_MD.new_empty((), dtype=torch.float64)
-    parts = [
-        features.new_empty(features.shape, dtype=dtype) if need else d_scale.new_empty(0)
-        for features, need in zip((text_MD, image_ND), given[-2:], strict=True)
-    ]
-    return [*parts, d_scale]
+    return fake_gradients(1, text_MD, image_ND, *given[-2:])
 
 
-def _save_sums(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:8], *output[1:3])
-    ctx.options = inputs[8:]
+CONTRASTIVE = Operators(
+    contrastive_sums,
+    contrastive_gradients,
+    _Sums._fields,
+    kept=_LogSumExps._fields,
+    differentiable=len(_Gradients._fields),
+    scalars=1,
+    options=len(_Options._fields),
+)
+CONTRASTIVE.register_autograd()
 
 
-def _sums_backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    text_MD, image_ND, _, scale = ctx.saved_tensors[:4]
-    need_text, need_image, _, need_scale = ctx.needs_input_grad[:4]
-    d_text_MD, d_image_ND, d_scale = contrastive_gradients(
-        *ctx.saved_tensors[:8], *ctx.options, *ctx.saved_tensors[8:], grads[: len(_Gradients._fields)],
-        need_text or need_scale, need_image,
-    )  # fmt: skip
-    return (
-        d_text_MD.to(text_MD.dtype) if need_text else None,
-        d_image_ND.to(image_ND.dtype) if need_image else None,
-        None,
-        d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
-        *[None] * 7,
+def sums_of_all(
+    operators: Operators,
+    text_MD: Tensor,
+    image_MD: Tensor,
+    bank_QD: Tensor | None,
+    scalars: Sequence[Tensor],
+    options: _Options,
+    ranks: _Ranks,
+    exchange: Exchange,
+) -> Sequence[Tensor]:
+    """The fields of `operators` for this rank's texts against the images of all ranks, differentiable."""
+    if ranks.group is None:
+        sums: list[Tensor] = operators.sums(text_MD, image_MD, bank_QD, *scalars, *options[: operators.options])
+        return sums
+    ring = exchange == "ring" and ranks.world > 1
+    over_ranks: tuple[Tensor, ...] = _OverRanks.apply(
+        text_MD, image_MD, bank_QD, operators, options, ranks, ring, *scalars
     )
-
-
-contrastive_sums.register_autograd(_sums_backward, setup_context=_save_sums)
+    return over_ranks
 
 
 class _OverRanks(torch.autograd.Function):
-    """`contrastive_sums` over the images of all ranks: gathered, or block by block as they come round the ring."""
+    """Sums over the images of all ranks: gathered, or block by block as they come round the ring."""
 
     @staticmethod
     def forward(
         ctx: Any,
         text_MD: Tensor,
         image_MD: Tensor,
-        scale: Tensor,
         bank_QD: Tensor | None,
+        operators: Operators,
         options: _Options,
         ranks: _Ranks,
         ring: bool,
+        *scalars: Tensor,
     ) -> tuple[Tensor, ...]:
         image = image_MD.contiguous() if ring else ranks.gather_rows(image_MD)
         blocks: dict[int, list[Tensor]] = {}
         for source, columns, image_CD in _blocks(image, ranks, ring):
             own = source == ranks.rank
             if own or len(image_CD):
-                of_block = options.of_block(columns, ranks.total, own)
-                blocks[source] = contrastive_sums(text_MD, image_CD, bank_QD if own else None, scale, *of_block)
-        sums = _merge([blocks[source] for source in sorted(blocks)])
-        ctx.save_for_backward(text_MD, image, bank_QD, scale, *sums[1:3])
-        ctx.options, ctx.ranks, ctx.ring = options, ranks, ring
-        ctx.mark_non_differentiable(*sums[len(_Gradients._fields) :])
+                of_block = options.of_block(columns, ranks.total, own)[: operators.options]
+                blocks[source] = operators.sums(text_MD, image_CD, bank_QD if own else None, *scalars, *of_block)
+        sums = _merge(operators.fields, [blocks[source] for source in sorted(blocks)])
+        ctx.save_for_backward(text_MD, image, bank_QD, *scalars, *operators.keep(sums))
+        ctx.operators, ctx.options, ctx.ranks, ctx.ring = operators, options, ranks, ring
+        ctx.mark_non_differentiable(*sums[operators.differentiable :])
         return tuple(sums)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        text_MD, image, bank_QD, scale, row_lse_M, col_lse_N = ctx.saved_tensors
-        need_text, need_image, need_scale = ctx.needs_input_grad[:3]
-        ranks, named = ctx.ranks, dict(zip(_Gradients._fields, grads, strict=False))
+        operators, ranks = ctx.operators, ctx.ranks
+        text_MD, image, bank_QD, *saved = ctx.saved_tensors
+        scalars, kept = saved[: operators.scalars], saved[operators.scalars :]
+        (need_text, need_image), need_scalars = ctx.needs_input_grad[:2], ctx.needs_input_grad[7:]
+        need_rows = need_text or need_scalars[0]
         dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
         d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype)
-        d_scale = text_MD.new_zeros((), dtype=torch.float64)
+        d_scalars = [text_MD.new_zeros((), dtype=torch.float64) for _ in scalars]
         d_image: Tensor | None = None
         works: list[dist.Work] = []
         for source, columns, image_CD in _blocks(image, ranks, ctx.ring):
             own = source == ranks.rank
             d_CD = image_CD.new_empty((0, image_CD.shape[1]), dtype=dtype)
             if own or len(image_CD):
-                d_MD, d_CD, d_factor = contrastive_gradients(
-                    text_MD, image_CD, bank_QD if own else None, scale,
-                    *ctx.options.of_block(columns, ranks.total, own), row_lse_M, col_lse_N[columns],
-                    [grad[columns] if name.endswith("_N") else grad for name, grad in named.items()],
-                    need_text or need_scale, need_image,
+                d_MD, d_CD, *d_factors = operators.gradients(
+                    text_MD, image_CD, bank_QD if own else None, *scalars,
+                    *ctx.options.of_block(columns, ranks.total, own)[: operators.options],
+                    *_of_columns(operators.kept, kept, columns),
+                    _of_columns(operators.fields, grads[: operators.differentiable], columns),
+                    need_rows, need_image,
                 )  # fmt: skip
-                d_scale += d_factor
-                if need_text or need_scale:
+                d_scalars = [total + part for total, part in zip(d_scalars, d_factors, strict=True)]
+                if need_rows:
                     d_text_MD += d_MD
             if need_image and ctx.ring:
                 # A block's gradient follows it a step behind: what came so far arrives during the product above.
@@ -890,8 +982,8 @@ class _OverRanks(torch.autograd.Function):
         return (
             d_text_MD.to(text_MD.dtype) if need_text else None,
             None if d_image is None else d_image.to(image.dtype),
-            d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
-            None, None, None, None,
+            None, None, None, None, None,
+            *_of_scalars(d_scalars, scalars, need_scalars),
         )  # fmt: skip
 
 
@@ -904,10 +996,15 @@ def _blocks(image: Tensor, ranks: _Ranks, ring: bool) -> Iterator[tuple[int, sli
         yield source, ranks.parts[source], image_CD
 
 
-def _merge(blocks: list[list[Tensor]]) -> list[Tensor]:
-    """The fields of `_Sums` over the columns of all blocks, in the order of ranks."""
+def _of_columns(names: Sequence[str], parts: Sequence[Tensor], columns: slice) -> list[Tensor]:
+    """The part of each field that belongs to `columns`."""
+    return [part[columns] if name.endswith("_N") else part for name, part in zip(names, parts, strict=False)]
+
+
+def _merge(fields: Sequence[str], blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The fields over the columns of all blocks, in the order of ranks."""
     merged = []
-    for name, *parts in zip(_Sums._fields, *blocks, strict=True):
+    for name, *parts in zip(fields, *blocks, strict=True):
         if name.endswith("_N"):
             merged.append(torch.cat(parts))
         else:
@@ -1130,6 +1227,7 @@ def _require_arguments(
     pair_weights: Tensor | None,
     positives: str,
     group: dist.ProcessGroup | None,
+    exchange: str,
     label_smoothing: float = 0.0,
     direction_weights: Sequence[float] = (0.5, 0.5),
 ) -> dict[str, float]:
@@ -1150,6 +1248,8 @@ def _require_arguments(
     _require_options(text_MD, pair_weights, positives, label_smoothing, direction_weights)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group is a {type(group).__name__}, expected a ProcessGroup that this rank belongs to")
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"exchange is {exchange!r}, expected 'gather' or 'ring'")
     return {
         "the width D of text_MD": text_MD.shape[1],
         "the dtype of text_MD (its index)": DTYPES.index(text_MD.dtype),
@@ -1158,6 +1258,7 @@ def _require_arguments(
         "whether image_ids is given": image_ids is not None,
         "whether caption_ids is given": caption_ids is not None,
         "whether positives is 'ids'": positives == "ids",
+        "whether exchange is 'ring'": exchange == "ring",
     }
 
 
@@ -1236,33 +1337,22 @@ def contrastive_loss(
     """
     agreed = _require_arguments(
         text_MD, image_MD, bank_QD, logit_scale, logit_bias, image_ids, caption_ids, bank_ids, excluded,
-        pair_weights, positives, group, label_smoothing, direction_weights,
+        pair_weights, positives, group, exchange, label_smoothing, direction_weights,
     )  # fmt: skip
     M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
-    if exchange not in ("gather", "ring"):
-        raise ValueError(f"exchange is {exchange!r}, expected 'gather' or 'ring'")
 
     device = text_MD.device
     agreed |= {
         "label_smoothing": label_smoothing,
         "direction_weights[0]": direction_weights[0],
         "direction_weights[1]": direction_weights[1],
-        "whether exchange is 'ring'": exchange == "ring",
     }
     ranks = _Ranks(group, M, agreed, device)
     _require_excluded_range(excluded, M, ranks.total + Q)
-    given_ids = [ids for ids in (image_ids, caption_ids) if ids is not None]
-    ids_KM = torch.stack(given_ids) if given_ids else None
-    ids_KN = None if ids_KM is None else ranks.gather_rows(ids_KM.T).T.contiguous()
-    excluded_2E = None if excluded is None else torch.stack([*excluded])
     as_positives, smooth = positives == "ids", label_smoothing > 0
-    options = _Options(ids_KM, ids_KN, bank_ids, excluded_2E, ranks.offset, as_positives, smooth)
+    options = _options(ranks, image_ids, caption_ids, bank_ids, excluded, as_positives, smooth)
     scale = _as_scalar(logit_scale, device)
-    if group is None:
-        parts = contrastive_sums(text_MD, image_MD, bank_QD, scale, *options)
-    else:
-        ring = exchange == "ring" and ranks.world > 1
-        parts = _OverRanks.apply(text_MD, image_MD, scale, bank_QD, options, ranks, ring)
+    parts = sums_of_all(CONTRASTIVE, text_MD, image_MD, bank_QD, [scale], options, ranks, exchange)
     sums = _Sums(*_used(parts, as_positives, smooth))
 
     weights_M = torch.ones_like(sums.row_masked_M) if pair_weights is None else pair_weights.detach().double()

@@ -6,11 +6,17 @@ Cost model, for M texts on this rank, N images of all ranks, Q bank rows and wid
   text, d image), 3 when images are frozen. A logit costs one exponential and one logarithm in forward, one
   exponential and one division in backward. The bank's logits yield no d image.
 - memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N. Chunked
-  torch: two tiles of `contrastive.TILE_LOGITS` logits. Triton: 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of
+  torch: two tiles of `contrastive.TILE_LOGITS` logits, the equal ids of one tile, for half-precision features also
+  one block of columns in fp32. Triton: 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of
   partial sums in forward, one chunk of `CHUNK` x `CHUNK` slopes in backward (32 MB, fp32 64 MB), 12
   bytes a tile of 128 x 128 (fp32: 64 x 64) for the list of excluded cells.
-- exchange a rank: N images in their own dtype and about 4 N numbers in forward; in backward nothing when
-  images are frozen, else a reduce-scatter of N x D in fp32.
+- exchange a rank, gather: N images in their own dtype in forward; in backward nothing when images are frozen, else
+  a reduce-scatter of N x D in fp32. Memory O((N + Q) D).
+- exchange a rank, ring: the same N images in forward, block by block while the last one is computed on, and once
+  more in backward; beside them N x D in fp32 when images are trained. Memory O((M + Q) D + N), for M the longest
+  rank's: two blocks of images, and in backward three of their gradients. No column has a normaliser, so that blocks
+  are simply added up.
+- either: at most 2 N ids and 2 N numbers gathered.
 
 Shapes: M this rank's pairs, N pairs of all ranks, Q bank rows, D width, R x C one tile.
 
@@ -21,27 +27,34 @@ their relative precision however small they are. A masked cell has u = -inf.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from .contrastive import (
     ContrastiveOutput,
+    Exchange,
+    Operators,
     Positives,
     _as_scalar,
     _Cells,
+    _Options,
+    _options,
+    _or_empty,
     _plan,
     _Ranks,
     _require_arguments,
     _require_excluded_range,
     _ScaleGradient,
     _Tiles,
+    fake_gradients,
     positive_and_masked,
+    sums_of_all,
 )
 from .similarity import TILES, Tile, by_tile, interpreted, jit, tile_product, uses_triton
 
@@ -100,8 +113,8 @@ def sigmoid_loss_naive(
 @jit
 def _scores(  # type: ignore[no-untyped-def]
     text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
-    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr, at,
-    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    ids_row_ptr, ids_col_ptr, more_row_ptr, more_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr, at,
+    IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Of one tile: the dot products (`CLOSED` for excluded cells), u, and which cells are positives, if any.
@@ -116,13 +129,13 @@ def _scores(  # type: ignore[no-untyped-def]
         dot_RC = tl.where((row_R == row)[:, None] & (col_C == col)[None, :], CLOSED, dot_RC)
     masked_RC = (dot_RC == CLOSED) | (col_C >= C)[None, :] | ((row_R + diagonal)[:, None] == col_C[None, :])
     positive_RC = tl.zeros([BLOCK, BLOCK], tl.int1)
-    if IMAGE_IDS:
-        row_ids_R = tl.load(image_row_ptr + row_R, mask=row_R < M, other=0)
-        col_ids_C = tl.load(image_col_ptr + col_C, mask=col_C < C, other=0)
+    if IDS > 0:
+        row_ids_R = tl.load(ids_row_ptr + row_R, mask=row_R < M, other=0)
+        col_ids_C = tl.load(ids_col_ptr + col_C, mask=col_C < C, other=0)
         positive_RC = row_ids_R[:, None] == col_ids_C[None, :]
-    if CAPTION_IDS:
-        row_ids_R = tl.load(caption_row_ptr + row_R, mask=row_R < M, other=0)
-        col_ids_C = tl.load(caption_col_ptr + col_C, mask=col_C < C, other=0)
+    if IDS > 1:
+        row_ids_R = tl.load(more_row_ptr + row_R, mask=row_R < M, other=0)
+        col_ids_C = tl.load(more_col_ptr + col_C, mask=col_C < C, other=0)
         positive_RC = positive_RC | (row_ids_R[:, None] == col_ids_C[None, :])
     u_RC = dot_RC * tl.load(scalars_ptr) + tl.load(scalars_ptr + 1)
     if IDS_POSITIVE:
@@ -135,8 +148,8 @@ def _scores(  # type: ignore[no-untyped-def]
 @jit
 def _loss_kernel(  # type: ignore[no-untyped-def]
     text_ptr, column_ptr, scalars_ptr, loss_ptr, M, C, D, diagonal, strip_tiles,
-    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
-    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    ids_row_ptr, ids_col_ptr, more_row_ptr, more_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
+    IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Row sums of softplus(u) of one block of texts over one strip of columns: fp32 [strips, M]."""
@@ -149,9 +162,8 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
         col_C = tile * BLOCK + tl.arange(0, BLOCK)
         _, u_RC, _ = _scores(
             text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
-            image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr,
-            bounds_ptr, block * tiles + tile, IMAGE_IDS, CAPTION_IDS, IDS_POSITIVE, CLOSED,
-            BLOCK, BLOCK_K, UPCAST,
+            ids_row_ptr, ids_col_ptr, more_row_ptr, more_col_ptr, cell_rows_ptr, cell_cols_ptr,
+            bounds_ptr, block * tiles + tile, IDS, IDS_POSITIVE, CLOSED, BLOCK, BLOCK_K, UPCAST,
         )  # fmt: skip
         e_RC = tl.exp(-tl.abs(u_RC))
         # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24.
@@ -170,8 +182,8 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
 @jit
 def _slope_kernel(  # type: ignore[no-untyped-def]
     text_ptr, column_ptr, scalars_ptr, slope_ptr, sums_ptr, first_row, first_col, M, C, D, diagonal,
-    image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
-    IMAGE_IDS: tl.constexpr, CAPTION_IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
+    ids_row_ptr, ids_col_ptr, more_row_ptr, more_col_ptr, cell_rows_ptr, cell_cols_ptr, bounds_ptr,
+    IDS: tl.constexpr, IDS_POSITIVE: tl.constexpr, CLOSED: tl.constexpr,
     CHUNK: tl.constexpr, SLOPE_UNIT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of the chunk: its slopes, and their row sums, plain and weighted by the dot products."""
@@ -182,9 +194,8 @@ def _slope_kernel(  # type: ignore[no-untyped-def]
     at = (first_row // BLOCK + tl.program_id(0)) * tl.cdiv(C, BLOCK) + first_col // BLOCK + tl.program_id(1)
     dot_RC, u_RC, positive_RC = _scores(
         text_ptr, column_ptr, scalars_ptr, row_R, col_C, M, C, D, diagonal,
-        image_row_ptr, image_col_ptr, caption_row_ptr, caption_col_ptr, cell_rows_ptr, cell_cols_ptr,
-        bounds_ptr, at, IMAGE_IDS, CAPTION_IDS, IDS_POSITIVE, CLOSED,
-            BLOCK, BLOCK_K, UPCAST,
+        ids_row_ptr, ids_col_ptr, more_row_ptr, more_col_ptr, cell_rows_ptr, cell_cols_ptr,
+        bounds_ptr, at, IDS, IDS_POSITIVE, CLOSED, BLOCK, BLOCK_K, UPCAST,
     )  # fmt: skip
     e_RC = tl.exp(-tl.abs(u_RC))
     slope_RC = tl.where(u_RC > 0, 1.0, e_RC) / (1.0 + e_RC)
@@ -226,27 +237,18 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True)
 class _Part:
-    """One source of columns, the images or the bank; `ids` are (row, column) vectors of image and caption ids."""
+    """One source of columns, the images or the bank; `ids` are (row, column) vectors, at most two kinds."""
 
     bank: bool
     columns: int
     diagonal: int
-    image_ids: tuple[Tensor, Tensor] | None
-    caption_ids: tuple[Tensor, Tensor] | None
+    ids: list[tuple[Tensor, Tensor]]
     cells: tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class _TritonCells:
-    """What the Triton kernels need to know of positives and masks."""
-
-    parts: list[_Part]
-    as_positives: bool
-
-
-def warps(tile: Tile, both_ids: bool) -> int:
-    """Warps of a kernel that compares ids: twice as many where the registers of two ids would spill."""
-    return 2 * tile.num_warps if both_ids else tile.num_warps
+def warps(tile: Tile, kinds_of_ids: int) -> int:
+    """Warps of a kernel that compares ids: twice as many where the registers of two kinds would spill."""
+    return 2 * tile.num_warps if kinds_of_ids > 1 else tile.num_warps
 
 
 def _relabelled(rows_M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,37 +257,38 @@ def _relabelled(rows_M: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     return labels[: len(rows_M)], labels[len(rows_M) :]
 
 
-def _triton_cells(
+def _parts(
     text_MD: Tensor,
-    ranks: _Ranks,
+    columns: int,
     bank: int,
-    ids: tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None],
-    bank_ids: tuple[Tensor, Tensor] | None,
+    ids_M: Sequence[Tensor],
+    ids_N: Sequence[Tensor],
+    bank_ids_Q: Tensor | None,
     excluded: tuple[Tensor, Tensor] | None,
     as_positives: bool,
-) -> _TritonCells:
-    M, N = len(text_MD), ranks.total
+    offset: int,
+) -> list[_Part]:
+    M = len(text_MD)
     nothing = torch.empty(0, dtype=torch.int64, device=text_MD.device)
     excluded_rows, excluded_columns = (nothing, nothing) if excluded is None else excluded
     block = TILES[text_MD.element_size()].BLOCK
-    ids = ids[0] and _relabelled(*ids[0]), ids[1] and _relabelled(*ids[1])
-    bank_ids = bank_ids and _relabelled(*bank_ids)
     parts = []
-    for is_bank, size, first in ((False, N, 0), (True, bank, N)):
+    for is_bank, size, first in ((False, columns, 0), (True, bank, columns)):
         if not M or not size:
             continue
         here = (excluded_columns >= first) & (excluded_columns < first + size)
-        rows, columns = excluded_rows[here], excluded_columns[here] - first
+        rows, cols = excluded_rows[here], excluded_columns[here] - first
         # No text lies on a diagonal of the bank.
-        diagonal = -M if is_bank else ranks.offset
-        part_ids = (bank_ids, None) if is_bank else ids
-        negative = rows + diagonal != columns
-        for pair in part_ids:
-            if pair is not None and as_positives:
-                negative &= pair[0][rows] != pair[1][columns]
-        cells = by_tile(rows[negative], columns[negative], M, size, block)
-        parts.append(_Part(is_bank, size, diagonal, *part_ids, cells))
-    return _TritonCells(parts, as_positives)
+        diagonal = -M if is_bank else offset
+        pairs = list(zip(ids_M, ids_N, strict=True))
+        if is_bank:
+            pairs = [] if bank_ids_Q is None else [(ids_M[0], bank_ids_Q)]
+        ids = [_relabelled(*pair) for pair in pairs]
+        negative = rows + diagonal != cols
+        for pair in ids if as_positives else ():
+            negative &= pair[0][rows] != pair[1][cols]
+        parts.append(_Part(is_bank, size, diagonal, ids, by_tile(rows[negative], cols[negative], M, size, block)))
+    return parts
 
 
 class _Triton:
@@ -298,13 +301,16 @@ class _Triton:
         bank_QD: Tensor | None,
         scale: Tensor,
         bias: Tensor,
-        cells: _TritonCells,
+        parts: list[_Part],
         offset: int,
+        as_positives: bool,
     ) -> None:
         self.text_MD, self.image_ND = text_MD.contiguous(), image_ND.contiguous()
         self.bank_QD = None if bank_QD is None else bank_QD.contiguous()
         self.scalars = torch.stack([scale.detach().float().reshape(()), bias.detach().float().reshape(())])
-        self.scale, self.bias, self.cells, self.offset = scale.detach(), bias.detach(), cells, offset
+        self.scale, self.bias, self.parts = scale.detach(), bias.detach(), parts
+        self.offset, self.as_positives = offset, as_positives
+        self.diagonal = 0 <= offset <= len(image_ND) - len(text_MD)
         self.tile = TILES[text_MD.element_size()]
         self.options = {**self.tile._asdict(), "UPCAST": interpreted()}
 
@@ -316,17 +322,23 @@ class _Triton:
 
     def _masks(self, part: _Part) -> tuple[list[Tensor], dict[str, Any]]:
         """The arguments of a kernel that name ids and cells; ids that are not given are not read."""
-        vectors = []
-        for pair in (part.image_ids, part.caption_ids):
-            vectors += [self.scalars, self.scalars] if pair is None else list(pair)
-        given: dict[str, Any] = {"IMAGE_IDS": part.image_ids is not None, "CAPTION_IDS": part.caption_ids is not None}
-        given |= {"IDS_POSITIVE": self.cells.as_positives, "CLOSED": CLOSED}
-        given["num_warps"] = warps(self.tile, part.image_ids is not None and part.caption_ids is not None)
+        kinds = len(part.ids)
+        unread = (self.scalars, self.scalars)
+        vectors = [vector for pair in (*part.ids, unread, unread)[:2] for vector in pair]
+        given = {
+            "IDS": kinds,
+            "IDS_POSITIVE": self.as_positives,
+            "CLOSED": CLOSED,
+            "num_warps": warps(self.tile, kinds),
+        }
         return [*vectors, *part.cells], {**self.options, **given}
 
     def _own_dots(self) -> Tensor:
+        """Of the pairs' own cells, fp64; 0 where these columns do not hold them."""
         M = len(self.text_MD)
         dot_M = torch.zeros(M, dtype=torch.float64, device=self.text_MD.device)
+        if not self.diagonal:
+            return dot_M
         own_MD = self.image_ND[self.offset : self.offset + M]
         for start in range(0, M, CHUNK):
             rows = slice(start, start + CHUNK)
@@ -334,11 +346,13 @@ class _Triton:
         return dot_M
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """(loss_M, positive_M), fp64."""
+        """(loss_M, positive_M), fp64; without the own cells where these columns do not hold them."""
         M, D = self.text_MD.shape
-        positive_M = self._own_dots().mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
-        loss_M = -functional.logsigmoid(positive_M)
-        for part in self.cells.parts:
+        positive_M, loss_M = torch.zeros(2, M, dtype=torch.float64, device=self.text_MD.device)
+        if self.diagonal:
+            positive_M = self._own_dots().mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
+            loss_M = -functional.logsigmoid(positive_M)
+        for part in self.parts:
             tiles = -(-part.columns // self.tile.BLOCK)
             strips = -(-tiles // STRIP_TILES)
             partial = torch.empty(strips, M, dtype=torch.float32, device=self.text_MD.device)
@@ -351,7 +365,7 @@ class _Triton:
         return loss_M, positive_M
 
     def gradients(
-        self, g_M: Tensor, positive_M: Tensor, need_text: bool, need_image: bool
+        self, g_M: Tensor, own_M: Tensor, need_text: bool, need_image: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """(d text_MD, d image_ND, d scale, d bias): the features' in fp32, the scalars' in fp64."""
         M, D = self.text_MD.shape
@@ -363,7 +377,7 @@ class _Triton:
         share_M1 = (g_M / torch.where(top == 0, 1, top)).float()[:, None]
         height = min(CHUNK, -(-M // block) * block)
         slope = torch.empty(height * CHUNK, dtype=self.text_MD.dtype, device=device)
-        for part in self.cells.parts:
+        for part in self.parts:
             columns_CD = self._columns(part)
             vectors, options = self._masks(part)
             for start in range(0, M, CHUNK):
@@ -389,7 +403,9 @@ class _Triton:
             d_text_MD.mul_((g_M * unit).float()[:, None])
         if d_image_ND is not None:
             d_image_ND.mul_(top * unit)
-        own_M = -g_M * torch.sigmoid(-positive_M)
+        d_bias, d_scale = (sums_2M * g_M).sum(1).unbind()
+        if not self.diagonal:
+            return d_text_MD, d_image_ND, d_scale, d_bias
         own_M1 = (own_M * self.scale.double().reshape(())).float()[:, None]
         for start in range(0, M, CHUNK):
             rows = slice(start, min(start + CHUNK, M))
@@ -398,7 +414,6 @@ class _Triton:
                 d_text_MD[rows].addcmul_(self.image_ND[own].float(), own_M1[rows])
             if d_image_ND is not None:
                 d_image_ND[own].addcmul_(self.text_MD[rows].float(), own_M1[rows])
-        d_bias, d_scale = (sums_2M * g_M).sum(1).unbind()
         return d_text_MD, d_image_ND, d_scale + (own_M * self._own_dots()).sum(), d_bias + own_M.sum()
 
     def _gather(self, slope: Tensor, features_KD: Tensor, out_RD: Tensor, strides: tuple[int, int]) -> None:
@@ -431,29 +446,30 @@ class _Chunked(_Tiles):
         return tile, extra
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """(loss_M, positive_M), fp64."""
+        """(loss_M, positive_M), fp64; without the own cells where these columns do not hold them."""
         M = len(self.text_MD)
         loss_M, positive_M = self._vector(M), self._vector(M)
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
             scaled_RD = self._scaled_rows(rows)
-            own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
-            positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
+            if self.diagonal:
+                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
+                loss_M[rows] -= functional.logsigmoid(positive_M[rows])
             for index, block in enumerate(self.blocks):
                 tile, _ = self._exponents(scaled_RD, self._columns(block), start, index)
                 softened = torch.abs(tile, out=self._spare(tile)).neg_().exp_().log1p_()
                 loss_M[rows] += softened.add_(tile.clamp_(min=0)).sum(1)
-        return loss_M.sub_(functional.logsigmoid(positive_M)), positive_M
+        return loss_M, positive_M
 
     def gradients(
-        self, g_M: Tensor, positive_M: Tensor, need_text: bool, need_image: bool
+        self, g_M: Tensor, own_M: Tensor, need_text: bool, need_image: bool
     ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
         """(d text_MD, d image_ND, d scale, d bias): the features' in the accumulation dtype, the scalars' in fp64."""
         M, D = self.text_MD.shape
         d_text_MD = self._new(M, D).zero_() if need_text else None
         d_image_ND = self._new(*self.image_ND.shape).zero_() if need_image else None
         d_scale, d_bias = self._vector(1).squeeze(0), self._vector(1).squeeze(0)
-        own_M = -g_M * torch.sigmoid(-positive_M)
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
             own = slice(self.offset + start, self.offset + rows.stop)
@@ -472,71 +488,111 @@ class _Chunked(_Tiles):
                 if d_image_ND is not None and not block.bank:
                     d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
             own_R1 = own_M[rows, None].to(self.dtype)
-            if d_image_ND is not None:
+            if d_image_ND is not None and self.diagonal:
                 d_image_ND[own].addcmul_(scaled_RD, own_R1)
-            if d_RD is not None:
+            if d_RD is not None and self.diagonal:
                 d_RD.addcmul_(self.image_ND[own].to(self.dtype), own_R1)
+            if d_RD is not None:
                 d_scale += (d_RD * self.text_MD[rows]).sum(dtype=torch.float64)
                 d_RD.mul_(self.scale)
-        return d_text_MD, d_image_ND, d_scale, d_bias + own_M.sum()
+        if self.diagonal:
+            d_bias += own_M.sum()
+        return d_text_MD, d_image_ND, d_scale, d_bias
 
 
-# Autograd function
+def _walk(
+    text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, options: _Options
+) -> _Triton | _Chunked:
+    M, N, Q = len(text_MD), len(image_ND), 0 if bank_QD is None else len(bank_QD)
+    if uses_triton(text_MD):
+        parts = _parts(text_MD, N, Q, *options.of_cells(), options.offset)
+        return _Triton(text_MD, image_ND, bank_QD, scale, bias, parts, options.offset, options.as_positives)
+    row_step, blocks = _plan(M, N, Q)
+    return _Chunked(
+        text_MD, image_ND, bank_QD, scale, bias, _Cells(blocks, options.offset, *options.of_cells(), row_step)
+    )
 
 
-class _Sigmoid(torch.autograd.Function):
-    """Text, image, scale and bias to the rows' losses; `image_MD` takes its gradient from all ranks' rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        text_MD: Tensor,
-        image_MD: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        image_ND: Tensor,
-        bank_QD: Tensor | None,
-        cells: _Cells | _TritonCells,
-        ranks: _Ranks,
-    ) -> tuple[Tensor, Tensor]:
-        with torch.cuda.device_of(text_MD):
-            loss_M, positive_M = _path(text_MD, image_ND, bank_QD, scale, bias, cells, ranks).losses()
-        ctx.save_for_backward(text_MD, image_ND, bank_QD, scale, bias, positive_M)
-        ctx.cells, ctx.ranks = cells, ranks
-        ctx.mark_non_differentiable(positive_M)
-        return loss_M, positive_M
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g_M: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        text_MD, image_ND, bank_QD, scale, bias, positive_M = ctx.saved_tensors
-        need_text, need_image, need_scale, need_bias = ctx.needs_input_grad[:4]
-        path = _path(text_MD, image_ND, bank_QD, scale, bias, ctx.cells, ctx.ranks)
-        # The chunked path takes d scale from d text.
-        texts = need_text or (need_scale and isinstance(path, _Chunked))
-        with torch.cuda.device_of(text_MD):
-            d_text_MD, d_image_ND, d_scale, d_bias = path.gradients(g_M, positive_M, texts, need_image)
-        return (
-            d_text_MD.to(text_MD.dtype) if need_text and d_text_MD is not None else None,
-            ctx.ranks.sum_rows(d_image_ND).to(image_ND.dtype) if d_image_ND is not None else None,
-            d_scale.to(scale.dtype).reshape(scale.shape) if need_scale else None,
-            d_bias.to(bias.dtype).reshape(bias.shape) if need_bias else None,
-            None, None, None, None,
-        )  # fmt: skip
+# Operators
 
 
-def _path(
+@torch.library.custom_op("efficientclip::sigmoid_sums", mutates_args=())
+def sigmoid_sums(
     text_MD: Tensor,
     image_ND: Tensor,
     bank_QD: Tensor | None,
     scale: Tensor,
     bias: Tensor,
-    cells: _Cells | _TritonCells,
-    ranks: _Ranks,
-) -> _Triton | _Chunked:
-    if isinstance(cells, _TritonCells):
-        return _Triton(text_MD, image_ND, bank_QD, scale, bias, cells, ranks.offset)
-    return _Chunked(text_MD, image_ND, bank_QD, scale, bias, cells)
+    ids_KM: Tensor | None,
+    ids_KN: Tensor | None,
+    bank_ids_Q: Tensor | None,
+    excluded_2E: Tensor | None,
+    offset: int,
+    as_positives: bool,
+) -> list[Tensor]:
+    """[loss_M, positive_M] in fp64: each row's loss over these columns, and its own logit.
+
+    Row i's own image is `offset` + i; if it is none of these, its cell is left out of `loss_M` and `positive_M` is 0.
+    Arguments are as `sigmoid_loss` describes and checks them, with `bank_ids_Q` compared with `ids_KM[0]`.
+    """
+    options = _Options(ids_KM, ids_KN, bank_ids_Q, excluded_2E, offset, as_positives, False)
+    walk = _walk(text_MD, image_ND, bank_QD, scale, bias, options)
+    with torch.cuda.device_of(text_MD):
+        return [*walk.losses()]
+
+
+@sigmoid_sums.register_fake
+def _(text_MD: Tensor, *_: Any) -> list[Tensor]:
+    return [text_MD.new_empty(text_MD.shape[0], dtype=torch.float64) for _ in SIGMOID.fields]
+
+
+@torch.library.custom_op("efficientclip::sigmoid_gradients", mutates_args=())
+def sigmoid_gradients(
+    text_MD: Tensor,
+    image_ND: Tensor,
+    bank_QD: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    ids_KM: Tensor | None,
+    ids_KN: Tensor | None,
+    bank_ids_Q: Tensor | None,
+    excluded_2E: Tensor | None,
+    offset: int,
+    as_positives: bool,
+    positive_M: Tensor,
+    grads: list[Tensor],
+    need_text: bool,
+    need_image: bool,
+) -> list[Tensor]:
+    """[d text_MD, d image_ND, d scale, d bias]: the features' in fp32 (fp64 for fp64 ones), the scalars' in fp64.
+
+    `grads` are those of `loss_M` and `positive_M`. A gradient that is not needed is empty; d scale needs `need_text`.
+    """
+    options = _Options(ids_KM, ids_KN, bank_ids_Q, excluded_2E, offset, as_positives, False)
+    walk = _walk(text_MD, image_ND, bank_QD, scale, bias, options)
+    g_M, g_positive_M = grads
+    own_M = g_positive_M - g_M * torch.sigmoid(-positive_M)
+    with torch.cuda.device_of(text_MD):
+        parts = walk.gradients(g_M, own_M, need_text, need_image)
+    return [_or_empty(part, parts[-1]) for part in parts]
+
+
+@sigmoid_gradients.register_fake
+def _(text_MD: Tensor, image_ND: Tensor, *given: Any) -> list[Tensor]:
+    return fake_gradients(2, text_MD, image_ND, *given[-2:])
+
+
+SIGMOID = Operators(
+    sigmoid_sums,
+    sigmoid_gradients,
+    fields=("loss_M", "positive_M"),
+    kept=("positive_M",),
+    differentiable=2,
+    scalars=2,
+    # Nothing is smoothed here.
+    options=6,
+)
+SIGMOID.register_autograd()
 
 
 # Public function
@@ -556,6 +612,7 @@ def sigmoid_loss(
     bank_ids: Tensor | None = None,
     excluded: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "gather",
 ) -> ContrastiveOutput:
     """SigLIP's loss between the texts and images of all ranks, with a bank of further images.
 
@@ -588,6 +645,12 @@ def sigmoid_loss(
         excluded: (rows, columns), two int64 tensors [E]; row in [0, M), column in [0, N + Q). These cells are
             masked, except where they are positives.
         group: the ranks that share the batch, each of which must call; None means this process alone.
+        exchange: how images reach other ranks: "gather" holds those of all ranks at once; "ring" passes them from
+            rank to rank while it computes, with no more than two ranks' images held, for batches whose N x D is
+            too much. The numbers are the same up to rounding.
+
+    Compiles without a graph break (`group=None`). It does not read values then: that `pair_weights` are finite and
+    >= 0 and `excluded` is in range is up to the caller.
 
     Returns:
         ContrastiveOutput in fp32 (fp64 for fp64 features); `per_pair_loss_M` and `positive_logit_M` are
@@ -601,31 +664,16 @@ def sigmoid_loss(
     """
     agreed = _require_arguments(
         text_MD, image_MD, bank_QD, logit_scale, logit_bias, image_ids, caption_ids, bank_ids, excluded,
-        pair_weights, positives, group,
+        pair_weights, positives, group, exchange,
     )  # fmt: skip
     M, Q = len(text_MD), 0 if bank_QD is None else len(bank_QD)
 
     device = text_MD.device
     ranks = _Ranks(group, M, agreed, device)
     _require_excluded_range(excluded, M, ranks.total + Q)
-    as_positives = positives == "ids"
-    cells: _Cells | _TritonCells
-    with torch.no_grad():
-        image_ND = ranks.gather_rows(image_MD.detach())
-        image, caption = (
-            None if ids is None else (ids.contiguous(), ranks.gather_rows(ids.contiguous()))
-            for ids in (image_ids, caption_ids)
-        )
-        if uses_triton(text_MD):
-            bank = None if image is None or bank_ids is None else (image[0], bank_ids.contiguous())
-            cells = _triton_cells(text_MD, ranks, Q, (image, caption), bank, excluded, as_positives)
-        else:
-            given = [ids for ids in (image, caption) if ids is not None]
-            row_step, blocks = _plan(M, ranks.total, Q)
-            rows_M, columns_N = [ids[0] for ids in given], [ids[1] for ids in given]
-            cells = _Cells(blocks, ranks.offset, rows_M, columns_N, bank_ids, excluded, as_positives, row_step)
-    scale, bias = _as_scalar(logit_scale, device), _as_scalar(0.0 if logit_bias is None else logit_bias, device)
-    loss_M, positive_M = _Sigmoid.apply(text_MD, image_MD, scale, bias, image_ND, bank_QD, cells, ranks)
+    options = _options(ranks, image_ids, caption_ids, bank_ids, excluded, positives == "ids")
+    scalars = [_as_scalar(value, device) for value in (logit_scale, 0.0 if logit_bias is None else logit_bias)]
+    loss_M, positive_M = sums_of_all(SIGMOID, text_MD, image_MD, bank_QD, scalars, options, ranks, exchange)
 
     weights_M = torch.ones_like(positive_M) if pair_weights is None else pair_weights.detach().double()
     losses_N, weights_N = ranks.gather_rows(torch.stack([loss_M, weights_M], 1).detach()).unbind(1)
@@ -634,5 +682,5 @@ def sigmoid_loss(
     loss = (weights_N * losses_N).sum() / torch.where(total > 0, total, 1)
     dtype = torch.float64 if text_MD.dtype == torch.float64 else torch.float32
     return ContrastiveOutput(
-        _ScaleGradient.apply(loss, ranks.world).to(dtype), loss_M.detach().to(dtype), positive_M.to(dtype)
+        _ScaleGradient.apply(loss, ranks.world).to(dtype), loss_M.detach().to(dtype), positive_M.detach().to(dtype)
     )

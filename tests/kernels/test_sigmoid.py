@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, sigmoid_loss_naive, similarity
+from tests.kernels.calls import Calls
 from tests.kernels.sigmoid_cases import check, everything, features, run
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -160,20 +160,6 @@ def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
 # Cost
 
 
-class Calls(TorchDispatchMode):
-    """The largest tensor that any operation returned, and the number of matrix products."""
-
-    largest = products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.products += str(func).split(".")[1] in ("mm", "addmm", "addmm_")
-        for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.untyped_storage().nbytes())
-        return out
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
     """No M x N matrix; 4 products of M x N x D in all, 3 with frozen images."""
@@ -201,18 +187,18 @@ def test_triton_kernels_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "size", "ids"), [("bf16", 2, False), ("bf16", 2, True), ("fp32", 4, True)])
-def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, ids: bool, capability: int) -> None:
+@pytest.mark.parametrize(("dtype", "size", "kinds"), [("bf16", 2, 0), ("bf16", 2, 2), ("fp32", 4, 2)])
+def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, kinds: int, capability: int) -> None:
     from tests.kernels.resources import resources
 
     tile = similarity.TILES[size]
     shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, "UPCAST": False}
-    flags = {"IMAGE_IDS": ids, "CAPTION_IDS": ids, "IDS_POSITIVE": ids, "CLOSED": sigmoid.CLOSED}
+    flags = {"IDS": kinds, "IDS_POSITIVE": kinds > 0, "CLOSED": sigmoid.CLOSED}
     features, vector, label = f"*{dtype}", "*fp32", "*i32"
     cells = {
         "text_ptr": features, "column_ptr": features, "scalars_ptr": vector,
         "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
-        "image_row_ptr": label, "image_col_ptr": label, "caption_row_ptr": label, "caption_col_ptr": label,
+        "ids_row_ptr": label, "ids_col_ptr": label, "more_row_ptr": label, "more_col_ptr": label,
         "cell_rows_ptr": label, "cell_cols_ptr": label, "bounds_ptr": label,
     }  # fmt: skip
     loss = cells | {"loss_ptr": vector, "strip_tiles": "i32"}
@@ -221,12 +207,12 @@ def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, ids
         "slope_ptr": features, "feature_ptr": features, "out_ptr": vector, "rows": "i32", "K": "i32", "D": "i32",
     }  # fmt: skip
     chunk = {"CHUNK": sigmoid.CHUNK, "SLOPE_UNIT": sigmoid.SLOPE_UNIT}
-    wide = sigmoid.warps(tile, ids)
+    wide = sigmoid.warps(tile, kinds)
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (sigmoid._loss_kernel, loss, shape | flags, wide),
         (sigmoid._slope_kernel, slope, shape | flags | chunk, wide),
     ]
-    if ids:
+    if kinds:
         for strides in ({"ROW_STRIDE": sigmoid.CHUNK, "K_STRIDE": 1}, {"ROW_STRIDE": 1, "K_STRIDE": sigmoid.CHUNK}):
             kernels.append((sigmoid._gather_kernel, gather, shape | strides, tile.num_warps))
     for kernel, types, constants, num_warps in kernels:

@@ -1,0 +1,109 @@
+"""`sigmoid_loss` as a citizen of torch: its operators' registrations, torch.compile, autocast."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from efficientclip.kernels import sigmoid, sigmoid_loss
+from tests.kernels.sigmoid_cases import everything, features, run
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bank": {"Q": 5},
+    "pairs": {"Q": 5, "ids": True, "excluded": True},
+    "positives": {"Q": 5, "ids": True, "excluded": True, "as_positives": True},
+    "none of the columns is a row's own": {"ids": True, "offset": 9},
+}
+
+
+def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, **case: Any) -> list[Any]:
+    Q = case.get("Q", 0)
+    data, options = features(rng, M, Q, D), everything(rng, M, Q)
+    text, image, bank = (None if data[name] is None else data[name].to(dtype) for name in ("text", "image", "bank"))
+    ids_KM = torch.stack([options["image_ids"], options["caption_ids"]]) if case.get("ids") else None
+    return [
+        text, image, bank, torch.tensor([14.0], dtype=dtype), torch.tensor(-3.0, dtype=dtype), ids_KM, ids_KM,
+        options["bank_ids"] if case.get("ids") else None,
+        torch.stack(options["excluded"]) if case.get("excluded") else None,
+        case.get("offset", 0), case.get("as_positives", False),
+    ]  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_operators(rng: torch.Generator, case: dict[str, Any], dtype: torch.dtype) -> None:
+    given = arguments(rng, dtype, **case)
+    loss_M, positive_M = sigmoid.sigmoid_sums(*given)
+    grads = [torch.rand_like(loss_M), torch.rand_like(positive_M)]
+    for needs in ((True, True), (True, False), (False, True), (False, False)):
+        torch.library.opcheck(sigmoid.sigmoid_gradients, (*given, positive_M, grads, *needs))
+    for at in (0, 1, 3, 4):
+        given[at].requires_grad_()
+    torch.library.opcheck(sigmoid.sigmoid_sums, tuple(given))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_gradients_of_both_outputs(rng: torch.Generator, case: dict[str, Any]) -> None:
+    given = arguments(rng, torch.float64, M=5, D=3, **case | ({"offset": 5} if "offset" in case else {}))
+    inputs = [given[at].requires_grad_() for at in (0, 1, 3, 4)]
+
+    def sums(text: Any, image: Any, scale: Any, bias: Any) -> Any:
+        return tuple(sigmoid.sigmoid_sums(text, image, given[2], scale, bias, *given[5:]))
+
+    assert torch.autograd.gradcheck(sums, inputs)
+
+
+@functools.cache
+def compiled() -> Any:
+    return torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager", dynamic=False)
+
+
+@DTYPES
+@pytest.mark.parametrize("positives", [None, "pair", "ids"], ids=["plain", "pair", "ids"])
+def test_compiled_equals_eager(rng: torch.Generator, positives: str | None, dtype: torch.dtype) -> None:
+    Q = 0 if positives is None else 7
+    data = features(rng, 20, Q, 8)
+    options = {} if positives is None else {"positives": positives, **everything(rng, 20, Q)}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=positives == "pair"):
+        eager, other = (run(loss, data, dtype, 14, **options) for loss in (sigmoid_loss, compiled()))
+    for name, value in eager.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_sizes_that_vary_compile_once(rng: torch.Generator) -> None:
+    torch._dynamo.reset()
+    loss = torch.compile(sigmoid_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for M in (20, 31):
+            data = features(rng, M, 0, 8)
+            eager, other = (run(given, data, torch.float32, 14) for given in (sigmoid_loss, loss))
+            for name, value in eager.items():
+                torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_autocast_changes_no_dtype(rng: torch.Generator, dtype: torch.dtype) -> None:
+    text, image = (features(rng, 9, 0, 8)[name].to(dtype).requires_grad_() for name in ("text", "image"))
+    scale, bias = (torch.tensor(value, requires_grad=True) for value in (10.0, -3.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sigmoid_loss(text, image, logit_scale=scale, logit_bias=bias)
+        out.loss.backward()
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {value.dtype for value in out} == {expected}
+    for leaf in (text, image, scale, bias):
+        assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
+
+
+def test_second_derivatives_are_refused(rng: torch.Generator) -> None:
+    text, image = (torch.randn(4, 3, generator=rng).requires_grad_() for _ in "12")
+    loss = sigmoid_loss(text, image, logit_scale=2.0).loss
+    (grad,) = torch.autograd.grad(loss, text, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        grad.sum().backward()
