@@ -77,12 +77,12 @@ def write_json(reports: Mapping[str, Any], file: Path) -> None:
 def recall_table(report: Mapping[str, Any], title: str) -> Table:
     """The result of `evaluate` for the terminal."""
     table = Table(title=Text(title))
-    table.add_column("direction")
-    recalls = (*(f"R@{k} %" for k in CUTOFFS), "mean recall %")
-    for name in (*recalls, "mean rank", "median rank", "queries", "candidates"):
-        table.add_column(name, justify="right")
-    for direction, candidates in (("t2i", report["candidates"]), ("i2t", report["texts"])):
-        result = report[direction]
-        figures = [f"{result[measure]:.1f}" for measure in MEASURES]
-        table.add_row(DIRECTIONS[direction], *figures, f"{result['queries']:,}", f"{candidates:,}")
+    table.add_column("")
+    for shown in DIRECTIONS.values():
+        table.add_column(shown, justify="right")
+    for measure in MEASURES:
+        name = measure.replace("_", " ") + (" %" if measure.startswith("R@") or measure == "mean_recall" else "")
+        table.add_row(name, *(f"{report[direction][measure]:.1f}" for direction in DIRECTIONS))
+    table.add_row("queries", *(f"{report[direction]['queries']:,}" for direction in DIRECTIONS))
+    table.add_row("candidates", f"{report['candidates']:,}", f"{report['texts']:,}")
     return table
