@@ -99,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="stores or .tar files; the gallery shows the first (default: data.validation of the run)",
     )
+
+    export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
+    _add_run(export)
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     return parser
 
 
@@ -229,6 +233,14 @@ def _report(given: argparse.Namespace) -> None:
     if not tables and (given.run / "config.yaml").is_file():
         tables = load_config(given.run / "config.yaml").data.validation
     print(write_report(given.run, tables))
+
+
+def _export(given: argparse.Namespace) -> None:
+    _silence_model_files()
+    from .export import export
+
+    opens = export(given.run, given.out)
+    print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card, name a licence there")
 
 
 def _silence_model_files() -> None:
