@@ -51,9 +51,36 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
-    evaluate = command(_evaluate, "evaluate", "measure recall and mean rank of a run on labelled pairs")
+    plan = command(_plan, "plan", "what a run will cost: time, memory by part, storage, and what limits it")
+    plan.add_argument("config", type=Path, metavar="CONFIG")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    plan.add_argument("--pairs", required=True, metavar="N", help="pairs in the store: 100M, 30k or a number")
+    plan.add_argument("--images", metavar="N", help="pictures in the store (default: as many as pairs)")
+    plan.add_argument("--gpus", required=True, metavar="WxDEVICE", help="for instance 8xH100")
+    plan.add_argument("--epochs", type=float, help="pair visits as passes over the pairs (default: the config's)")
+    plan.add_argument("--caption-tokens", type=float, default=20, help="mean length of captions (default: 20)")
+    plan.add_argument("--text-tokens", type=float, default=32, help="mean length of unpaired texts (default: 32)")
+
+    evaluate = command(_evaluate, "evaluate", "measure a run: retrieval, zero-shot classes, or classification of texts")
     _add_run(evaluate)
-    evaluate.add_argument("data", type=Path, metavar="DATA", help="a store, a .tar, or a folder of .tar files")
+    evaluate.add_argument(
+        "data",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="a store, .tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), or a .csv,"
+        " .tsv or .parquet of picture paths and captions",
+    )
+    evaluate.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in DATA start")
+    evaluate.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="zero-shot: a line a class, NAME or LABEL<TAB>NAME; DATA is a folder a class, or a table with labels",
+    )
+    evaluate.add_argument("--text-train", type=Path, metavar="FILE", help="linear probe: a table of text and label")
+    evaluate.add_argument("--text-test", type=Path, metavar="FILE", help="its test (default: a fifth of --text-train)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of that fifth (default: 0)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
 
     search = command(_search, "search", "find pictures for a text and write them as one picture")
@@ -72,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="stores or .tar files; the gallery shows the first (default: data.validation of the run)",
     )
+
+    export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
+    _add_run(export)
+    export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     return parser
 
 
@@ -118,16 +149,56 @@ def _train(given: argparse.Namespace) -> None:
     main([str(given.config), *given.overrides])
 
 
+def _plan(given: argparse.Namespace) -> None:
+    from .config import load_config
+
+    config = load_config(given.config, given.overrides)
+    from rich.console import Console
+
+    from .plan import Settings, assumptions, parse_count, parse_devices, plan, plan_tables
+
+    pairs = parse_count(given.pairs)
+    if given.epochs is not None:
+        budget = {"pair_visits": max(1, round(given.epochs * pairs))}
+        config = config.model_copy(update={"training": config.training.model_copy(update=budget)})
+    images = pairs if given.images is None else parse_count(given.images)
+    settings = Settings(pairs, images, given.caption_tokens, given.text_tokens, *parse_devices(given.gpus))
+    made, console = plan(config, settings), Console()
+    for table in plan_tables(made):
+        console.print(table)
+    for line in (*made.notes, *(f"assumed: {line}" for line in assumptions(settings))):
+        console.print(f"- {line}", highlight=False)
+
+
 def _evaluate(given: argparse.Namespace) -> None:
+    if (given.data is None) == (given.text_train is None):
+        raise UserError("evaluate: give either DATA (pictures) or --text-train FILE (texts)")
+    if given.text_train is None and given.text_test is not None:
+        raise UserError("--text-test: needs --text-train")
+    if given.data is None and (given.classes or given.images):
+        raise UserError("--classes and --images: need DATA, not --text-train")
+    if given.json is not None and not given.json.parent.is_dir():
+        raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
     _silence_model_files()
     from rich.console import Console
 
     from .evaluation.evaluate import evaluate, recall_table, write_json
 
-    if given.json is not None and not given.json.parent.is_dir():
-        raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
-    report = evaluate(given.run, given.data)
-    Console().print(recall_table(report, f"{given.run} on {given.data}"))
+    title = f"{given.run} on {given.data or given.text_test or given.text_train}"
+    if given.text_train is not None:
+        from .evaluation.probe import probe, probe_table
+
+        report = probe(given.run, given.text_train, given.text_test, given.seed)
+        table = probe_table(report, title)
+    elif given.classes is not None:
+        from .evaluation.zero_shot import class_table, classify
+
+        report = classify(given.run, given.data, given.classes, given.images)
+        table = class_table(report, title)
+    else:
+        report = evaluate(given.run, given.data, given.images)
+        table = recall_table(report, title)
+    Console().print(table)
     if given.json is not None:
         write_json(report, given.json)
 
@@ -162,6 +233,14 @@ def _report(given: argparse.Namespace) -> None:
     if not tables and (given.run / "config.yaml").is_file():
         tables = load_config(given.run / "config.yaml").data.validation
     print(write_report(given.run, tables))
+
+
+def _export(given: argparse.Namespace) -> None:
+    _silence_model_files()
+    from .export import export
+
+    opens = export(given.run, given.out)
+    print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card, name a licence there")
 
 
 def _silence_model_files() -> None:

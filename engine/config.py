@@ -46,7 +46,22 @@ class ImageTower(Tower):
 
 
 class TextTower(Tower):
+    """`architecture: {model_type: efficientclip_text}` is the paper's stack, read at its end token: `pooling: last`."""
+
     pooling: Literal["cls", "mean", "last"] = Field("cls", description="which state stands for the text")
+    clip_layers: str | None = Field(
+        None, description="hub id or folder of a CLIP: text layers, positions and projection of an efficientclip_text"
+    )
+
+    @model_validator(mode="after")
+    def _stack(self) -> TextTower:
+        described = self.architecture or {}
+        stack = described.get("model_type") == "efficientclip_text"
+        if stack and self.pooling == "cls":
+            raise ValueError("efficientclip_text is causal at the top: set `pooling: last`, its end token")
+        if self.clip_layers is not None and (not stack or "clip" in described):
+            raise ValueError("`clip_layers` needs `architecture: {model_type: efficientclip_text}`, without its `clip`")
+        return self
 
 
 class Teacher(Section):

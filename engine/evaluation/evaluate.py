@@ -1,4 +1,4 @@
-"""`efficientclip evaluate RUN DATA`: recall and mean rank of a trained run on labelled pairs."""
+"""`efficientclip evaluate RUN DATA`: retrieval between pictures and texts, both ways, by a trained run."""
 
 from __future__ import annotations
 
@@ -11,32 +11,61 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from ..data.sources import Source, is_tars, open_source
 from ..data.store import Store, edges, write_atomically
+from ..errors import UserError
 from ..objectives.retrieval import CUTOFFS, retrieval_report
 from .run import Run, open_data, open_run
 
-MEASURES = (*(f"R@{k}" for k in CUTOFFS), "mean_rank")
+MEASURES = (*(f"R@{k}" for k in CUTOFFS), "mean_recall", "mean_rank", "median_rank")
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 
 
-def evaluate(run: Path, data: Path) -> dict[str, Any]:
-    """Retrieval between all captions and all images of `data`, a store or tars.
+def evaluate(run: Path, data: Path, images: Path | None = None) -> dict[str, Any]:
+    """Retrieval between all captions and all images of `data`: a store, tars, or what else `open_source` reads.
 
-    {"t2i": {"R@1", "R@5", "R@10" in per cent, "mean_rank", "queries"}, "i2t": {…}, "candidates": images,
-    "texts": captions}. Every pair of the data is a right answer; a query with several counts by its best one.
+    {"t2i": {"R@1", "R@5", "R@10", "mean_recall" in per cent, "mean_rank", "median_rank", "queries"}, "i2t": {…},
+    "candidates": images, "texts": captions}. Every pair of the data is a right answer, and a query with several
+    counts by its best one. Texts with ids are a query each, as in the field's own scripts; without ids (store, tars,
+    tables) equal captions are one text whose images are all right.
+
+    The rank of an answer is 1 + candidates that beat it + half of those that equal it; a query's other answers never
+    stand before its best one. Chinese-CLIP's scripts differ in ties alone: there the candidate that the file has first
+    wins, so that a tower which maps everything to one point owes its recall to the order of the file.
     """
     opened = open_run(run)
-    with open_data(opened, data) as store:
-        return measure(opened, store)
+    if is_tars(data) or (data / "manifest.json").is_file():
+        with open_data(opened, data) as store:
+            return measure(opened, store)
+    return _measure_source(opened, open_source(data, images))
 
 
 def measure(run: Run, store: Store) -> dict[str, Any]:
     """`evaluate` for what is open already."""
     return retrieval_report(
-        run.encode_store(store),
+        run.encode_store(store, progress=True),
         store.features.astype(np.float32),
         store.caption_edges,
         edges(store.image_ids, store.caption_ids, len(store.features)),
+    )
+
+
+def _measure_source(run: Run, source: Source) -> dict[str, Any]:
+    texts: dict[str, tuple[int, str]] = {}
+    text_ids, image_ids, rows = [], [], []
+    for image, (sample, feature_D) in enumerate(run.encode_source(source)):
+        rows.append(feature_D)
+        for name, caption in zip(sample.text_ids or sample.captions, sample.captions, strict=True):
+            text_ids.append(texts.setdefault(name, (len(texts), caption))[0])
+            image_ids.append(image)
+    if not texts:
+        raise UserError(f"source {source.path}: no picture has a caption; give labelled data")
+    text_E, image_E = np.array(text_ids, np.int64), np.array(image_ids, np.int64)
+    return retrieval_report(
+        run.encode_texts([caption for _, caption in texts.values()], progress=True),
+        np.stack(rows),
+        edges(text_E, image_E, len(texts)),
+        edges(image_E, text_E, len(rows)),
     )
 
 
@@ -48,11 +77,12 @@ def write_json(reports: Mapping[str, Any], file: Path) -> None:
 def recall_table(report: Mapping[str, Any], title: str) -> Table:
     """The result of `evaluate` for the terminal."""
     table = Table(title=Text(title))
-    table.add_column("direction")
-    for name in (*(f"R@{k} %" for k in CUTOFFS), "mean rank", "queries", "candidates"):
-        table.add_column(name, justify="right")
-    for direction, candidates in (("t2i", report["candidates"]), ("i2t", report["texts"])):
-        result = report[direction]
-        figures = [f"{result[measure]:.1f}" for measure in MEASURES]
-        table.add_row(DIRECTIONS[direction], *figures, f"{result['queries']:,}", f"{candidates:,}")
+    table.add_column("")
+    for shown in DIRECTIONS.values():
+        table.add_column(shown, justify="right")
+    for measure in MEASURES:
+        name = measure.replace("_", " ") + (" %" if measure.startswith("R@") or measure == "mean_recall" else "")
+        table.add_row(name, *(f"{report[direction][measure]:.1f}" for direction in DIRECTIONS))
+    table.add_row("queries", *(f"{report[direction]['queries']:,}" for direction in DIRECTIONS))
+    table.add_row("candidates", f"{report['candidates']:,}", f"{report['texts']:,}")
     return table

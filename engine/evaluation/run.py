@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain
+from functools import cached_property, partial
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,9 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config, load_config
+from ..data.pictures import decode_square
+from ..data.shards import BadSample
+from ..data.sources import Source, SourceSample
 from ..data.store import Store, TextStore, read_manifest
 from ..data.tokenizer import load_tokenizer
 from ..errors import UserError
@@ -24,6 +29,9 @@ from ..model.efficientclip import EfficientCLIP, load_model
 from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name
 from ..prepare import prepare
+
+TEXTS_AT_ONCE = 4096
+PICTURES_AT_ONCE = 256
 
 
 @dataclass
@@ -40,23 +48,74 @@ class Run:
     @cached_property
     def frozen(self) -> FrozenImages:
         """The image tower, for pictures that lie in no store."""
+        self.require_frozen()
         return FrozenImages(self.config)
 
-    def encode_texts(self, texts: list[str]) -> npt.NDArray[np.float32]:
-        """L2-normalised features float32 [len(texts), D]."""
-        return self.encode_store(_Typed(self.tokenizer(texts)["input_ids"]))
+    def require_frozen(self) -> None:
+        """UserError when the frozen tower is not the one that the run trained against."""
+        expected, found = self.manifest["tower"], frozen_name(self.config)
+        if found != expected:
+            raise UserError(
+                f"run {self.folder}: its image tower is {found} now, but it was trained against {expected};"
+                " put that one back, or train the run anew"
+            )
 
-    def encode_store(self, texts: TextStore) -> npt.NDArray[np.float32]:
-        """L2-normalised features float32 [captions, D] of a store."""
-        return encode_store(self.model, texts, self.config.training.max_caption_tokens)
+    def encode_texts(self, texts: list[str], *, progress: bool = False) -> npt.NDArray[np.float32]:
+        """L2-normalised features float32 [len(texts), D]; `progress` shows a bar with the rate."""
+        token_lists = self.tokenizer(texts)["input_ids"]
+        offsets = np.cumsum([0, *map(len, token_lists)], dtype=np.int64)
+        tokens = np.fromiter(chain.from_iterable(token_lists), np.int32, int(offsets[-1]))
+        return self.encode_store(_Texts(tokens, offsets), progress=progress)
+
+    def encode_store(self, texts: TextStore, *, progress: bool = False) -> npt.NDArray[np.float32]:
+        """L2-normalised features float32 [captions, D] of a store; `progress` shows a bar with the rate."""
+        n = len(texts.offsets) - 1
+        features = []
+        with tqdm(total=n, desc="texts", unit="text", disable=not progress) as bar:
+            for start in range(0, n, TEXTS_AT_ONCE):
+                part = _Texts(texts.tokens, texts.offsets[start : start + TEXTS_AT_ONCE + 1])
+                features.append(encode_store(self.model, part, self.config.training.max_caption_tokens))
+                bar.update(len(features[-1]))
+        return np.concatenate(features)
+
+    def encode_source(self, source: Source) -> Iterator[tuple[SourceSample, npt.NDArray[np.float32]]]:
+        """Each sample with the L2-normalised feature float32 [D] of its picture, under a bar with the rate.
+
+        UserError at the first sample that is bad: a result over part of a data set would pass for one over all of it.
+        """
+        size = self.frozen.tower.size
+        samples = iter(source)
+        with (
+            ThreadPoolExecutor() as pool,
+            tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar,
+        ):
+            while batch := list(islice(samples, PICTURES_AT_ONCE)):
+                good = [_good(sample) for sample in batch]
+                pixels = list(pool.map(partial(_decoded, size=size, source=source.path), good))
+                yield from zip(good, self.frozen.encode(pixels), strict=True)
+                bar.update(len(batch))
 
 
-class _Typed(TextStore):
-    """Texts at hand in the shape of a store: one path encodes both."""
+class _Texts(TextStore):
+    """Texts at hand, or some of a store's, in the shape of a store: one path encodes all."""
 
-    def __init__(self, token_lists: list[list[int]]) -> None:
-        self.tokens = np.fromiter(chain.from_iterable(token_lists), np.int32)
-        self.offsets = np.cumsum([0, *map(len, token_lists)], dtype=np.int64)
+    def __init__(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
+        self.tokens, self.offsets = tokens, offsets
+
+
+def _good(sample: SourceSample | BadSample) -> SourceSample:
+    if isinstance(sample, BadSample):
+        raise UserError(f"source {sample.shard}, {sample.key}: {sample.cause}; mend the sample or take it out")
+    return sample
+
+
+def _decoded(sample: SourceSample, *, size: int, source: Path) -> npt.NDArray[np.uint8]:
+    try:
+        return decode_square(sample.image, size)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"source {source}, {sample.key}: undecodable picture ({error}); mend the sample or take it out"
+        ) from error
 
 
 def open_run(folder: Path) -> Run:
@@ -109,12 +168,7 @@ def open_data(run: Run, data: Path) -> Iterator[Store]:
             raise UserError(f"store {data}: tokens of another tokenizer than {run.store} has; {remedy}")
         yield store
         return
-    found = frozen_name(run.config)
-    if found != expected:
-        raise UserError(
-            f"run {run.folder}: its image tower is {found} now, but it was trained against {expected};"
-            " put that one back, or train the run anew"
-        )
+    run.require_frozen()
     tokenizer = run.config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
     with TemporaryDirectory(prefix="efficientclip-") as folder:
         path = Path(folder) / data.stem

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from .. import config as settings
 from ..data.batches import Segments
 from ..errors import UserError
-from . import packed
-from .towers import ImageTower, TextTower, architecture, without_pooler
+from .pretrained import load_clip_text, load_image_tower, load_text_tower
+from .towers import ImageTower, TextTower, architecture
 
 
 class EfficientCLIPConfig(PreTrainedConfig):
@@ -45,7 +45,6 @@ class EfficientCLIP(PreTrainedModel):
     """
 
     config_class = EfficientCLIPConfig
-    _tied_weights_keys = {"text.mlm_head.decoder.weight": "text.backbone.embeddings.word_embeddings.weight"}
     _keys_to_ignore_on_load_missing = [r"text\.mlm_head\.decoder\.weight"]
 
     def __init__(
@@ -63,8 +62,10 @@ class EfficientCLIP(PreTrainedModel):
             self.image = ImageTower(architecture(config.image), config.width, image_backbone)
         # Shape (1,): DeepSpeed fails on 0-dim parameters.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(config.logit_scale)))
-        if self.text is None:
-            self._tied_weights_keys = {}
+        if self.text is not None:
+            embedding = self.text.backbone.get_input_embeddings().weight
+            name = next(name for name, parameter in self.text.backbone.named_parameters() if parameter is embedding)
+            self._tied_weights_keys = {"text.mlm_head.decoder.weight": f"text.backbone.{name}"}
         self.post_init()
 
     def forward(
@@ -97,6 +98,34 @@ class EfficientCLIP(PreTrainedModel):
             output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
         return output
 
+    @torch.no_grad()
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """L2-normalised features [n, width] of padded texts, as a tokenizer gives them: int64 [n, L]."""
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        lengths = real.sum(1)
+        # Shortest first: neighbours of equal length share one attention call on CPUs.
+        by_length = torch.argsort(lengths, stable=True)
+        chosen = real[by_length].bool()
+        cu_seqlens = F.pad(lengths[by_length].cumsum(0), (1, 0)).to("cpu", torch.int32).numpy()
+        features: torch.Tensor = self(
+            input_ids=input_ids[by_length][chosen],
+            position_ids=(real.cumsum(1) - 1)[by_length][chosen],
+            segments=Segments.of(cu_seqlens).to(input_ids.device),
+            texts=torch.argsort(by_length),
+        )["features"]
+        return features
+
+    @torch.no_grad()
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """L2-normalised features [n, width] of pictures float [n, 3, S, S]."""
+        features: torch.Tensor = self(pixels=pixel_values)["features"]
+        return features
+
 
 def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, sides: Sequence[str]) -> EfficientCLIP:
     """The towers of `config` named in `sides` ("text", "image"): from hub, folder or run, or fresh by `seed`.
@@ -107,14 +136,20 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
     text, image = config.text_tower, config.image_tower
     text_backbone = image_backbone = None
     text_config = image_config = None
+    text_projection = image_projection = clip = None
     if "text" in sides:
         if text is None:
             raise UserError("model.text_tower: not set, but this command needs a text tower")
         if text.pretrained is not None:
-            text_backbone = _pretrained("model.text_tower", text, attn_implementation=packed.NAME)
+            text_backbone, text_projection = load_text_tower("model.text_tower", text)
             text_config = text_backbone.config
         else:
-            text_config = architecture(text.architecture or {}, **({"vocab_size": vocabulary} if vocabulary else {}))
+            extra: dict[str, Any] = {"vocab_size": vocabulary} if vocabulary else {}
+            if text.clip_layers is not None:
+                clip = load_clip_text("model.text_tower.clip_layers", text.clip_layers, text.revision)
+                text_projection = clip.text_projection.weight.detach()
+                extra["clip"] = clip.config.to_dict()
+            text_config = architecture(text.architecture or {}, **extra)
         if vocabulary is not None and text_config.vocab_size < vocabulary:
             raise UserError(
                 f"model.text_tower: {text_config.vocab_size} vocabulary rows, but the store's tokenizer"
@@ -127,7 +162,7 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
         if image.pretrained is not None and (Path(image.pretrained) / "model" / "config.json").is_file():
             image_run = load_model(Path(image.pretrained))
         elif image.pretrained is not None:
-            image_backbone = _pretrained("model.image_tower", image)
+            image_backbone, image_projection = load_image_tower("model.image_tower", image)
             image_config = image_backbone.config
         else:
             image_config = architecture(image.architecture or {})
@@ -145,6 +180,13 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
         text_backbone=text_backbone,
         image_backbone=image_backbone,
     )
+    if clip is not None and model.text is not None:
+        backbone: Any = model.text.backbone
+        backbone.take_clip(clip.text_model)
+    if text_projection is not None and model.text is not None:
+        _project(model.text.projection, text_projection, "model.text_tower")
+    if image_projection is not None and model.image is not None:
+        _project(model.image.projection, image_projection, "model.image_tower")
     if image_run is not None:
         _same_width(image_run, config.width, "model.image_tower.pretrained")
         model.image, model.config.image = image_run.image, image_run.config.image
@@ -167,17 +209,12 @@ def load_model(run: Path) -> EfficientCLIP:
     return model.eval()
 
 
-def _pretrained(field: str, tower: settings.Tower, **arguments: Any) -> PreTrainedModel:
-    name = tower.pretrained or ""
-    try:
-        config = AutoConfig.from_pretrained(name, revision=tower.revision)
-        return AutoModel.from_pretrained(
-            name, config=config, revision=tower.revision, **without_pooler(config), **arguments
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{field}.pretrained: {tower.pretrained!r} is no run, model folder or reachable hub id ({error})"
-        ) from error
+def _project(layer: nn.Linear | None, weight: torch.Tensor, field: str) -> None:
+    """Put the projection that a tower came with in the place of the new one."""
+    if layer is None or layer.weight.shape != weight.shape:
+        raise UserError(f"{field}: its projection is {len(weight)} wide; set model.width to {len(weight)}")
+    with torch.no_grad():
+        layer.weight.copy_(weight)
 
 
 def _same_width(model: EfficientCLIP, width: int, field: str) -> None:
@@ -190,3 +227,7 @@ def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
         target.load_state_dict(source.state_dict())
     except RuntimeError as error:
         raise UserError(f"{name} has another shape than this config describes; {error}") from error
+
+
+AutoConfig.register(EfficientCLIPConfig.model_type, EfficientCLIPConfig)
+AutoModel.register(EfficientCLIPConfig, EfficientCLIP)

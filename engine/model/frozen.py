@@ -17,7 +17,10 @@ from .efficientclip import build_model
 
 
 class FrozenImages:
-    """`encode` maps square pictures uint8 [M, S, S, 3] to L2-normalised float32 [M, width]."""
+    """`encode` maps square pictures uint8 [M, S, S, 3] to L2-normalised float32 [M, width].
+
+    `model` is the tower, `description` the Hugging Face config it is built from.
+    """
 
     def __init__(self, config: settings.Config) -> None:
         if config.model.image_tower is None:
@@ -26,14 +29,14 @@ class FrozenImages:
         self.name = image_tower_name(self.tower)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings_without_start = config.model.model_copy(update={"start_from": None})
-        model = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",)).image
-        self.model = model.eval().to(self.device) if model is not None else None
+        whole = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",))
+        if whole.image is None:
+            raise UserError("model.image_tower: could not be built")
+        self.model, self.description = whole.image.eval().to(self.device), whole.config.image
 
     @torch.inference_mode()
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         pixels = normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std)
-        if self.model is None:
-            raise UserError("model.image_tower: could not be built")
         features: npt.NDArray[np.float32] = self.model(pixels.to(self.device)).cpu().numpy()
         return features
 

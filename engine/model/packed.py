@@ -27,10 +27,14 @@ def packed_attention(
     segments: Segments,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention within each text of a packed row. Query, key, value [1, heads, T, d]; result [1, T, heads, d]."""
-    causal = bool(getattr(module, "is_causal", False))
+    """Attention within each text of a packed row. Query, key, value [1, heads, T, d]; result [1, T, heads, d].
+
+    The caller's `is_causal` goes before the module's: CLIP's layers are told by their encoder.
+    """
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -59,24 +59,29 @@ def _usem3() -> Encoder:
 
 
 def _clip(config: settings.Teacher) -> Encoder:
-    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+    from transformers import AutoTokenizer
 
+    from .pretrained import load_clip_text
+
+    model = load_clip_text("model.teacher.pretrained", config.pretrained, config.revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision)
-        model = CLIPTextModelWithProjection.from_pretrained(
-            config.pretrained, revision=config.revision or "main"
-        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision or "main")
     except (OSError, ValueError) as error:
+        raise UserError(f"model.teacher.pretrained: {config.pretrained} holds no tokenizer ({error})") from error
+    # Beside weights without a tokenizer, Hugging Face makes an empty one.
+    if not model.config.vocab_size // 2 < len(tokenizer) <= model.config.vocab_size:
         raise UserError(
-            f"model.teacher.pretrained: {config.pretrained!r} is no model folder or reachable hub id ({error})"
-        ) from error
+            f"model.teacher.pretrained: {config.pretrained} holds no tokenizer of its {model.config.vocab_size} tokens"
+            f" ({len(tokenizer)} found); save CLIP's beside the weights"
+        )
+    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
+    torch.nn.Module.to(model, device)
 
     @torch.inference_mode()
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
-        features: npt.NDArray[np.float32] = model(**tokens).text_embeds.float().cpu().numpy()
+        tokens = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        features: npt.NDArray[np.float32] = model(**tokens.to(device)).text_embeds.float().cpu().numpy()
         return features
 
     return encode

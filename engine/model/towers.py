@@ -6,18 +6,34 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    ChineseCLIPTextConfig,
+    ChineseCLIPTextModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.bert.modeling_bert import BertLMPredictionHead
 
 from ..data.batches import Segments
+from ..errors import UserError
 from . import packed
+from .published import EfficientCLIPTextConfig, EfficientCLIPTextModel
+
+# Hugging Face knows Chinese-CLIP's text half only as a part of the whole.
+AutoModel.register(ChineseCLIPTextConfig, ChineseCLIPTextModel, exist_ok=True)
+AutoConfig.register(EfficientCLIPTextConfig.model_type, EfficientCLIPTextConfig)
+AutoModel.register(EfficientCLIPTextConfig, EfficientCLIPTextModel)
 
 
 class ImageTower(nn.Module):
     """Pixels float [M, 3, S, S] to L2-normalised features [M, width].
 
-    Models of the CLIP family bring their own projection; any other is pooled and projected by a new linear layer.
+    The pooled output is projected by a linear layer, CLIP's own or a new one; a model of two towers that has none
+    (SigLIP) answers by its `get_image_features`.
     """
 
     def __init__(self, config: PreTrainedConfig, width: int, backbone: PreTrainedModel | None = None) -> None:
@@ -58,24 +74,28 @@ class TextTower(nn.Module):
         backbone: PreTrainedModel | None = None,
     ) -> None:
         super().__init__()
-        # Dropout off: masks drawn per rank would make 2 ranks differ from 1; ECL and MLM regularise.
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
         if backbone is None:
+            without_dropout(config)
             backbone = AutoModel.from_config(config, attn_implementation=packed.NAME, **without_pooler(config))
+        if not backbone._supports_attention_backend:
+            raise UserError(f"model.text_tower: a {config.model_type} cannot attend within packed texts; choose a BERT")
         self.backbone = backbone
         self.pooling = pooling
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
-        nn.init.normal_(self.projection.weight, std=config.hidden_size**-0.5)
         self.mlm_head = BertLMPredictionHead(config)
+        # BERT's head has this bias twice; the decoder adds its own.
+        self.mlm_head.register_parameter("bias", None)
         self.mlm_head.decoder.weight = self.backbone.get_input_embeddings().weight  # type: ignore[assignment]
+        # RoBERTa counts positions from behind its padding index.
+        positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        padding = getattr(positions, "padding_idx", None)
+        self.first_position = 0 if padding is None else padding + 1
 
     def states(self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, segments: Segments) -> torch.Tensor:
         """Hidden states [T, hidden] of one packed row."""
         output = self.backbone(
             input_ids=input_ids_T[None],
-            position_ids=position_ids_T[None],
+            position_ids=position_ids_T[None] + self.first_position,
             token_type_ids=torch.zeros_like(input_ids_T)[None],
             segments=segments,
         )
@@ -102,13 +122,26 @@ class TextTower(nn.Module):
         return logits
 
 
+def without_dropout(config: PreTrainedConfig) -> None:
+    """Dropout off: masks drawn per rank would make 2 ranks differ from 1; ECL and MLM regularise."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"):
+            if hasattr(part, name):
+                setattr(part, name, 0.0)
+
+
 def without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
     """BERT's unused pooler would be a parameter without gradient."""
-    return {"add_pooling_layer": False} if config.model_type in {"bert", "roberta", "xlm-roberta"} else {}
+    pooled = {"bert", "roberta", "xlm-roberta", "chinese_clip_text_model"}
+    return {"add_pooling_layer": False} if config.model_type in pooled else {}
 
 
 def architecture(description: dict[str, Any], **extra: Any) -> PreTrainedConfig:
     """The Hugging Face config that `architecture` in the YAML describes."""
-    arguments = dict(description)
-    config: PreTrainedConfig = AutoConfig.for_model(arguments.pop("model_type"), **{**extra, **arguments})
+    arguments = {**extra, **description}
+    name = arguments.pop("model_type")
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(name, **arguments)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UserError(f"architecture {name}: {error}") from error
     return config

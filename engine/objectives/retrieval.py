@@ -1,4 +1,4 @@
-"""Retrieval measures: recall@k and mean rank, with several right answers allowed."""
+"""Retrieval measures: recall@k, mean and median rank, with several right answers allowed."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from efficientclip.kernels import positive_ranks
 from ..errors import UserError
 
 Ranks = npt.NDArray[np.float64]
+Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 CUTOFFS = (1, 5, 10)
 
 
 def best_ranks(
     query_ND: npt.NDArray[np.float32],
     candidate_KD: npt.NDArray[np.float32],
-    positives: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]],
+    positives: Edges,
 ) -> Ranks:
     """Rank of each query's best positive: 1 + candidates that beat it + half of those that equal it.
 
@@ -38,21 +39,35 @@ def best_ranks(
 
 
 def summary(ranks: Ranks) -> dict[str, float]:
-    """Recall@1/5/10 in per cent, mean rank, and the number of queries."""
-    recalls = {f"R@{k}": round(float((ranks <= k).mean() * 100), 2) for k in CUTOFFS}
-    return {**recalls, "mean_rank": round(float(ranks.mean()), 2), "queries": len(ranks)}
+    """Recall@1/5/10 and their mean in per cent, mean and median rank, and the number of queries."""
+    recalls = {f"R@{k}": float((ranks <= k).mean() * 100) for k in CUTOFFS}
+    measures = {
+        **recalls,
+        "mean_recall": sum(recalls.values()) / len(recalls),
+        "mean_rank": float(ranks.mean()),
+        "median_rank": float(np.median(ranks)),
+    }
+    return {**{name: round(value, 2) for name, value in measures.items()}, "queries": len(ranks)}
 
 
 def retrieval_report(
-    text_ND: npt.NDArray[np.float32],
-    image_KD: npt.NDArray[np.float32],
-    text_edges: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]],
-    image_edges: tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]],
+    text_ND: npt.NDArray[np.float32], image_KD: npt.NDArray[np.float32], text_edges: Edges, image_edges: Edges
 ) -> dict[str, Any]:
-    """Both directions: {"t2i": …, "i2t": …, "candidates": images, "texts": texts}."""
+    """Both directions: {"t2i": …, "i2t": …, "candidates": images, "texts": texts}.
+
+    An image without text, and a text without image, is a candidate for the others but no query.
+    """
     return {
-        "t2i": summary(best_ranks(text_ND, image_KD, text_edges)),
-        "i2t": summary(best_ranks(image_KD, text_ND, image_edges)),
+        "t2i": summary(best_ranks(*_queries(text_ND, text_edges, image_KD))),
+        "i2t": summary(best_ranks(*_queries(image_KD, image_edges, text_ND))),
         "candidates": len(image_KD),
         "texts": len(text_ND),
     }
+
+
+def _queries(
+    query_ND: npt.NDArray[np.float32], edges: Edges, candidate_KD: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Edges]:
+    indptr, indices = edges
+    asked = np.diff(indptr) > 0
+    return query_ND[asked], candidate_KD, (np.concatenate([indptr[:1], indptr[1:][asked]]), indices)

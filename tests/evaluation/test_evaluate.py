@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +13,13 @@ import pytest
 from efficientclip.cli import main
 from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
-from efficientclip.evaluation.evaluate import evaluate
+from efficientclip.evaluation.evaluate import MEASURES, evaluate
 from efficientclip.evaluation.run import open_run
 from efficientclip.evaluation.search import square_picture
-from efficientclip.objectives.retrieval import best_ranks, summary
+from efficientclip.objectives.retrieval import best_ranks, retrieval_report, summary
 from tests.evaluation.conftest import World
+from tests.evaluation.planted import picture_features, plant
+from tests.formats import chinese_clip, files, picture
 
 Scores = npt.NDArray[np.float32]
 
@@ -41,14 +45,150 @@ def test_ranks_equal_a_naive_loop_with_ties_and_several_positives(queries: int) 
     ranks = best_ranks(query_QD, image_KD, edges(left, right, queries))
     expected = naive_ranks(query_QD @ image_KD.T, set(pairs))
     np.testing.assert_array_equal(ranks, expected)
-    assert summary(ranks)["R@5"] == round(100 * sum(rank <= 5 for rank in expected) / queries, 2)
+    recalls = [100 * sum(rank <= k for rank in expected) / queries for k in (1, 5, 10)]
+    figures = [*recalls, sum(recalls) / 3, statistics.mean(expected), statistics.median(expected)]
+    measured = [summary(ranks)[measure] for measure in MEASURES]
+    np.testing.assert_allclose(measured, figures, atol=0.005001)
+
+
+def recall_by_lists(score_QK: Scores, answers: dict[int, list[int]], k: int, *, last: bool = False) -> float:
+    """The field's scripts: a query is a hit if an answer is among its k best, equal ones in the order of the file.
+
+    `last` puts the answers behind all that equal them instead.
+    """
+    hits = 0
+    for query, right in answers.items():
+        order = sorted(range(score_QK.shape[1]), key=lambda item: (-score_QK[query, item], last and item in right))
+        hits += any(item in order[:k] for item in right)
+    return 100 * hits / len(answers)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_recalls_are_those_of_the_fields_scripts(tied: bool) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    text_ND, image_KD = (random.standard_normal((n, 4 if tied else 16)).astype(np.float32) for n in (120, 60))
+    if tied:
+        text_ND, image_KD = np.sign(text_ND), np.sign(image_KD)
+    # Each text has one to three images; the last ten images have no text, and can only be mistaken for others.
+    of_text = {text: random.choice(50, random.integers(1, 4), False).tolist() for text in range(120)}
+    of_text |= {image: [image] for image in range(50)}
+    of_image = {image: [text for text, images in of_text.items() if image in images] for image in range(50)}
+    left, right = np.array([(text, image) for text, images in of_text.items() for image in images]).T
+    report = retrieval_report(text_ND, image_KD, edges(left, right, 120), edges(right, left, 60))
+    assert (report["t2i"]["queries"], report["i2t"]["queries"], report["candidates"]) == (120, 50, 60)
+    score_NK = text_ND @ image_KD.T
+    for direction, scores, answers in (("t2i", score_NK, of_text), ("i2t", score_NK.T, of_image)):
+        for k in (1, 5, 10):
+            ours = report[direction][f"R@{k}"]
+            if tied:
+                best = recall_by_lists(scores - 1e-3 * ~_right(scores, answers), answers, k)
+                assert recall_by_lists(scores, answers, k, last=True) <= ours + 0.01 and ours - 0.01 <= best
+            else:
+                assert ours == pytest.approx(recall_by_lists(scores, answers, k), abs=0.005001)
+
+
+def _right(score_QK: Scores, answers: dict[int, list[int]]) -> npt.NDArray[np.bool_]:
+    right = np.zeros(score_QK.shape, np.bool_)
+    for query, items in answers.items():
+        right[query, items] = True
+    return right
+
+
+def test_random_features_find_by_chance() -> None:
+    random = np.random.default_rng()
+    text_ND, image_KD = (random.standard_normal((2000, 8)).astype(np.float32) for _ in range(2))
+    one_each = edges(np.arange(2000), np.arange(2000), 2000)
+    report = retrieval_report(text_ND, image_KD, one_each, one_each)
+    for direction in ("t2i", "i2t"):
+        # Ten hits are expected, of a Poisson law; the mean rank's deviation is 2000 / sqrt(12 * 2000).
+        assert report[direction]["R@10"] * 20 < 10 + 6 * 10**0.5
+        assert abs(report[direction]["mean_rank"] - 1000.5) < 6 * 2000 / (12 * 2000) ** 0.5
+
+
+def write_split(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Five pictures, the last without text; two texts say the same of different pictures, one belongs to two."""
+    texts = [
+        {"text_id": 30, "text": "猫", "image_ids": [3]},
+        {"text_id": 31, "text": "狗", "image_ids": [1, 2]},
+        {"text_id": 32, "text": "猫", "image_ids": [0]},
+        {"text_id": 33, "text": "红鸟", "image_ids": [0]},
+    ]
+    return chinese_clip(folder, "valid", {number: picture(number) for number in range(5)}, texts), texts
+
+
+def test_chinese_clips_files_give_the_recall_of_their_ids(world: World, tmp_path: Path) -> None:
+    images, texts = write_split(tmp_path)
+    report = evaluate(world.run, images)
+    text_ND = open_run(world.run).encode_texts([text["text"] for text in texts])
+    score_NK = text_ND @ picture_features(world.run, [picture(number) for number in range(5)]).T
+    pairs = {(row, image) for row, text in enumerate(texts) for image in text["image_ids"]}
+    assert report["t2i"] == summary(np.array(naive_ranks(score_NK, pairs)))
+    # Image 4 has no text: it is no query.
+    assert report["i2t"] == summary(np.array(naive_ranks(score_NK.T[:4], {(image, text) for text, image in pairs})))
+    assert (report["candidates"], report["texts"]) == (5, 4)
+
+
+def test_planted_answers_are_found_in_every_format(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, _ = write_split(tmp_path)
+    pictures = [picture(number) for number in range(5)]
+    features = picture_features(world.run, pictures)
+    files(tmp_path, {f"{number}.png": content for number, content in enumerate(pictures)})
+    (tmp_path / "challenger.json").write_text(
+        json.dumps([{"image_id": f"{number}.png", "caption": [f"画{number}", f"图{number}"]} for number in range(5)])
+    )
+    rows = [f"{number}.png,{prefix}{number}\n" for number in range(5) for prefix in "画图"]
+    (tmp_path / "table.csv").write_text("image,caption\n" + "".join(rows))
+    plant(monkeypatch, lambda text: features[int(text[-1])])
+    for name in ("challenger.json", "table.csv"):
+        report = evaluate(world.run, tmp_path / name)
+        assert (report["candidates"], report["texts"], report["t2i"]["queries"]) == (5, 10, 10)
+        for direction in ("t2i", "i2t"):
+            assert (report[direction]["R@1"], report[direction]["mean_recall"]) == (100, 100)
+            assert report[direction]["mean_rank"] == report[direction]["median_rank"] == 1
+    plant(monkeypatch, lambda text: features[{"猫": 3, "狗": 2, "红鸟": 0}[text]])
+    report = evaluate(world.run, images)
+    # The cat of picture 0 finds picture 3 first; pictures 0 and 2 find their texts, 3's cat ties with a wrong one.
+    assert report["t2i"]["R@1"] == 75 and report["t2i"]["queries"] == 4
+
+
+def test_equal_captions_of_a_table_are_one_text_of_all_their_pictures(world: World, tmp_path: Path) -> None:
+    files(tmp_path, {f"{number}.png": picture(number) for number in range(3)})
+    (tmp_path / "t.csv").write_text("image,caption\n0.png,猫\n1.png,猫\n2.png,狗\n")
+    report = evaluate(world.run, tmp_path / "t.csv")
+    assert (report["texts"], report["t2i"]["queries"], report["i2t"]["queries"]) == (2, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("none.png,猫\n", r"source t\.csv, none\.png: picture file: No such file"),
+        ("t.csv,猫\n", r"source .*t\.csv, t\.csv: undecodable picture"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_ends_the_evaluation(
+    world: World, tmp_path: Path, rows: str, message: str
+) -> None:
+    (tmp_path / "t.csv").write_text("image,caption\n" + rows)
+    with pytest.raises(UserError, match=message):
+        evaluate(world.run, tmp_path / "t.csv")
+
+
+def test_pictures_without_any_caption_are_refused(world: World, tmp_path: Path) -> None:
+    files(tmp_path, {"0.png": picture(0)})
+    (tmp_path / "t.json").write_text('{"images": [{"id": 1, "file_name": "0.png"}], "annotations": []}')
+    with pytest.raises(UserError, match=r"t\.json: no picture has a caption"):
+        evaluate(world.run, tmp_path / "t.json")
 
 
 def test_report_of_a_store_has_the_documented_layout_and_figures(world: World) -> None:
     report = evaluate(world.run, world.store)
     assert list(report) == ["t2i", "i2t", "candidates", "texts"]
     for direction in ("t2i", "i2t"):
-        assert list(report[direction]) == ["R@1", "R@5", "R@10", "mean_rank", "queries"]
+        assert list(report[direction]) == [*MEASURES, "queries"]
     store = Store(world.store)
     score_QK = open_run(world.run).encode_store(store) @ store.features.astype(np.float32).T
     pairs = set(zip(store.caption_ids.tolist(), store.image_ids.tolist(), strict=True))

@@ -1,0 +1,232 @@
+"""`efficientclip export RUN OUT`: both towers of a finished run as one Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from transformers import (
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessorPil,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    ChineseCLIPTextConfig,
+    ChineseCLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from . import config as settings
+from .errors import UserError
+from .evaluation.run import Run, open_run
+from .model.efficientclip import EfficientCLIP, load_model
+from .model.towers import ImageTower
+
+TEXT_TYPES = ("bert", "chinese_clip_text_model")
+IMAGE_TYPES = ("clip_vision_model", "chinese_clip_vision_model")
+
+
+def export(run: Path, out: Path) -> type[PreTrainedModel]:
+    """Write the towers of `run` to the new folder `out`, with their processor and a card; returns the class to open it.
+
+    ChineseCLIPModel for a BERT read at [CLS] beside CLIP's ViT, EfficientCLIP for any other towers. Features and logit
+    scale are those of the run. UserError when the run is unfinished or has no image tower, or `out` is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"export {out}: not empty; give a folder that does not exist yet")
+    opened = open_run(run)
+    if not (run / "model" / "config.json").is_file():
+        raise UserError(f"run {run}: unfinished, holds checkpoints alone; run the same `train` command to its end")
+    tower = opened.config.model.image_tower
+    if tower is None:
+        raise UserError(
+            f"run {run}: trained against a teacher's texts, so it has no image tower to export; start a run against"
+            " images from it (model.start_from), and export that one"
+        )
+    # On the CPU and in fp32, whatever `open_run` made of it.
+    model = load_model(run)
+    model.image, model.config.image = opened.frozen.model.cpu(), opened.frozen.description
+    whole = _chinese_clip(model) if _fits_chinese_clip(model) else model
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as staging:
+        folder = Path(staging) / "model"
+        whole.save_pretrained(folder)
+        _processor(opened, tower).save_pretrained(folder)
+        (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
+        folder.replace(out)
+    return type(whole)
+
+
+def _fits_chinese_clip(model: EfficientCLIP) -> bool:
+    """Chinese-CLIP is a BERT read at [CLS] and CLIP's ViT, each with a projection without bias."""
+    text, image = model.text, model.image
+    return (
+        text is not None
+        and text.pooling == "cls"
+        and text.backbone.config.model_type in TEXT_TYPES
+        and not getattr(text.backbone.config, "is_decoder", False)
+        and isinstance(image, ImageTower)
+        and image.projection is not None
+        and image.backbone.config.model_type in IMAGE_TYPES
+    )
+
+
+def _chinese_clip(model: EfficientCLIP) -> ChineseCLIPModel:
+    text: Any = model.text
+    image: Any = model.image
+    config = ChineseCLIPConfig(
+        text_config=_translated(text.backbone.config, ChineseCLIPTextConfig),
+        vision_config=_translated(image.backbone.config, ChineseCLIPVisionConfig),
+        projection_dim=model.config.width,
+    )
+    whole = ChineseCLIPModel(config)
+    whole.text_model.load_state_dict(text.backbone.state_dict())
+    whole.vision_model.load_state_dict(image.backbone.state_dict())
+    whole.text_projection.load_state_dict(text.projection.state_dict())
+    whole.visual_projection.load_state_dict(image.projection.state_dict())
+    with torch.no_grad():
+        # Chinese-CLIP does not clamp it.
+        whole.logit_scale.fill_(min(float(model.logit_scale), math.log(model.config.logit_scale_max)))
+    return whole
+
+
+def _translated(config: PreTrainedConfig, wanted: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The values of `config` that `wanted` has under the same names."""
+    return {name: value for name, value in config.to_dict().items() if name in wanted.__annotations__}
+
+
+def _processor(opened: Run, tower: settings.ImageTower) -> ChineseCLIPProcessor:
+    opened.tokenizer.model_max_length = opened.config.training.max_caption_tokens
+    pictures = ChineseCLIPImageProcessorPil(
+        size={"shortest_edge": tower.size},
+        crop_size={"height": tower.size, "width": tower.size},
+        image_mean=list(tower.mean),
+        image_std=list(tower.std),
+    )
+    return ChineseCLIPProcessor(image_processor=pictures, tokenizer=opened.tokenizer)
+
+
+def _card(opened: Run, whole: PreTrainedModel) -> str:
+    """README.md of the exported folder."""
+    steps, validation = _metrics(opened.folder / "metrics.jsonl")
+    chinese = isinstance(whole, ChineseCLIPModel)
+    library = "transformers" if chinese else "efficientclip.model.efficientclip"
+    name, tower = type(whole).__name__, opened.config.model.image_tower
+    features = ".pooler_output" if chinese else ""
+    parts = [
+        "---",
+        "# The licence is yours to choose; mind those of the data and of the image tower.",
+        "license:",
+        "language: zh",
+        "library_name: transformers",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [chinese-clip, efficientclip]",
+        "---",
+        "",
+        f"# {opened.folder.name}",
+        "",
+        "Chinese texts and pictures in one space, trained by EfficientCLIP: a text tower learns against the features",
+        f"of a frozen image tower (`{tower.pretrained if tower else ''}`).",
+        f"{sum(parameter.numel() for parameter in whole.parameters()):,} parameters; features of"
+        f" {opened.config.model.width} values.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import torch",
+        "from PIL import Image",
+        "from transformers import ChineseCLIPProcessor",
+        f"from {library} import {name}",
+        "",
+        'folder = "path/to/this/folder"',
+        f"model, processor = {name}.from_pretrained(folder), ChineseCLIPProcessor.from_pretrained(folder)",
+        'texts = processor(text=["一只戴帽子的猫", "一条狗"], padding=True, truncation=True, return_tensors="pt")',
+        'pictures = processor(images=Image.open("picture.jpg"), return_tensors="pt")',
+        "with torch.inference_mode():",
+        f"    text = torch.nn.functional.normalize(model.get_text_features(**texts){features}, dim=-1)",
+        f"    image = torch.nn.functional.normalize(model.get_image_features(**pictures){features}, dim=-1)",
+        "print(image @ text.T)  # cosines",
+        "```",
+        "",
+        f"Texts are cut to {opened.config.training.max_caption_tokens} tokens, as in training.",
+        "",
+        "## Data",
+        "",
+        *_data(opened),
+        "",
+        "## Resources",
+        "",
+        *_resources(opened, steps),
+        "",
+        "## Recall",
+        "",
+        *_recall(opened.folder / "results.json", validation),
+        "",
+        "## Intended use",
+        "",
+        "Research on retrieval between Chinese texts and pictures, and zero-shot classification of pictures. The model",
+        "has the biases of its captions, and of the image tower, which was not trained here. Measure it on your own",
+        "data before you rely on it; it is not meant for the identification or surveillance of people.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _data(opened: Run) -> Iterator[str]:
+    manifest = opened.manifest
+    source = Path(str(manifest["source"])).name if "source" in manifest else opened.store.name
+    pairs, images, captions = (manifest[kind] for kind in ("pairs", "images", "captions"))
+    yield f"- {pairs:,} pairs of {images:,} images and {captions:,} captions: {source}"
+    if bad := sum(manifest.get("bad_counts", {}).values()):
+        yield f"- {bad:,} bad samples were left out"
+    kept = opened.folder / "confidence.parquet"
+    if kept.is_file():
+        share = float(np.mean(pq.read_table(kept, columns=["kept"])["kept"].to_numpy()))
+        yield f"- {share:.1%} of the pairs were still trained on at the end (Ensemble Confident Learning)"
+    if opened.config.mlm.texts_per_batch and opened.config.mlm.texts is not None:
+        yield f"- unpaired texts for masked-language modelling: {opened.config.mlm.texts.name}"
+
+
+def _resources(opened: Run, steps: list[dict[str, Any]]) -> Iterator[str]:
+    training = opened.config.training
+    yield f"- {training.pair_visits:,} pair visits in batches of {training.batch_size:,}"
+    visits = np.diff([0, *(line["visits"] for line in steps)])
+    seconds = sum(n / line["pairs_per_s"] for n, line in zip(visits, steps, strict=True))
+    if seconds:
+        yield f"- {seconds / 3600:.2g} hours of training steps, {training.pair_visits / seconds:,.0f} pairs a second"
+    yield "- hardware: the run does not record it; name it here"
+
+
+def _recall(results: Path, validation: dict[str, Any]) -> Iterator[str]:
+    """From the report where there is one, else from the last validation."""
+    tables: Mapping[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else validation
+    if not tables:
+        yield "Not measured: the run has neither validation data nor a report (`efficientclip report`)."
+        return
+    cutoffs = ("R@1", "R@5", "R@10")
+    yield "| data | direction | candidates | " + " | ".join(f"{cutoff} %" for cutoff in cutoffs) + " |"
+    yield "|" + "---|" * (3 + len(cutoffs))
+    for name, report in tables.items():
+        for key, shown, candidates in (("t2i", "text → image", "candidates"), ("i2t", "image → text", "texts")):
+            figures = " | ".join(f"{report[key][cutoff]:.1f}" for cutoff in cutoffs)
+            yield f"| {name} | {shown} | {report[candidates]:,} | {figures} |"
+
+
+def _metrics(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Lines of the training steps, and the last validation."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # A killed run leaves its last line cut short.
+            break
+    validations = [line["validation"] for line in lines if "validation" in line]
+    return [line for line in lines if "pairs_per_s" in line], validations[-1] if validations else {}

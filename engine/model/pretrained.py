@@ -1,0 +1,111 @@
+"""Weights from Hugging Face ids and folders: a tower with the projection it came with, whatever it was saved as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .. import config as settings
+from ..errors import UserError
+from . import packed
+from .towers import without_dropout, without_pooler
+
+CLIP_TYPES = ("clip", "clip_text_model")
+# Their position embeddings hold for one size of picture.
+FIXED_SIZE = ("clip_vision_model", "chinese_clip_vision_model", "vit")
+Loaded = tuple[PreTrainedModel, torch.Tensor | None]
+
+
+def load_text_tower(field: str, tower: settings.Tower) -> Loaded:
+    """A text model that attends within packed segments, and its projection [width, hidden] where it brings one."""
+    config = _config(field, tower)
+    if config.model_type in CLIP_TYPES:
+        raise UserError(
+            f"{field}.pretrained: {tower.pretrained} is a CLIP, which reads English; put its text layers on a Chinese"
+            " vocabulary: architecture: {model_type: efficientclip_text}, clip_layers: " + str(tower.pretrained)
+        )
+    half = getattr(config, "text_config", config)
+    if not hasattr(half, "vocab_size"):
+        raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no text tower")
+    without_dropout(half)
+    model = _load(field, tower, config, attn_implementation=packed.NAME, **without_pooler(config))
+    return _half(model, "text_model", "text_projection")
+
+
+def load_image_tower(field: str, tower: settings.ImageTower) -> Loaded:
+    """An image model, and its projection [width, hidden] where it brings one."""
+    config = _config(field, tower)
+    half = getattr(config, "vision_config", config)
+    size = getattr(half, "image_size", tower.size)
+    if half.model_type in FIXED_SIZE and size not in (tower.size, [tower.size] * 2, (tower.size,) * 2):
+        raise UserError(f"{field}.size: {tower.size}, but {tower.pretrained} takes pictures of {size} pixels")
+    model, projection = _half(_load(field, tower, config), "vision_model", "visual_projection")
+    if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
+        raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no image tower")
+    return model, projection
+
+
+def load_clip_text(field: str, name: str, revision: str | None) -> CLIPTextModelWithProjection:
+    """CLIP's text half with its projection, from a CLIPModel or CLIPTextModelWithProjection, in eval mode."""
+    arguments: dict[str, Any] = {"revision": revision or "main"}
+    try:
+        config = AutoConfig.from_pretrained(name, **arguments)
+        if config.model_type not in CLIP_TYPES:
+            raise UserError(f"{field}: {name} is a {config.model_type}; a CLIP is wanted")
+        # The text half of a whole CLIP does not know how wide its projection is.
+        whole = config.model_type == "clip"
+        model_class: Any = CLIPModel if whole else CLIPTextModelWithProjection
+        model, loading = model_class.from_pretrained(name, **arguments, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: {name!r} is no model folder or reachable hub id ({error})") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{field}: {name} lacks {len(missing)} weights of a CLIP, {missing[0]} for one")
+    if not whole:
+        text: CLIPTextModelWithProjection = model
+        return text.eval()
+    config.text_config.projection_dim = config.projection_dim
+    text = CLIPTextModelWithProjection(config.text_config)
+    text.text_model, text.text_projection = model.text_model, model.text_projection
+    return text.eval()
+
+
+def _half(model: PreTrainedModel, name: str, projection: str) -> Loaded:
+    """CLIP and its like hold two towers: the other one would be memory and parameters without gradient."""
+    if hasattr(model, name) and hasattr(model, projection):
+        return getattr(model, name), getattr(model, projection).weight.detach()
+    return model, None
+
+
+def _config(field: str, tower: settings.Tower) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(tower.pretrained or "", revision=tower.revision or "main")
+    except (OSError, ValueError) as error:
+        raise _unreadable(field, tower, error) from error
+    return config
+
+
+def _load(field: str, tower: settings.Tower, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+    # AutoModel would leave the projection of this one behind.
+    whole = CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
+    model_class: Any = CLIPVisionModelWithProjection if whole else AutoModel
+    try:
+        model: PreTrainedModel = model_class.from_pretrained(
+            tower.pretrained, config=config, revision=tower.revision or "main", **arguments
+        )
+    except (OSError, ValueError) as error:
+        raise _unreadable(field, tower, error) from error
+    return model
+
+
+def _unreadable(field: str, tower: settings.Tower, error: Exception) -> UserError:
+    return UserError(f"{field}.pretrained: {tower.pretrained!r} is no run, model folder or reachable hub id ({error})")

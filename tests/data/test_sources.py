@@ -1,0 +1,233 @@
+"""Each format gives the same record; what cannot be read is named with its file and line or field."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from efficientclip.data import sources
+from efficientclip.data.shards import BadSample
+from efficientclip.data.sources import SourceSample, open_labelled, open_source, read_table
+from efficientclip.errors import UserError
+from tests.formats import chinese_clip, files, picture
+
+PICTURES = {number: picture(number) for number in range(3)}
+CAT, DOG, BOTH = "一只“猫”, 在睡", "狗", "两只\t动物"
+
+
+def read(source: sources.Source) -> list[SourceSample]:
+    """Samples, each found at the place it says."""
+    samples = list(source)
+    for sample in samples:
+        assert isinstance(sample, SourceSample)
+        stored = sample.shard.read_bytes()[sample.offset : sample.offset + sample.length]
+        assert sample.image == (base64.b64decode(stored) if sample.shard.suffix == ".tsv" else stored)
+        assert len(sample.noise) == len(sample.captions)
+    return [sample for sample in samples if isinstance(sample, SourceSample)]
+
+
+def captions(samples: list[SourceSample]) -> dict[str, list[str]]:
+    return {sample.key: sample.captions for sample in samples}
+
+
+def texts() -> list[dict[str, Any]]:
+    return [
+        {"text_id": 7, "text": CAT, "image_ids": [0]},
+        {"text_id": 8, "text": BOTH, "image_ids": [1, 0]},
+        {"text_id": 9, "text": CAT, "image_ids": [0]},
+    ]
+
+
+@pytest.mark.parametrize("named", ["imgs", "texts", "folder"])
+def test_chinese_clip_has_texts_of_several_images_and_images_without_text(tmp_path: Path, named: str) -> None:
+    images = chinese_clip(tmp_path, "valid", PICTURES, texts())
+    path = {"imgs": images, "texts": tmp_path / "valid_texts.jsonl", "folder": tmp_path}[named]
+    source = open_source(path)
+    samples = read(source)
+    assert source.pictures == 3 and [sample.image for sample in samples] == list(PICTURES.values())
+    assert captions(samples) == {"0": [CAT, BOTH, CAT], "1": [BOTH], "2": []}
+    assert [sample.text_ids for sample in samples] == [["7", "8", "9"], ["8"], []]
+
+
+def test_base64_may_be_of_the_url_alphabet_and_lines_may_end_in_crlf(tmp_path: Path) -> None:
+    images = chinese_clip(tmp_path, "t", PICTURES, texts())
+    plain = images.read_bytes()
+    assert b"+" in plain and b"/" in plain
+    images.write_bytes(plain.translate(bytes.maketrans(b"+/", b"-_")).replace(b"\n", b"\r\n"))
+    assert [sample.image for sample in open_source(images) if isinstance(sample, SourceSample)] == [*PICTURES.values()]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_tables_gather_the_captions_of_a_picture(tmp_path: Path, suffix: str) -> None:
+    files(tmp_path, {"a/0.png": PICTURES[0], "a/1.png": PICTURES[1]})
+    rows = [("a/0.png", CAT), ("a/1.png", BOTH), ("a/0.png", DOG)]
+    table = tmp_path / f"table{suffix}"
+    if suffix == ".parquet":
+        columns = {"n": [1, 2, 3], "filepath": [name for name, _ in rows], "title": [text for _, text in rows]}
+        pq.write_table(pa.table(columns), table)
+    else:
+        separator = "," if suffix == ".csv" else "\t"
+        quoted = [[str(n), name, '"' + text.replace('"', '""') + '"'] for n, (name, text) in enumerate(rows)]
+        lines = [["n", "FilePath", "title"], *quoted]
+        table.write_text("\ufeff" + "".join(separator.join(line) + "\n" for line in lines), encoding="utf-8")
+    samples = read(open_source(table))
+    assert captions(samples) == {"a/0.png": [CAT, DOG], "a/1.png": [BOTH]}
+    assert not any(sample.text_ids for sample in samples)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "a").rename(tmp_path / "elsewhere" / "a")
+    assert captions(read(open_source(table, tmp_path / "elsewhere"))) == captions(samples)
+
+
+@pytest.mark.parametrize("folder", ["caption_images", ".", "../val2014"])
+def test_ai_challenger_and_coco_find_their_pictures(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "annotations").mkdir()
+    files(tmp_path / "annotations" / folder, {"0.png": PICTURES[0], "1.png": PICTURES[1]})
+    challenger = [
+        {"url": "x", "image_id": "0.png", "caption": [CAT, CAT]},
+        {"url": "x", "image_id": "1.png", "caption": [DOG]},
+    ]
+    coco = {
+        "images": [{"id": 5, "file_name": "0.png"}, {"id": 6, "file_name": "1.png"}],
+        "annotations": [
+            {"id": 1, "image_id": 6, "caption": DOG},
+            {"id": 2, "image_id": 5, "caption": CAT},
+            {"id": 3, "image_id": 5, "caption": CAT},
+        ],
+    }
+    for tree, keys in ((challenger, ["0.png", "1.png"]), (coco, ["5", "6"])):
+        file = tmp_path / "annotations" / "captions.json"
+        file.write_text(json.dumps(tree))
+        samples = read(open_source(file))
+        assert captions(samples) == dict(zip(keys, ([CAT, CAT], [DOG]), strict=True))
+        ids = [name for sample in samples for name in sample.text_ids]
+        assert len(set(ids)) == 3
+
+
+def test_tars_are_read_as_ever(tmp_path: Path) -> None:
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for name, content in (("0.png", PICTURES[number]), ("0.txt", DOG.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    source = open_source(tmp_path)
+    assert [(sample.image, sample.captions) for sample in read(source)] == [(PICTURES[n], [DOG]) for n in range(2)]
+    assert len(source.parts) == len(source.files) == 2
+
+
+def test_parts_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PART", 2)
+    source = open_source(chinese_clip(tmp_path, "t", PICTURES, texts()))
+    assert [[sample.key for sample in part() if isinstance(sample, SourceSample)] for part in source.parts] == [
+        ["0", "1"],
+        ["2"],
+    ]
+    assert [sample.key for sample in read(source)] == ["0", "1", "2"] == [sample.key for sample in read(source)]
+
+
+def test_pictures_that_cannot_be_read_are_bad_samples(tmp_path: Path) -> None:
+    images = chinese_clip(tmp_path, "t", PICTURES, texts())
+    lines = images.read_bytes().split(b"\n")
+    images.write_bytes(b"\n".join([lines[0], b"1\t!?", lines[2]]))
+    assert list(open_source(images))[1] == BadSample("t_imgs.tsv", "1", "picture is not base64")
+    files(tmp_path, {"0.png": PICTURES[0]})
+    table = tmp_path / "t.csv"
+    table.write_text(f"image,caption\n0.png,{DOG}\nnone.png,{DOG}\n")
+    assert list(open_source(table))[1] == BadSample("t.csv", "none.png", "picture file: No such file or directory")
+
+
+def test_labels_come_from_folders_or_a_column(tmp_path: Path) -> None:
+    files(tmp_path / "set", {"狗/b.png": PICTURES[1], "狗/x/c.JPG": PICTURES[2], "猫/a.png": PICTURES[0]})
+    files(tmp_path / "set", {"狗/notes.md": b"", "猫/._a.png": b"", "list.csv": "image,label\n猫/a.png,3\n".encode()})
+    assert captions(read(open_labelled(tmp_path / "set"))) == {
+        "狗/b.png": ["狗"],
+        "狗/x/c.JPG": ["狗"],
+        "猫/a.png": ["猫"],
+    }
+    assert captions(read(open_labelled(tmp_path / "set" / "list.csv"))) == {"猫/a.png": ["3"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_ids": []}, r"t_texts.jsonl, line 2: image_ids is empty, as in test splits .*another split"),
+        ({"image_ids": [0, 99]}, r"t_texts.jsonl, line 2: image_ids names 99, which .*t_imgs.tsv lacks"),
+        ({"image_ids": 3}, r"line 2: field image_ids is missing, empty or of the wrong type"),
+        ({"text": " "}, r"line 2: field text is missing"),
+        ({"text_id": 7}, r"line 2: text_id 7 stands on line 1, too"),
+        ({"text_id": None}, r"line 2: field text_id is missing"),
+    ],
+)
+def test_faulty_texts_are_named_by_line_and_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    lines = texts()
+    lines[1] |= change
+    with pytest.raises(UserError, match=message):
+        open_source(chinese_clip(tmp_path, "t", PICTURES, lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.csv", None, "none.csv: no such file"),
+        ("a.zip", b"", "a.zip: unknown format; give .tar,"),
+        ("x_imgs.tsv", b"1\tAAAA\n", "x_texts.jsonl: no such file; .* belong together"),
+        ("t_imgs.tsv", b"0\tAAAA\n0\tAAAA\n", "t_imgs.tsv, line 2: image id 0 stands there twice"),
+        ("t_imgs.tsv", b"0 AAAA\n", "t_imgs.tsv, line 1: not id<TAB>base64"),
+        ("t_texts.jsonl", b"{}\n{", "t_texts.jsonl, line 1: field text_id is missing"),
+        ("t_texts.jsonl", b"{", "t_texts.jsonl, line 1: malformed JSON"),
+        ("t_texts.jsonl", b"[1]", "t_texts.jsonl, line 1: expected an object with text_id"),
+        ("t_texts.jsonl", b"\xff\xfe", "t_texts.jsonl, line 1: not UTF-8"),
+        ("a.json", b"{", "a.json: malformed JSON"),
+        ("a.json", b"\xff", "a.json: byte 0 is not UTF-8"),
+        ("a.json", b"[]", "a.json: no picture"),
+        ("a.json", b'[{"image_id": "0.png"}]', r"a.json, entry 0: field caption is missing"),
+        ("a.json", b'[{"image_id": "0.png", "caption": [""]}]', r"a.json, entry 0: field caption is missing"),
+        ("a.json", b'[{"image_id": "no.png", "caption": ["x"]}]', "no.png, lies in no folder near it; give --images"),
+        ("a.json", b'{"images": []}', "a.json: field annotations is missing"),
+        ("a.json", b'{"images": [{"id": 1}], "annotations": []}', r"images\[0\]: field file_name is missing"),
+        (
+            "a.json",
+            b'{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}',
+            r"annotations\[0\]: image_id 1 is not among images",
+        ),
+        ("a.csv", b"", "a.csv: columns ; exactly one must be named image or"),
+        ("a.csv", b"image,text,caption\n", "columns image, text, caption; exactly one must be named caption or"),
+        ("a.csv", b"image,text\n0.png,x,y\n", "a.csv, line 2: 3 cells under a header of 2; .* in double quotes"),
+        ("a.csv", b"image,text\n0.png, \n", "a.csv, line 2: empty caption or text or title"),
+        ("a.csv", b'image,text\n0.png,"x\n', "a.csv, line 2: unexpected end of data"),
+        ("a.csv", b"image,text\n0.png,\xc3\xa8\n1.png,\xb0\xa1\n", "a.csv, line 3: not UTF-8"),
+        ("a.csv", b"image,text\n", "a.csv: no picture"),
+        ("a.parquet", b"PAR", "a.parquet: not readable as Parquet"),
+    ],
+)
+def test_faulty_files_end_in_one_message(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    chinese_clip(tmp_path, "t", PICTURES, texts())
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / name)
+
+
+def test_a_folder_of_several_splits_or_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no \.tar and no \*_imgs\.tsv"):
+        open_source(tmp_path)
+    for split in ("test", "valid"):
+        chinese_clip(tmp_path, split, PICTURES, texts())
+    with pytest.raises(UserError, match=r"several splits, name one: .*test_imgs\.tsv, .*valid_imgs\.tsv"):
+        open_source(tmp_path)
+    with pytest.raises(UserError, match="no picture"):
+        open_labelled(tmp_path)
+
+
+def test_cells_of_several_lines_keep_the_count_of_lines(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text('text,label\n"a\nb",1\n\nc,2\n')
+    assert list(read_table(table, ("text",), ("label",))) == [("line 3", ["a\nb", "1"]), ("line 5", ["c", "2"])]

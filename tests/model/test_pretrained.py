@@ -1,0 +1,124 @@
+"""Towers start from any Hugging Face folder, with the weights, projection and outputs that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from efficientclip.config import Model
+from efficientclip.data.batches import Segments
+from efficientclip.errors import UserError
+from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
+from tests import tiny
+from tests.model import hub
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+
+
+def build(side: str, folder: Path, **changes: Any) -> EfficientCLIP:
+    model = Model.model_validate({"width": tiny.WIDTH, f"{side}_tower": {"pretrained": str(folder), **changes}})
+    return build_model(model, seed=0, vocabulary=60 if side == "text" else None, sides=(side,))
+
+
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask int64 [5, 12], padded on the right."""
+    ids = torch.randint(5, 60, (5, 12))
+    mask = (torch.arange(12) < torch.tensor([[3], [12], [1], [7], [7]])).long()
+    return torch.where(mask.bool(), ids, 1), mask
+
+
+@pytest.mark.parametrize("saved", [hub.bert, hub.masked_bert, hub.roberta])
+def test_text_towers_keep_their_hidden_states(tmp_path: Path, saved: Callable[[Path], Any]) -> None:
+    source = saved(tmp_path / "model")
+    # In training mode: dropout is off there, whatever the checkpoint says.
+    model = build("text", tmp_path / "model").train()
+    assert model.text is not None
+    ids, mask = texts()
+    with torch.no_grad():
+        states = source(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+        expected = F.normalize(model.text.projection(states), dim=-1)
+    torch.testing.assert_close(model.get_text_features(ids, mask), expected, rtol=0, atol=2e-6)
+
+
+def test_left_padding_gives_the_same_features(tmp_path: Path) -> None:
+    hub.bert(tmp_path / "model")
+    model = build("text", tmp_path / "model")
+    ids, mask = texts()
+    left = torch.argsort(mask, dim=1, stable=True)
+    torch.testing.assert_close(
+        model.get_text_features(ids.gather(1, left), mask.gather(1, left)), model.get_text_features(ids, mask)
+    )
+
+
+def test_both_halves_of_chinese_clip_keep_their_features(tmp_path: Path) -> None:
+    source = hub.chinese_clip(tmp_path / "model")
+    text, image = build("text", tmp_path / "model"), build("image", tmp_path / "model", size=hub.PIXELS)
+    ids, mask = texts()
+    pixels = torch.randn(3, 3, hub.PIXELS, hub.PIXELS)
+    with torch.no_grad():
+        texts_ND = F.normalize(source.get_text_features(ids, mask).pooler_output, dim=-1)
+        images_ND = F.normalize(source.get_image_features(pixels).pooler_output, dim=-1)
+    torch.testing.assert_close(text.get_text_features(ids, mask), texts_ND, rtol=0, atol=2e-6)
+    torch.testing.assert_close(image.get_image_features(pixels), images_ND, rtol=0, atol=2e-6)
+    # The other half is neither memory nor a parameter without gradient.
+    assert not any("vision" in name for name, _ in text.named_parameters())
+    assert not any("text" in name for name, _ in image.named_parameters())
+    for model, run in ((text, tmp_path / "text"), (image, tmp_path / "image")):
+        model.save_pretrained(run / "model")
+    torch.testing.assert_close(load_model(tmp_path / "text").get_text_features(ids, mask), texts_ND)
+    torch.testing.assert_close(load_model(tmp_path / "image").get_image_features(pixels), images_ND)
+
+
+@pytest.mark.parametrize("saved", [hub.clip, hub.clip_vision])
+def test_clips_image_tower_keeps_its_features(tmp_path: Path, saved: Callable[[Path], Any]) -> None:
+    source = saved(tmp_path / "model")
+    model = build("image", tmp_path / "model", size=hub.PIXELS)
+    pixels = torch.randn(3, 3, hub.PIXELS, hub.PIXELS)
+    with torch.no_grad():
+        features = source.visual_projection(source.vision_model(pixels).pooler_output)
+    torch.testing.assert_close(model.get_image_features(pixels), F.normalize(features, dim=-1), rtol=0, atol=2e-6)
+
+
+def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
+    hub.chinese_clip(tmp_path / "model")
+    model = build("text", tmp_path / "model")
+    features = model(
+        input_ids=torch.randint(0, 60, (12,)),
+        position_ids=torch.tensor([*range(5), *range(7)]),
+        segments=Segments.of(np.array([0, 5, 12], np.int32)),
+        texts=torch.tensor([0, 1]),
+        masked_positions=torch.tensor([2, 8]),
+        masked_labels=torch.tensor([4, 7]),
+    )
+    (features["features"].sum() + features["mlm_loss_sum"] + features["logit_scale"].sum()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("saved", "side", "changes", "message"),
+    [
+        (hub.clip, "text", {}, "is a CLIP, which reads English.*efficientclip_text"),
+        (hub.clip_vision, "text", {}, "is a clip_vision_model, no text tower"),
+        (hub.bert, "image", {}, "is a bert, no image tower"),
+        (hub.clip, "image", {"size": 32}, "model.image_tower.size: 32, but .* takes pictures of 16 pixels"),
+        (None, "text", {}, "is no run, model folder or reachable hub id"),
+    ],
+)
+def test_folders_of_another_kind_are_refused(
+    tmp_path: Path, saved: Callable[[Path], Any] | None, side: str, changes: dict[str, Any], message: str
+) -> None:
+    if saved is not None:
+        saved(tmp_path / "model")
+    with pytest.raises(UserError, match=message):
+        build(side, tmp_path / "model", **changes)

@@ -1,0 +1,109 @@
+"""The plan's counts against formulas worked by hand, and its advice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from efficientclip import cli
+from efficientclip.config import Config
+from efficientclip.errors import UserError
+from efficientclip.plan import DEVICES, GIB, Settings, measure_work, parse_count, parse_devices, plan
+
+HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
+
+
+def config(**training: Any) -> Config:
+    text = {
+        "model_type": "bert", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+        "intermediate_size": INNER, "vocab_size": VOCABULARY,
+    }  # fmt: skip
+    image = {
+        "model_type": "clip_vision_model", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 128, "image_size": 32, "patch_size": 8,
+    }  # fmt: skip
+    return Config.model_validate(
+        {
+            "run": "runs/x",
+            "model": {
+                "width": 32,
+                "text_tower": {"architecture": text},
+                "image_tower": {"architecture": image, "size": 32},
+            },
+            "training": {"pair_visits": 1_000_000, "batch_size": 1024, **training},
+        }
+    )
+
+
+SETTINGS = Settings(1_000_000, 500_000, LENGTH, 32, DEVICES["h100"], 8)
+
+
+def test_operations_of_a_token_are_those_of_its_products() -> None:
+    work = measure_work(config(), LENGTH, torch.float32)
+    products = LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER)
+    attention = LAYERS * 2 * HIDDEN * LENGTH
+    assert work.token == pytest.approx(2 * (products + attention), rel=1e-6)
+    assert work.picture > 0
+    # At least each product's input and each attention's operands are kept.
+    assert work.kept_by_token > LAYERS * (6 * HIDDEN + INNER) * 4
+    half = measure_work(config(), LENGTH, torch.bfloat16)
+    # Token numbers and the statistics of layer norms keep their width.
+    assert work.kept_by_token / 2 < half.kept_by_token < 0.7 * work.kept_by_token
+
+
+def test_a_plan_adds_up() -> None:
+    made = plan(config(), SETTINGS)
+    work = measure_work(config(), LENGTH, torch.float32)
+    assert made.flop["captions"] == pytest.approx(3e6 * (LENGTH * work.token + 2 * HIDDEN * 32))
+    assert made.flop["contrastive loss"] == pytest.approx(1e6 * 6 * 32 * (1024 + 20_000))
+    assert made.flop["pictures through the frozen tower"] == pytest.approx(500_000 * work.picture)
+    assert made.memory["bank"] == 20_000 * 32 * 4
+    assert made.storage["features"] == 500_000 * 32 * 2
+    fixed = sum(made.seconds.values()) / 86_400
+    assert made.days(0.1) - fixed == pytest.approx(4 * (made.days(0.4) - fixed))
+
+
+def test_zero_shards_memory(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    parts = {}
+    for stage in (0, 1, 2, 3):
+        file.write_text(f'{{"bf16": {{"enabled": true}}, "zero_optimization": {{"stage": {stage}}}}}')
+        parts[stage] = plan(config().model_copy(update={"deepspeed": file}), SETTINGS).memory
+    for name, stage in (("optimiser", 1), ("master weights", 1), ("gradients", 2), ("weights", 3)):
+        assert parts[stage - 1][name] == pytest.approx(8 * parts[stage][name])
+
+
+def test_advice_names_what_does_not_fit() -> None:
+    small = replace(SETTINGS, device=replace(SETTINGS.device, memory=1.2 * GIB))
+    large = config(batch_size=262_144)
+    assert "training.micro_batch_size" in plan(large, small).notes[0]
+    assert plan(config(), SETTINGS).notes[0].startswith("fits")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parse_devices("8xABC"), "known devices: A100"),
+        (lambda: parse_devices("H100"), "write it as 8xH100"),
+        (lambda: parse_count("many"), "--pairs 'many'"),
+    ],
+)
+def test_mistakes_are_explained(call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_the_command_prints_its_assumptions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from efficientclip.config import save_config
+
+    file = tmp_path / "run.yaml"
+    save_config(config(), file)
+    assert cli.main(["plan", str(file), "--pairs", "2M", "--gpus", "4xA100", "--epochs", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "GPU-days" in printed
+    assert "2,000,000 pairs" in printed
+    assert "assumed: A100: 312 TFLOP/s" in printed
