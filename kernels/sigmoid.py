@@ -166,15 +166,16 @@ def _loss_kernel(  # type: ignore[no-untyped-def]
             bounds_ptr, block * tiles + tile, IDS, IDS_POSITIVE, CLOSED, BLOCK, BLOCK_K, UPCAST,
         )  # fmt: skip
         e_RC = tl.exp(-tl.abs(u_RC))
-        # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24.
-        series_RC = 0.0051058258 * e_RC - 0.0289919564
-        series_RC = series_RC * e_RC + 0.0773807384
-        series_RC = series_RC * e_RC - 0.135906002
-        series_RC = series_RC * e_RC + 0.190713096
-        series_RC = series_RC * e_RC - 0.248339455
-        series_RC = series_RC * e_RC + 0.333179343
-        series_RC = series_RC * e_RC - 0.499994357
-        series_RC = series_RC * e_RC + 0.999999965
+        # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24. A last coefficient of
+        # exactly 1 keeps the mean error at 3e-9: rows add up what cells have in common.
+        series_RC = 0.00536482544 * e_RC - 0.0300657967
+        series_RC = series_RC * e_RC + 0.0792045428
+        series_RC = series_RC * e_RC - 0.13753803
+        series_RC = series_RC * e_RC + 0.191536552
+        series_RC = series_RC * e_RC - 0.248571637
+        series_RC = series_RC * e_RC + 0.333213226
+        series_RC = series_RC * e_RC - 0.49999648
+        series_RC = series_RC * e_RC + 1.0
         loss_R += tl.sum(tl.maximum(u_RC, 0.0) + series_RC * e_RC, 1)
     tl.store(loss_ptr + strip.to(tl.int64) * M + row_R, loss_R, mask=row_R < M)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from efficientclip.kernels import sigmoid, sigmoid_loss, similarity
 from efficientclip.kernels.similarity import Tile
-from tests.kernels.sigmoid_cases import check, everything, features, run
+from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
 
-# The interpreter cuts fp32 off to bf16, which a GPU rounds: twice the error.
-SLACK = {torch.float32: 2, torch.float16: 2, torch.bfloat16: 4}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +26,22 @@ def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     monkeypatch.setattr(sigmoid, "CHUNK", 64)
     monkeypatch.setattr(sigmoid, "STRIP_TILES", 2)
 
+    cut = InterpreterBuilder.create_fp_trunc
 
-@pytest.mark.parametrize("dtype", SLACK)
-@pytest.mark.parametrize("positives", ["pair", "ids"])
-def test_everything_at_once(rng: torch.Generator, positives: str, dtype: torch.dtype) -> None:
-    options = everything(rng, 70, 33)
-    check(features(rng, 70, 33, 40), dtype, 10, -5, SLACK[dtype], positives=positives, **options)
+    def rounded(self: Any, source: Any, dtype: Any) -> Any:
+        """The interpreter cuts fp32 off to bf16, twice the error of a GPU, which rounds."""
+        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
+            return cut(self, source, dtype)
+        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16)
+        return TensorHandle(bits.numpy(), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
+
+
+@DTYPES
+@pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
+def test_everything_at_once(rng: torch.Generator, dtype: torch.dtype, scale: float, bias: float) -> None:
+    check_over_batches(rng, 4, (40, 20, 24), dtype, scale, bias)
 
 
 @pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 40, 24), (33, 0, 100)])
@@ -39,9 +50,9 @@ def test_ragged_shapes(rng: torch.Generator, M: int, Q: int, D: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("scale", "bias"), [(0.01, 0.0), (10, -10.0), (200, -20.0), (-30, 3.0)])
+@pytest.mark.parametrize(("scale", "bias"), [(0.01, 0.0), (200, -20.0), (-30, 3.0)])
 def test_scales(rng: torch.Generator, dtype: torch.dtype, scale: float, bias: float) -> None:
-    check(features(rng, 40, 20, 24, hard=True), dtype, scale, bias, SLACK[dtype])
+    check(features(rng, 40, 20, 24, hard=True), dtype, scale, bias)
 
 
 def test_losses_far_below_one(rng: torch.Generator) -> None:

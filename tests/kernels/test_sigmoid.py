@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, sigmoid_loss_naive, similarity
 from tests.kernels.calls import Calls
-from tests.kernels.sigmoid_cases import check, everything, features, run
+from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -53,6 +53,14 @@ def test_ragged_shapes(
     rng: torch.Generator, small_tiles: None, M: int, Q: int, D: int, positives: str, dtype: torch.dtype
 ) -> None:
     check(features(rng, M, Q, D), dtype, 10, positives=positives, **everything(rng, M, Q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
+def test_errors_beside_plain_torch(
+    rng: torch.Generator, small_tiles: None, dtype: torch.dtype, scale: float, bias: float
+) -> None:
+    check_over_batches(rng, 8, (140, 70, 24), dtype, scale, bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
