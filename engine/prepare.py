@@ -21,7 +21,18 @@ from tqdm import tqdm
 from .config import Config
 from .data.pictures import decode_square
 from .data.shards import BadSample, Sample, list_shards, read_shard
-from .data.store import finish, read_manifest, staging, token_dtype, write_atomically, write_tokens
+from .data.store import (
+    FORMAT,
+    PAIR_FILES,
+    TEXT_FILES,
+    finish,
+    read_manifest,
+    staging,
+    token_dtype,
+    write_atomically,
+    write_ids,
+    write_tokens,
+)
 from .data.tokenizer import fingerprint, load_tokenizer
 from .errors import UserError
 from .model.frozen import FrozenImages, teacher_name
@@ -113,7 +124,7 @@ def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
     manifest = _merge(folder, files, tokenizer, identity)
     for file in files:
         file.unlink()
-    finish(folder, path, manifest, ["features.bin", "tokens.bin", "offsets.bin", "pairs.parquet"])
+    finish(folder, path, manifest, PAIR_FILES)
     return manifest
 
 
@@ -231,7 +242,7 @@ def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
         "special_tokens": sorted(tokenizer.all_special_ids),
         "mask_token": tokenizer.mask_token_id,
     }
-    finish(folder, path, manifest, ["tokens.bin", "offsets.bin"])
+    finish(folder, path, manifest, TEXT_FILES)
     return manifest
 
 
@@ -244,7 +255,8 @@ def _read_lines(source: Path) -> list[str]:
 
 def _up_to_date(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the store at `path`, if it was made of the same source by the same tower and tokenizer."""
-    if not (path / "manifest.json").is_file():
+    file = path / "manifest.json"
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("format") != FORMAT:
         return None
     manifest = read_manifest(path)
     return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
@@ -335,6 +347,8 @@ def _merge(folder: Path, files: list[Path], tokenizer: Any, identity: dict[str, 
         token_lists += tokenizer(batch)["input_ids"]
     dtype = token_dtype(len(tokenizer))
     write_tokens(folder, token_lists, dtype)
+    ids = pq.read_table(pair_file, columns=["image_id", "caption_id"], memory_map=True)
+    write_ids(folder, ids["image_id"].to_numpy(), ids["caption_id"].to_numpy(), len(caption_of))
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         **identity,
