@@ -82,6 +82,7 @@ def text_store(path: Path, *, texts: int = 60, seed: int = 1) -> Path:
     folder = staging(path)
     folder.mkdir(parents=True)
     write_tokens(folder, tokens(lines)["input_ids"], token_dtype(len(tokens)))
+    tokens.save_pretrained(folder / "tokenizer")
     manifest = {
         "kind": "texts",
         "texts": texts,

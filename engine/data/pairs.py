@@ -20,7 +20,6 @@ from .. import _loader
 from ..errors import UserError
 from .batches import Batch, Edges, FrozenTable, IntArray, Segments
 from .store import Store, TextStore
-from .tokenizer import load_tokenizer
 
 SPECIAL, CONTINUING = 1, 2
 
@@ -49,6 +48,9 @@ class MaskedTexts:
         manifest = self.texts.manifest
         kinds = np.zeros(manifest["vocabulary"], np.uint8)
         if self.whole_words:
+            # transformers takes seconds to import, and nothing else here needs it.
+            from .tokenizer import load_tokenizer
+
             pieces = load_tokenizer(self.texts.path / "tokenizer").convert_ids_to_tokens(range(len(kinds)))
             kinds[[piece.startswith("##") for piece in pieces]] = CONTINUING
             if not kinds.any():
