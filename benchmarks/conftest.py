@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the rule that a loss whose tests are red has no speed."""
+"""Options of the benchmarks, and the rule that what is red has no speed."""
 
 from __future__ import annotations
 
@@ -34,12 +34,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="takes minutes or several GB: pass --long"))
 
 
-@pytest.fixture(scope="session")
-def green() -> None:
-    """Runs the loss's tests once a session; while they are red, nothing is reported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *TESTS]
+def refuse_while_red(*tests: str) -> None:
+    """Runs `tests`; while they are red, nothing is reported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *tests]
     # Tests ask for deterministic algorithms, which cuBLAS refuses without a fixed workspace.
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        pytest.fail(f"the loss's tests are red, and a wrong loss has no speed:\n{done.stdout[-4000:]}", pytrace=False)
+        pytest.fail(f"the tests are red, and what is wrong has no speed:\n{done.stdout[-4000:]}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def green() -> None:
+    """Runs the loss's tests once a session."""
+    refuse_while_red(*TESTS)

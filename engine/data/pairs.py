@@ -51,7 +51,7 @@ class MaskedTexts:
             # transformers takes seconds to import, and nothing else here needs it.
             from .tokenizer import load_tokenizer
 
-            pieces = load_tokenizer(self.texts.path / "tokenizer").convert_ids_to_tokens(range(len(kinds)))
+            pieces = load_tokenizer(self.texts.path / "tokenizer").convert_ids_to_tokens(list(range(len(kinds))))
             kinds[[piece.startswith("##") for piece in pieces]] = CONTINUING
             if not kinds.any():
                 raise UserError(f"mlm.whole_word: no token of {self.texts.path}'s tokenizer continues a word by ##")
@@ -159,7 +159,7 @@ class PairLoader:
         self._threads: Any = None
         self._closed = False
         captions, masked, local = self.source.captions, self.source.masked, max(batch_size // max(world_size, 1), 1)
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "trained_ids": self.source.trained_ids,
             "frozen_ids": self.source.frozen_ids,
             "features": self.source.table.features,
@@ -175,7 +175,13 @@ class PairLoader:
             "threads": threads,
             "prefetch": prefetch,
         }
-        self.kept = np.ones(len(self.source), bool) if kept is None else kept
+        if kept is None:
+            bits = np.full(-(-len(self.source) // 8), 255, np.uint8)
+            # Bits behind the last pair stay 0: they are counted.
+            bits[-1:] >>= -len(self.source) % 8
+            self._keep(bits)
+        else:
+            self.kept = kept
 
     @property
     def kept(self) -> npt.NDArray[np.bool_]:
@@ -242,8 +248,8 @@ class PairLoader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken."""
-        found = (*(int(value) for value in state["identity"]), float(state["reaudition_share"]))
-        expected = (len(self.source), self.batch_size, self.seed, self.reaudition_share)
+        found = [*(int(value) for value in state["identity"]), float(state["reaudition_share"])]
+        expected = [len(self.source), self.batch_size, self.seed, self.reaudition_share]
         if found != expected:
             raise UserError(
                 f"loader state: of (pairs, batch_size, seed, reaudition_share) = {found}, this loader has {expected};"
