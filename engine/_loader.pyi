@@ -50,7 +50,7 @@ class ShardError(Exception):
     """A shard that cannot be opened or is no whole tar: which, where it breaks, and the remedy."""
 
 class ImageLoader:
-    """One pass over image shards, made by threads ahead of the consumer; `efficientclip.ImageLoader` documents the rest.
+    """One pass over image shards, made by threads ahead of the consumer: the engine of `efficientclip.ImageLoader`.
 
     Every method raises RuntimeError after close() and in a forked child.
     """
