@@ -37,11 +37,6 @@ struct Bytes {
     std::size_t size = 0;
 };
 
-void require_size(std::int64_t width, std::int64_t height) {
-    if (width <= 0 || height <= 0) throw BadPicture{kUndecodable};
-    if (width > kMaxPixels / height) throw BadPicture{kTooLarge};
-}
-
 // The orientation in a TIFF header's first folder; 1 if there is none.
 int exif_orientation(Bytes exif) {
     constexpr std::uint8_t kPrefix[] = {'E', 'x', 'i', 'f', 0, 0};
@@ -245,7 +240,10 @@ class Png {
         close();
         left_ = encoded;
         truncated_ = false;
-        png_ = png_create_read_struct(PNG_LIBPNG_VER_STRING, this, nullptr, [](png_structp, png_const_charp) {});
+        // libpng's own handlers print to the standard error.
+        png_ = png_create_read_struct(
+            PNG_LIBPNG_VER_STRING, this, [](png_structp png, png_const_charp) { png_longjmp(png, 1); },
+            [](png_structp, png_const_charp) {});
         if (png_ == nullptr || (info_ = png_create_info_struct(png_)) == nullptr) throw BadPicture{kUndecodable};
         if (setjmp(png_jmpbuf(png_)) != 0) throw BadPicture{truncated_ ? kTruncated : kUndecodable};
         png_set_read_fn(png_, this, [](png_structp png, png_bytep out, std::size_t count) {
@@ -414,7 +412,8 @@ struct PictureDecoder::State {
     WebP webp;
 };
 
-PictureDecoder::PictureDecoder() : state_(std::make_unique<State>()) {}
+PictureDecoder::PictureDecoder(std::int64_t max_pixels)
+    : max_pixels_(max_pixels), state_(std::make_unique<State>()) {}
 PictureDecoder::~PictureDecoder() = default;
 
 PictureInfo PictureDecoder::open(const std::uint8_t* data, std::size_t size) {
@@ -434,7 +433,8 @@ PictureInfo PictureDecoder::open(const std::uint8_t* data, std::size_t size) {
     } else {
         throw BadPicture{kUndecodable};
     }
-    require_size(info.width, info.height);
+    if (info.width <= 0 || info.height <= 0) throw BadPicture{kUndecodable};
+    if (info.width > max_pixels_ / info.height) throw BadPicture{kTooLarge};
     return info;
 }
 

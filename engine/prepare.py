@@ -7,7 +7,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .config import Config
-from .data.pictures import decode_square
-from .data.shards import BadSample, Sample, list_shards, read_shard
+from .data.images import ImageBatch, ImageLoader
+from .data.shards import BadSample, caption_entries, list_shards, read_record
 from .data.store import (
     FORMAT,
     PAIR_FILES,
@@ -130,48 +129,46 @@ def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
 
 def _image_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:
     encoder = FrozenImages(config)
+    tower = encoder.tower
 
     def part(shard: Path) -> Part:
         items: list[Item] = []
-        bad: list[BadSample] = []
-        with ThreadPoolExecutor() as pool, tqdm(desc=shard.name, unit="picture", leave=False) as bar:
-            for batch in _batches(read_shard(shard), ENCODE_BATCH):
-                bad += [sample for sample in batch if isinstance(sample, BadSample)]
-                samples = [sample for sample in batch if isinstance(sample, Sample)]
-                decoded = list(pool.map(lambda sample: _decode(sample, encoder.tower.size), samples))
-                bad += [
-                    BadSample(shard.name, sample.key, "undecodable image")
-                    for sample, pixels in zip(samples, decoded, strict=True)
-                    if pixels is None
-                ]
-                good = [(s, pixels) for s, pixels in zip(samples, decoded, strict=True) if pixels is not None]
-                if good:
-                    features = _fp16_rows(encoder.encode([pixels for _, pixels in good]))
-                    items += [
-                        Item(
-                            hash=hashlib.blake2b(sample.image, digest_size=16).digest(),
-                            feature=feature,
-                            key=sample.key,
-                            source=sample.source,
-                            shard=str(shard.resolve()),
-                            offset=sample.offset,
-                            length=sample.length,
-                            captions=sample.captions,
-                            noise=sample.noise,
-                        )
-                        for (sample, _), feature in zip(good, features, strict=True)
-                    ]
+        with (
+            ImageLoader(
+                shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std,
+                keep_encoded=True,
+            ) as loader,
+            tqdm(desc=shard.name, unit="picture", leave=False) as bar,
+        ):  # fmt: skip
+            for batch in loader:
+                items += _items(shard, batch, _fp16_rows(encoder.encode_pixels(batch.images)))
                 bar.update(len(batch))
-        return items, bad
+                waited = loader.waited_seconds / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix(waited_for_data=f"{waited:.0%}", refresh=False)
+            return items, loader.bad_samples
 
     return [partial(part, shard) for shard in list_shards(source)], encoder.name
 
 
-def _decode(sample: Sample, size: int) -> Any:
-    try:
-        return decode_square(sample.image, size)
-    except (OSError, ValueError):
-        return None
+def _items(shard: Path, batch: ImageBatch, features: list[bytes]) -> list[Item]:
+    items = []
+    for at, feature in enumerate(features):
+        record = read_record(batch.json[at])
+        entries = caption_entries(batch.texts[at], record)
+        items.append(
+            Item(
+                hash=hashlib.blake2b(batch.encoded[at] or b"", digest_size=16).digest(),
+                feature=feature,
+                key=batch.keys[at],
+                source=str(record.get("source", "")),
+                shard=str(shard.resolve()),
+                offset=batch.offsets[at],
+                length=batch.lengths[at],
+                captions=batch.captions[at],
+                noise=[entry.get("noise") for entry in entries],
+            )
+        )
+    return items
 
 
 def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:

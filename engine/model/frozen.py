@@ -29,9 +29,12 @@ class FrozenImages:
         model = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",)).image
         self.model = model.eval().to(self.device) if model is not None else None
 
-    @torch.inference_mode()
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        pixels = normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std)
+        return self.encode_pixels(normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
         if self.model is None:
             raise UserError("model.image_tower: could not be built")
         features: npt.NDArray[np.float32] = self.model(pixels.to(self.device)).cpu().numpy()
