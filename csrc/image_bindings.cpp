@@ -114,7 +114,12 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     bool keep_encoded, bool drop_last, std::int64_t consumed) {
     ImageOptions options;
     options.shards = std::move(shards);
-    options.transform = {size, train, scale, ratio, flip, scaled_decoding};
+    options.transform.size = size;
+    options.transform.random_crop = train;
+    options.transform.scale = scale;
+    options.transform.ratio = ratio;
+    options.transform.flip = flip;
+    options.transform.scaled_decoding = scaled_decoding;
     options.format.type = dtype == "float32"    ? efficientclip::PixelType::float32
                           : dtype == "bfloat16" ? efficientclip::PixelType::bfloat16
                                                 : efficientclip::PixelType::uint8;

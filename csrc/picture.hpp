@@ -15,7 +15,7 @@ struct BadPicture {
 constexpr const char* kTooLarge = "image too large";
 
 // Larger pictures are refused: a few kilobytes can claim gigabytes of pixels.
-constexpr std::int64_t kMaxPixels = 100'000'000;
+constexpr std::int64_t kMaxPixels = 100'000'000;  // as in engine/data/pictures.py
 
 struct PictureInfo {
     int width, height;  // as stored, before `orientation` is applied
@@ -38,7 +38,7 @@ class RowSink {
 // Decodes one picture after another, keeping its buffers. Not for two threads at once.
 class PictureDecoder {
   public:
-    PictureDecoder();
+    explicit PictureDecoder(std::int64_t max_pixels);
     ~PictureDecoder();
 
     // Reads the header; `data` is borrowed until the next picture. Throws BadPicture.
@@ -51,6 +51,7 @@ class PictureDecoder {
 
   private:
     struct State;
+    std::int64_t max_pixels_;
     std::unique_ptr<State> state_;
 };
 

@@ -21,6 +21,7 @@ struct TransformOptions {
     bool flip = false;
     // Let JPEG pictures be decoded at half, a quarter or an eighth of their size where that is still enough pixels.
     bool scaled_decoding = false;
+    std::int64_t max_pixels = kMaxPixels;
 };
 
 struct Sides {
@@ -36,7 +37,7 @@ Sides resize_and_centre_crop(int width, int height, int size);
 // Keeps its buffers from picture to picture. Not for two threads at once.
 class Transform {
   public:
-    explicit Transform(const TransformOptions& options) : options_(options) {}
+    explicit Transform(const TransformOptions& options) : options_(options), decoder_(options.max_pixels) {}
 
     // Fills the tile; returns how it lies in the picture. Throws BadPicture.
     Turn apply(const std::uint8_t* encoded, std::size_t size, Random random, Tile& tile);
