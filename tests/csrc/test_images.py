@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+
+from .seeds import write_seeds
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["tar", "captions", "picture", "resize", "transform", "image_loader"]
@@ -75,41 +74,3 @@ def test_mutated_inputs_are_errors_or_pictures(build, tmp_path: Path) -> None:
     decoded, refused = (int(word) for word in said.replace(",", "").split()[1::2])
     # Both ways were gone.
     assert min(decoded, refused) > len(files)
-
-
-def write_seeds(folder: Path) -> list[Path]:
-    """Small files of every kind that the core reads."""
-    noise = np.random.default_rng(0).integers(0, 60, (40, 48, 3))
-    slope = np.add.outer(np.arange(40) * 5, np.arange(48) * 3)[..., None]
-    picture = Image.fromarray((slope + noise).clip(0, 255).astype(np.uint8))
-    transparent = picture.copy()
-    transparent.putalpha(picture.convert("L"))
-    turned = Image.Exif()
-    turned[0x112] = 6
-    kinds = {
-        "exif.jpg": (picture, {"exif": turned}),
-        "progressive.jpg": (picture, {"progressive": True}),
-        "cmyk.jpg": (picture.convert("CMYK"), {}),
-        "grey.jpg": (picture.convert("L"), {}),
-        "rgba.png": (transparent, {}),
-        "palette.png": (picture.quantize(16), {"transparency": 2}),
-        "exif.png": (picture.convert("L"), {"exif": turned}),
-        "lossless.webp": (transparent, {"lossless": True, "exif": turned}),
-        "lossy.webp": (picture, {}),
-        "moving.webp": (picture, {"save_all": True, "append_images": [picture.rotate(90)]}),
-    }
-    for name, (kind, options) in kinds.items():
-        kind.save(folder / name, **options)
-    grey = (folder / "grey.jpg").read_bytes()
-    for name, tar_format in {"gnu.tar": tarfile.GNU_FORMAT, "pax.tar": tarfile.PAX_FORMAT}.items():
-        with tarfile.open(folder / name, "w", format=tar_format) as tar:
-            for key in ("a", "图" * 60 + "/b"):
-                for suffix, content in {
-                    "jpg": grey,
-                    "txt": "标题".encode(),
-                    "json": rb'{"caption": "x", "captions": [{"text": "\u00e9"}, "b"], "n": [1e5, -0.5]}',
-                }.items():
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return [folder / name for name in (*kinds, "gnu.tar", "pax.tar")]
