@@ -248,6 +248,10 @@ class PairLoader:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken."""
+        if missing := self.state().keys() - state.keys():
+            raise UserError(
+                f"loader state: {', '.join(sorted(missing))} missing, so another version wrote it; start a new run"
+            )
         found = [*(int(value) for value in state["identity"]), float(state["reaudition_share"])]
         expected = [len(self.source), self.batch_size, self.seed, self.reaudition_share]
         if found != expected:

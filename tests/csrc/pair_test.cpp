@@ -150,6 +150,9 @@ void test_order_is_mixed() {
         batch_blocks += static_cast<std::int64_t>(blocks.size());
     }
     check(batch_blocks > 10 * 900, "a batch draws on nearly all blocks of its window");
+    std::int64_t quarters[4] = {};
+    for (std::size_t i = 0; i < 4096; ++i) ++quarters[rows[i] / (n / 4)];
+    for (const std::int64_t times : quarters) check(std::abs(times - 1024) < 300, "a window draws on the whole store");
 }
 
 void test_masks() {
@@ -419,20 +422,23 @@ void test_errors() {
     fails([](Made& m) { m.store.masked->rule.share = 0; }, "a share of 0");
     fails([](Made& m) { m.store.frozen_ids.size -= 1; }, "ids of two lengths");
 
-    // A store that contradicts itself: the error reaches the consumer, again and again, after the sound batches.
+    // A store that contradicts itself: its error reaches the consumer behind the sound batches, again and again.
     Made broken = good;
     broken.store = good.store;
-    broken.offsets.back() += 1'000;
-    broken.store.captions->offsets = view(broken.offsets);
+    const std::int64_t row = take(good, 6)[5]->rows[0];
+    broken.trained_ids[static_cast<std::size_t>(row)] = 1'000'000;
+    broken.store.trained_ids = view(broken.trained_ids);
     broken.settings.threads = 2;
     PairLoader loader(broken.store, broken.settings);
+    int sound = 0;
     for (int round = 0; round < 2; ++round) {
-        check_throws<std::invalid_argument>(
+        check_throws<std::out_of_range>(
             [&] {
-                for (;;) loader.next(milliseconds(20));
+                for (;;) sound += loader.next(milliseconds(20)) != nullptr;
             },
-            "offsets beyond the tokens");
+            "a caption outside the store");
     }
+    check(sound == 5, "batches before a broken one are sound");
 }
 
 // The child has none of the threads: it must neither wait for them nor hang in taking down.

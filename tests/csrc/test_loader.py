@@ -282,8 +282,8 @@ def test_the_core_runs_clean_under_the_sanitizers(test: str, parts: list[str], s
     flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [*(ROOT / f"csrc/{part}.cpp" for part in parts), ROOT / f"tests/csrc/{test}.cpp"]
     subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary], check=True)
-    ran = subprocess.run([binary], capture_output=True, text=True)
+    ran = subprocess.run([binary], capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in ran.stderr:
         # With some kernels' address randomisation the thread sanitizer finds no room for its shadow memory.
-        ran = subprocess.run(["setarch", "-R", binary], capture_output=True, text=True)
+        ran = subprocess.run(["setarch", "-R", binary], capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout) == (0, "all passed\n"), ran.stderr

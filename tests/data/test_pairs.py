@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from efficientclip.data.batches import Batch, pack
-from efficientclip.data.pairs import CaptionPairs, MaskedTexts, PairLoader
+from efficientclip.data.pairs import CaptionPairs, MaskedTexts, PairLoader, PairSource
 from efficientclip.data.store import FORMAT, Store, TextStore
 from efficientclip.errors import UserError
 from tests import tiny
@@ -50,6 +50,10 @@ def random_mask(n: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def rows_of(batches: list[Batch], weight: int) -> list[int]:
@@ -376,6 +380,21 @@ def test_a_store_is_opened_without_reading_it(folder: Path) -> None:
         assert images[indptr[caption] : indptr[caption + 1]].tolist() == expected
     source = CaptionPairs(store)
     assert isinstance(source.trained_ids, np.memmap) and isinstance(source.frozen_ids, np.memmap)
+
+
+def test_an_epochs_order_takes_a_bit_a_pair() -> None:
+    n = 64_000_000
+    ids = np.zeros(n, np.int32)  # never written, so not resident
+    source = PairSource(
+        trained_ids=ids, frozen_ids=ids, features=np.ones((1, 4), np.float16), edges=(np.array([0, 1]), ids[:1])
+    )
+    source.inputs = lambda trained_ids_M, step, rank, world_size: {}  # type: ignore[method-assign]
+    before = resident()
+    with PairLoader(source, batch_size=64, seed=SEED, prefetch=1) as loader:
+        rows = np.concatenate([next(loader).rows_N for _ in range(50)])
+        taken = resident() - before
+    assert len(set(rows.tolist())) == len(rows) and rows.max() > n / 2
+    assert taken < n / 8 + 2**24
 
 
 def test_a_store_that_contradicts_itself_is_a_users_error(tmp_path: Path) -> None:
