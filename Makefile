@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test bench bench-peers gpu lint types format clean
+.PHONY: help demo demo-system test fuzz bench bench-peers gpu lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -42,6 +42,18 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 
 test: .venv/.ready ## the whole test suite
 	pytest
+
+SECONDS ?= 600
+FUZZED := $(addprefix csrc/,tar.cpp captions.cpp picture.cpp resize.cpp transform.cpp) tests/csrc/image_fuzz.cpp
+FUZZER := clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+fuzz: .venv/.ready ## hostile shards and pictures for SECONDS=600; needs clang
+	@missing=; echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' \
+		| $(FUZZER) -x c++ - -o /dev/null 2>/dev/null || missing=" clang libclang-rt-dev"; $(INSTALL_MISSING)
+	@mkdir -p .cache/fuzz/inputs
+	python tests/csrc/seeds.py .cache/fuzz/inputs
+	$(FUZZER) -Icsrc $(FUZZED) $$(pkg-config --libs libjpeg libpng libwebp libwebpdemux) -o .cache/fuzz/image_fuzz
+	.cache/fuzz/image_fuzz -max_total_time=$(SECONDS) -timeout=20 -verbosity=0 -print_final_stats=1 \
+		-artifact_prefix=.cache/fuzz/ .cache/fuzz/inputs
 
 bench: .venv/.ready ## the benchmarks
 	pytest benchmarks --benchmark-only
@@ -98,6 +110,10 @@ OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and \
 	@! command -v $(PYTHON) >/dev/null || $(PYTHON) -c '$(OLD_ENOUGH)'
 	@missing=; \
 	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v pkg-config >/dev/null || missing="$$missing pkg-config"; \
+	for library in libjpeg:libjpeg62-turbo-dev libpng:libpng-dev libwebpdemux:libwebp-dev; do \
+		pkg-config $${library%:*} 2>/dev/null || missing="$$missing $${library#*:}"; \
+	done; \
 	command -v $(PYTHON) >/dev/null || missing="$$missing python3"; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || missing="$$missing $(notdir $(PYTHON))-venv"; \
 	$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null \

@@ -1,6 +1,8 @@
 """Packages and the C++ loader; everything else about the distribution stands in pyproject.toml."""
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -17,13 +19,36 @@ def sources(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
 
 
+# By pkg-config's names, with the Debian packages that bring them.
+LIBRARIES = {
+    "libjpeg": "libjpeg62-turbo-dev",
+    "libpng": "libpng-dev",
+    "libwebp": "libwebp-dev",
+    "libwebpdemux": "libwebp-dev",
+}
+
+
+def library_flags(kind: str) -> list[str]:
+    """What the compiler (--cflags) or the linker (--libs) must be told."""
+    if shutil.which("pkg-config") is None:
+        raise SystemExit("error: pkg-config is missing; Debian: apt-get install pkg-config")
+    absent = {package for name, package in LIBRARIES.items() if subprocess.run(["pkg-config", name]).returncode != 0}
+    if absent:
+        raise SystemExit(f"error: libraries are missing; Debian: apt-get install {' '.join(sorted(absent))}")
+    return subprocess.run(["pkg-config", kind, *LIBRARIES], check=True, capture_output=True, text=True).stdout.split()
+
+
 loader = Pybind11Extension(
     "efficientclip._loader",
     sources("*.cpp"),
     depends=sources("*.hpp"),
     cxx_std=17,
-    extra_compile_args=["-O3", "-Wall", "-Wextra", *(["-Werror"] if os.environ.get("CI") else [])],
-    extra_link_args=["-pthread"],
+    extra_compile_args=[
+        *library_flags("--cflags"),
+        *("-O3", "-Wall", "-Wextra"),
+        *(["-Werror"] if os.environ.get("CI") else []),
+    ],
+    extra_link_args=["-pthread", *library_flags("--libs")],
 )
 
 setup(

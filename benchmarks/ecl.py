@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from efficientclip.config import load_config
-from efficientclip.data.store import Store, finish
+from efficientclip.data.store import Store, finish, write_ids
 from efficientclip.model.efficientclip import load_model
 from efficientclip.model.encode import encode_store
 from efficientclip.objectives.retrieval import best_ranks
@@ -56,6 +56,7 @@ def without_noise(store: Path, target: Path) -> None:
     pairs = source.pairs()
     clean = pairs.filter(pc.invert(pc.fill_null(pairs["noise"], False)))
     pq.write_table(clean, folder / "pairs.parquet")
+    write_ids(folder, clean["image_id"].to_numpy(), clean["caption_id"].to_numpy(), len(source.offsets) - 1)
     manifest = {key: value for key, value in source.manifest.items() if key not in ("files", "format")}
     finish(folder, target, manifest | {"pairs": len(clean)}, list(source.manifest["files"]))
 

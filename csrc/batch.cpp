@@ -45,6 +45,8 @@ void require_offsets(View<std::int64_t> offsets, const char* name) {
 constexpr std::int64_t kCacheLine = 64;
 // A row's first touch misses the cache and the page table; eight rows ahead hides both.
 constexpr std::int64_t kPrefetchRows = 8;
+// A text is shorter than a row: less time to hide a miss in.
+constexpr std::int64_t kPrefetchTexts = 16;
 // Past this the hardware prefetcher has caught on to the row.
 constexpr std::int64_t kPrefetchBytes = 1024;
 // Smaller shares cost more in thread starts than they save in copying.
@@ -153,6 +155,7 @@ template <class Token>
 void pack_texts(View<Token> tokens, View<std::int64_t> offsets, View<std::int64_t> ids, const std::int32_t* cu_seqlens,
                 std::int64_t* input_ids, std::int64_t* position_ids) {
     for (std::int64_t i = 0; i < ids.size; ++i) {
+        if (i + kPrefetchTexts < ids.size) __builtin_prefetch(tokens.data + offsets[ids[i + kPrefetchTexts]], 0, 0);
         const std::int64_t length = cu_seqlens[i + 1] - cu_seqlens[i];
         if (length == 0) continue;
         const Token* text = tokens.data + offsets[ids[i]];

@@ -4,4 +4,26 @@ The way of the data is the way of the imports: shards, store, batches, towers, o
 evaluation.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data.images import ImageLoader
+    from .data.pairs import PairLoader
+
 __version__ = "0.1.0"
+__all__ = ["ImageLoader", "PairLoader"]
+
+
+def __getattr__(name: str) -> Any:
+    # `efficientclip --help` shall not wait for torch.
+    if name == "ImageLoader":
+        from .data.images import ImageLoader
+
+        return ImageLoader
+    if name == "PairLoader":
+        from .data.pairs import PairLoader
+
+        return PairLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

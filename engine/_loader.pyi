@@ -5,7 +5,7 @@ dtype, shape or layout, IndexError for an id outside the store, ValueError for a
 other.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,117 @@ def linked_pairs(
     `columns` [n] may repeat ids; a column below 0 has no edges. A row that is not ascending is a
     ValueError if it is no longer than `columns`; longer ones are searched, not read through.
     """
+
+class ShardError(Exception):
+    """A shard that cannot be opened or is no whole tar: which, where it breaks, and the remedy."""
+
+class ImageLoader:
+    """One pass over image shards, made by threads ahead of the consumer: the engine of `efficientclip.ImageLoader`.
+
+    Every method raises RuntimeError after close() and in a forked child.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: list[str],
+        batch_size: int,
+        size: int,
+        train: bool,
+        threads: int,
+        seed: int,
+        epoch: int,
+        rank: int,
+        world_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        dtype: str,
+        channels_last: bool,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: bool,
+        scaled_decoding: bool,
+        shuffle_buffer: int,
+        captions: bool,
+        keep_encoded: bool,
+        drop_last: bool,
+        consumed: int,
+    ) -> None:
+        """`consumed` samples of the order, good or bad, are passed over; `dtype` is a name of torch's."""
+
+    def supply(self, address: int, owner: object) -> None:
+        """Lend the memory at `address` for one more batch [batch_size, 3, size, size]; `owner` keeps it alive."""
+
+    def next(
+        self,
+    ) -> tuple[
+        object | None,
+        list[tuple[str, int, int, int, bytes | None, bytes | None, bytes | None]],
+        list[tuple[int, str, str]],
+        int,
+    ]:
+        """The next batch: (owner, samples, bad samples, samples of the order consumed up to here).
+
+        Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
+        shard, byte offset and length of its image, .txt, .json, the image's file if kept); a bad one (shard, key,
+        cause). Raises ShardError after all whole samples before a shard's end.
+        """
+
+    def close(self) -> None:
+        """End the threads."""
+
+class PairLoader:
+    """One epoch's batches in order from `epoch_step` on, made by `threads` threads ahead of the consumer.
+
+    trained_ids, frozen_ids [pairs]: what each pair's trained side is, and the row of `features` [n, D] of its partner.
+    captions: (tokens, offsets) of the trained texts, as in pack_tokens, or None.
+    masked: None, or texts that are masked and packed behind the captions: tokens, offsets, texts_per_batch over all
+    ranks, max_tokens, token_kinds uint8 [vocabulary] (0 ordinary, 1 special, 2 continuing a word), mask_token,
+    mask_share, whole_words.
+    kept: one bit a pair, lowest first; `auditions` of each `batch_size` go to the other pairs, at weight 0.
+    step: number of the first batch over all epochs, which chooses the masked texts.
+
+    ValueError for settings that contradict each other or the store.
+    """
+
+    def __init__(
+        self,
+        *,
+        trained_ids: NDArray[np.int32],
+        frozen_ids: NDArray[np.int32],
+        features: NDArray[np.float16],
+        captions: tuple[NDArray[np.uint16] | NDArray[np.int32], NDArray[np.int64]] | None,
+        masked: dict[str, Any] | None,
+        kept: NDArray[np.uint8],
+        batch_size: int,
+        auditions: int,
+        rank: int,
+        world_size: int,
+        max_tokens: int,
+        pairs_per_micro_batch: int,
+        tokens_per_micro_batch: int,
+        seed: int,
+        epoch: int,
+        epoch_step: int,
+        step: int,
+        threads: int,
+        prefetch: int,
+    ) -> None: ...
+    @property
+    def steps(self) -> int:
+        """Batches in the whole epoch."""
+
+    def next(self) -> dict[str, Any]:
+        """The next batch, N pairs over all ranks, M on this one; the arrays are views, lent until the last one dies.
+
+        rows int64 [N], weights float32 [N], frozen_ids int64 [N], trained_ids int64 [M], features float16 [M, D];
+        with captions: input_ids, position_ids int64 [T], cu_seqlens int32 [texts + micro-batches] from 0 in each
+        micro-batch, segments int64 [M] within the micro-batch, masked_positions, masked_labels int64 [K] within the
+        last one, and micro_batches, tuples (first pair, last pair, first token, last token, first text, last text).
+
+        IndexError or ValueError where the store contradicts itself, IndexError after the last batch, RuntimeError in a
+        forked child or after `close`.
+        """
+
+    def close(self) -> None:
+        """End the threads; batches that were handed out stay valid."""

@@ -88,6 +88,7 @@ class MaskedLanguageModelling(Section):
     texts_per_batch: int = Field(0, ge=0, description="unpaired texts in each global batch; 0 turns MLM off")
     weight: float = Field(0.5, ge=0)
     mask_share: float = Field(0.15, gt=0, lt=1)
+    whole_word: bool = Field(False, description="mask a word's pieces (##) together")
 
 
 class Objective(Section):
@@ -142,6 +143,9 @@ class Training(Section):
     pair_visits: int = Field(..., ge=1, description="the budget: pairs that pass through the trained tower")
     batch_size: int = Field(..., ge=1, description="pairs in a global batch, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="pairs a rank forwards at once; exact accumulation")
+    tokens_per_micro_batch: int | None = Field(
+        None, ge=1, description="tokens a rank forwards at once, instead of micro_batch_size; exact accumulation"
+    )
     max_caption_tokens: int = Field(77, ge=3)
     threads: int = Field(0, ge=0, description="CPU threads a rank; 0 keeps what the launcher set")
     validate_every: int = Field(1, ge=1, description="epochs between validations")
@@ -149,6 +153,12 @@ class Training(Section):
     checkpoint_every: int = Field(200, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _one_split(self) -> Training:
+        if self.micro_batch_size is not None and self.tokens_per_micro_batch is not None:
+            raise ValueError("set micro_batch_size or tokens_per_micro_batch, not both")
+        return self
 
 
 class Data(Section):

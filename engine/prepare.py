@@ -7,7 +7,6 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,20 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .config import Config
-from .data.pictures import decode_square
-from .data.shards import BadSample, Sample, list_shards, read_shard
-from .data.store import finish, read_manifest, staging, token_dtype, write_atomically, write_tokens
+from .data.images import ImageBatch, ImageLoader
+from .data.shards import BadSample, caption_entries, list_shards, read_record
+from .data.store import (
+    FORMAT,
+    PAIR_FILES,
+    TEXT_FILES,
+    finish,
+    read_manifest,
+    staging,
+    token_dtype,
+    write_atomically,
+    write_ids,
+    write_tokens,
+)
 from .data.tokenizer import fingerprint, load_tokenizer
 from .errors import UserError
 from .model.frozen import FrozenImages, teacher_name
@@ -113,54 +123,52 @@ def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
     manifest = _merge(folder, files, tokenizer, identity)
     for file in files:
         file.unlink()
-    finish(folder, path, manifest, ["features.bin", "tokens.bin", "offsets.bin", "pairs.parquet"])
+    finish(folder, path, manifest, PAIR_FILES)
     return manifest
 
 
 def _image_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:
     encoder = FrozenImages(config)
+    tower = encoder.tower
 
     def part(shard: Path) -> Part:
         items: list[Item] = []
-        bad: list[BadSample] = []
-        with ThreadPoolExecutor() as pool, tqdm(desc=shard.name, unit="picture", leave=False) as bar:
-            for batch in _batches(read_shard(shard), ENCODE_BATCH):
-                bad += [sample for sample in batch if isinstance(sample, BadSample)]
-                samples = [sample for sample in batch if isinstance(sample, Sample)]
-                decoded = list(pool.map(lambda sample: _decode(sample, encoder.tower.size), samples))
-                bad += [
-                    BadSample(shard.name, sample.key, "undecodable image")
-                    for sample, pixels in zip(samples, decoded, strict=True)
-                    if pixels is None
-                ]
-                good = [(s, pixels) for s, pixels in zip(samples, decoded, strict=True) if pixels is not None]
-                if good:
-                    features = _fp16_rows(encoder.encode([pixels for _, pixels in good]))
-                    items += [
-                        Item(
-                            hash=hashlib.blake2b(sample.image, digest_size=16).digest(),
-                            feature=feature,
-                            key=sample.key,
-                            source=sample.source,
-                            shard=str(shard.resolve()),
-                            offset=sample.offset,
-                            length=sample.length,
-                            captions=sample.captions,
-                            noise=sample.noise,
-                        )
-                        for (sample, _), feature in zip(good, features, strict=True)
-                    ]
+        with (
+            ImageLoader(
+                shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std,
+                keep_encoded=True,
+            ) as loader,
+            tqdm(desc=shard.name, unit="picture", leave=False) as bar,
+        ):  # fmt: skip
+            for batch in loader:
+                items += _items(shard, batch, _fp16_rows(encoder.encode_pixels(batch.images)))
                 bar.update(len(batch))
-        return items, bad
+                waited = loader.waited_seconds / max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix(waited_for_data=f"{waited:.0%}", refresh=False)
+            return items, loader.bad_samples
 
     return [partial(part, shard) for shard in list_shards(source)], encoder.name
 
 
-def _decode(sample: Sample, size: int) -> Any:
-    try:
-        return decode_square(sample.image, size)
-    except (OSError, ValueError):
-        return None
+def _items(shard: Path, batch: ImageBatch, features: list[bytes]) -> list[Item]:
+    items = []
+    for at, feature in enumerate(features):
+        record = read_record(batch.json[at])
+        entries = caption_entries(batch.texts[at], record)
+        items.append(
+            Item(
+                hash=hashlib.blake2b(batch.encoded[at] or b"", digest_size=16).digest(),
+                feature=feature,
+                key=batch.keys[at],
+                source=str(record.get("source", "")),
+                shard=str(shard.resolve()),
+                offset=batch.offsets[at],
+                length=batch.lengths[at],
+                captions=batch.captions[at],
+                noise=[entry.get("noise") for entry in entries],
+            )
+        )
+    return items
 
 
 def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:
@@ -231,7 +239,7 @@ def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
         "special_tokens": sorted(tokenizer.all_special_ids),
         "mask_token": tokenizer.mask_token_id,
     }
-    finish(folder, path, manifest, ["tokens.bin", "offsets.bin"])
+    finish(folder, path, manifest, TEXT_FILES)
     return manifest
 
 
@@ -244,7 +252,8 @@ def _read_lines(source: Path) -> list[str]:
 
 def _up_to_date(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of the store at `path`, if it was made of the same source by the same tower and tokenizer."""
-    if not (path / "manifest.json").is_file():
+    file = path / "manifest.json"
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("format") != FORMAT:
         return None
     manifest = read_manifest(path)
     return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
@@ -335,6 +344,8 @@ def _merge(folder: Path, files: list[Path], tokenizer: Any, identity: dict[str, 
         token_lists += tokenizer(batch)["input_ids"]
     dtype = token_dtype(len(tokenizer))
     write_tokens(folder, token_lists, dtype)
+    ids = pq.read_table(pair_file, columns=["image_id", "caption_id"], memory_map=True)
+    write_ids(folder, ids["image_id"].to_numpy(), ids["caption_id"].to_numpy(), len(caption_of))
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         **identity,

@@ -16,7 +16,7 @@ import torch.utils.deterministic
 from transformers.utils import logging
 
 from .config import Augmentation, Config, load_config
-from .data.batches import CaptionPairs, MaskedTextBatches, PairSource
+from .data.pairs import CaptionPairs, MaskedTexts, PairSource
 from .data.pixels import PicturePairs, load_pictures
 from .data.store import Store, TextStore, edges
 from .data.tokenizer import fingerprint, load_tokenizer
@@ -82,7 +82,7 @@ def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
         raise UserError("data.store: not set; make one with `efficientclip prepare SOURCE STORE`")
     store = Store(config.data.store)
     _check_store(config, store)
-    masked_texts = None
+    masked = None
     if config.mlm.texts_per_batch:
         if config.mlm.texts is None:
             raise UserError("mlm.texts: not set, though mlm.texts_per_batch is; make a text store, or set it to 0")
@@ -91,19 +91,14 @@ def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
             raise UserError(
                 f"mlm.texts: {texts.path} was made with another tokenizer than {store.path}; prepare it anew"
             )
-        masked_texts = MaskedTextBatches(
+        masked = MaskedTexts(
             texts,
-            texts_per_batch=config.mlm.texts_per_batch,
+            per_batch=config.mlm.texts_per_batch,
             mask_share=config.mlm.mask_share,
             max_tokens=config.data.max_text_tokens,
-            seed=config.seed,
+            whole_words=config.mlm.whole_word,
         )
-    source = CaptionPairs(
-        store,
-        max_tokens=config.training.max_caption_tokens,
-        micro_batch_size=config.training.micro_batch_size,
-        masked_texts=masked_texts,
-    )
+    source = CaptionPairs(store, masked)
     held_out = {name: Store(path) for name, path in config.data.validation.items()}
     for held in held_out.values():
         _check_store(config, held)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 from transformers import BertTokenizer
 
-from efficientclip.data.store import finish, staging, token_dtype, write_tokens
+from efficientclip.data.store import PAIR_FILES, TEXT_FILES, finish, staging, token_dtype, write_ids, write_tokens
 from efficientclip.data.tokenizer import fingerprint
 
 CHARACTERS = "猫狗鸟鱼红蓝黄绿大小上下天地山水火木金土人手足口目日月星云雨风雪花草树果"
@@ -58,6 +58,8 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
         for number, (image, caption) in enumerate(sorted(chosen))
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "pairs.parquet")
+    image_ids, caption_ids = np.array(sorted(chosen)).T
+    write_ids(folder, image_ids, caption_ids, len(captions))
     manifest = {
         "kind": "pairs",
         "tower": "usem3",
@@ -69,7 +71,7 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
         "token_dtype": "uint16",
         "vocabulary": len(tokens),
     }
-    finish(folder, path, manifest, ["features.bin", "tokens.bin", "offsets.bin", "pairs.parquet"])
+    finish(folder, path, manifest, PAIR_FILES)
     return path
 
 
@@ -80,6 +82,7 @@ def text_store(path: Path, *, texts: int = 60, seed: int = 1) -> Path:
     folder = staging(path)
     folder.mkdir(parents=True)
     write_tokens(folder, tokens(lines)["input_ids"], token_dtype(len(tokens)))
+    tokens.save_pretrained(folder / "tokenizer")
     manifest = {
         "kind": "texts",
         "texts": texts,
@@ -89,7 +92,7 @@ def text_store(path: Path, *, texts: int = 60, seed: int = 1) -> Path:
         "special_tokens": sorted(tokens.all_special_ids),
         "mask_token": tokens.mask_token_id,
     }
-    finish(folder, path, manifest, ["tokens.bin", "offsets.bin"])
+    finish(folder, path, manifest, TEXT_FILES)
     return path
 
 

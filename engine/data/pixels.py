@@ -15,9 +15,11 @@ import torch.nn.functional as F
 
 from .. import config as settings
 from ..errors import UserError
-from .batches import IntArray, PairSource
+from .batches import IntArray
+from .pairs import PairSource
 from .pictures import decode_square, standardise
 from .shards import Sample, list_shards, read_shard
+from .store import edges
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,24 @@ class PicturePairs(PairSource):
                 row = row + encoded[[texts[keyword] for keyword in keywords]].mean(0)
             rows.append(row / np.linalg.norm(row))
         super().__init__(
-            trained_ids=np.arange(len(targets)),
-            frozen_ids=targets,
+            trained_ids=np.arange(len(targets), dtype=np.int32),
+            frozen_ids=targets.astype(np.int32),
             features=np.stack(rows).astype(np.float16),
-            n_trained=len(targets),
+            edges=edges(np.arange(len(targets)), targets, len(targets)),
         )
         self.pictures, self.tower, self.augmentation, self.seed = pictures, tower, augmentation, seed
 
     def names(self, rows: IntArray) -> list[str]:
         return [self.pictures.keys[image] for image in self.trained_ids[rows]]
 
-    def inputs(self, rows_M: IntArray, step: int, rank: int, world_size: int) -> tuple[list[dict[str, Any]], int, int]:
-        m = len(rows_M)
+    def inputs(self, trained_ids_M: IntArray, step: int, rank: int, world_size: int) -> dict[str, Any]:
+        m = len(trained_ids_M)
         generator = torch.Generator().manual_seed((self.seed << 32) + step)
         # Drawn for the whole batch, then sliced: the views do not depend on the world size.
         draws = torch.rand((m * world_size, 11), generator=generator)[rank * m : (rank + 1) * m]
-        pixels = self.pictures.pixels[torch.from_numpy(self.trained_ids[rows_M])]
+        pixels = self.pictures.pixels[torch.from_numpy(trained_ids_M)]
         views = augment(pixels.permute(0, 3, 1, 2).contiguous().float() / 255, draws, self.augmentation)
-        return [{"pixels": standardise(views, self.tower.mean, self.tower.std)}], 0, 0
+        return {"pixels": standardise(views, self.tower.mean, self.tower.std)}
 
 
 def augment(planes: torch.Tensor, draws: torch.Tensor, how: settings.Augmentation) -> torch.Tensor:

@@ -87,13 +87,12 @@ def _sample(shard: Path, key: str, members: dict[str, tuple[bytes, int]]) -> Sam
         return BadSample(shard.name, key, "caption without image")
     image, offset = members[suffix]
     try:
-        record = json.loads(members["json"][0]) if "json" in members else {}
-        text = members["txt"][0].decode("utf-8").strip() if "txt" in members else None
+        record = read_record(members["json"][0] if "json" in members else None)
+        entries = caption_entries(members["txt"][0] if "txt" in members else None, record)
     except UnicodeDecodeError:
         return BadSample(shard.name, key, "caption is not UTF-8")
-    except json.JSONDecodeError:
+    except ValueError:
         return BadSample(shard.name, key, "json is malformed")
-    entries = _caption_entries(record, text)
     if not entries:
         return BadSample(shard.name, key, "image without caption")
     captions = [str(entry["text"]).strip() for entry in entries]
@@ -111,7 +110,22 @@ def _sample(shard: Path, key: str, members: dict[str, tuple[bytes, int]]) -> Sam
     )
 
 
-def _caption_entries(record: dict[str, Any], text: str | None) -> list[dict[str, Any]]:
+def read_record(encoded: bytes | None) -> dict[str, Any]:
+    """A .json member; empty if there is none. ValueError if it holds no object, UnicodeDecodeError if no text."""
+    if encoded is None:
+        return {}
+    try:
+        record = json.loads(encoded)
+    except RecursionError as error:
+        raise ValueError("json is nested too deep") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"json holds {type(record).__name__}, not an object")
+    return record
+
+
+def caption_entries(encoded: bytes | None, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Captions of a sample with this .txt and this record, each under "text"; csrc/captions.cpp has the same rule."""
+    text = None if encoded is None else encoded.decode("utf-8").strip()
     captions = record.get("captions")
     if isinstance(captions, list):
         return [entry if isinstance(entry, dict) and "text" in entry else {"text": entry} for entry in captions]

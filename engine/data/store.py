@@ -4,10 +4,12 @@
     tokens.bin     uint16 or int32 [tokens], every distinct caption once, special tokens included
     offsets.bin    int64 [captions + 1]
     pairs.parquet  a row a pair: key, caption, source, image_id, caption_id, noise, shard, offset, length
+    image_ids.bin, caption_ids.bin    int32 [pairs], the parquet's columns for random access
+    edges.offsets.bin int64 [captions + 1], edges.images.bin int32 [pairs]    the images of each caption, ascending
     tokenizer/     the Hugging Face tokenizer that made the tokens
     manifest.json  kind, tower, tokenizer, counts, sizes, checksums, bad samples; written last
 
-A text store holds only tokens, offsets, tokenizer and manifest.
+A text store holds only tokens, offsets, tokenizer and manifest. Nothing is read when a store is opened.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,17 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+TEXT_FILES = ("tokens.bin", "offsets.bin")
+PAIR_FILES = (
+    *TEXT_FILES,
+    "features.bin",
+    "pairs.parquet",
+    "image_ids.bin",
+    "caption_ids.bin",
+    "edges.offsets.bin",
+    "edges.images.bin",
+)
 
 
 class TextStore:
@@ -67,17 +79,16 @@ class Store(TextStore):
         super().__init__(path)
         self.width: int = self.manifest["width"]
         self.features = self._map("features.bin", np.dtype(np.float16), self.width)
-        ids = pq.read_table(path / "pairs.parquet", columns=["image_id", "caption_id"], memory_map=True)
-        self.image_ids = ids["image_id"].to_numpy().astype(np.int64)
-        self.caption_ids = ids["caption_id"].to_numpy().astype(np.int64)
+        self.image_ids = self._map("image_ids.bin", np.dtype(np.int32))
+        self.caption_ids = self._map("caption_ids.bin", np.dtype(np.int32))
+        # CSR graph from caption to every image the store links it with: (indptr, indices).
+        self.caption_edges = (
+            self._map("edges.offsets.bin", np.dtype(np.int64)),
+            self._map("edges.images.bin", np.dtype(np.int32)),
+        )
 
     def __len__(self) -> int:
         return len(self.image_ids)
-
-    @cached_property
-    def caption_edges(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """CSR graph from caption to every image the store links it with: (indptr, indices)."""
-        return edges(self.caption_ids, self.image_ids, len(self.offsets) - 1)
 
     def pairs(self) -> pa.Table:
         """The whole pair table: for reports and search, never for training."""
@@ -85,7 +96,7 @@ class Store(TextStore):
 
 
 def edges(
-    left_ids: npt.NDArray[np.int64], right_ids: npt.NDArray[np.int64], n_left: int
+    left_ids: npt.NDArray[np.integer[Any]], right_ids: npt.NDArray[np.integer[Any]], n_left: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
     """CSR of a bipartite graph given as pairs: indptr int64 [n_left + 1], indices int32 [pairs]."""
     order = np.lexsort((right_ids, left_ids))
@@ -102,7 +113,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"store {path}: no manifest.json{half}; make it with `efficientclip prepare SOURCE {path}`")
     manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if manifest.get("format") != FORMAT:
-        raise UserError(f"store {path}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew")
+        raise UserError(
+            f"store {path}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
+            f" `efficientclip prepare SOURCE {path}`"
+        )
     return manifest
 
 
@@ -124,7 +138,16 @@ def write_tokens(folder: Path, token_lists: list[list[int]], dtype: np.dtype[Any
     offsets.tofile(folder / "offsets.bin")
 
 
-def finish(folder: Path, path: Path, manifest: dict[str, Any], files: list[str]) -> None:
+def write_ids(folder: Path, image_ids: npt.NDArray[Any], caption_ids: npt.NDArray[Any], captions: int) -> None:
+    """Ids of the pairs [pairs] and the edges from captions to images, as a store reads them."""
+    image_ids.astype(np.int32).tofile(folder / "image_ids.bin")
+    caption_ids.astype(np.int32).tofile(folder / "caption_ids.bin")
+    offsets, images = edges(caption_ids, image_ids, captions)
+    offsets.tofile(folder / "edges.offsets.bin")
+    images.tofile(folder / "edges.images.bin")
+
+
+def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
     """Checksum and fsync `files`, write the manifest last, and rename `folder` to `path`."""
     described = {}
     for name in files:

@@ -34,9 +34,12 @@ class FrozenImages:
             raise UserError("model.image_tower: could not be built")
         self.model, self.description = whole.image.eval().to(self.device), whole.config.image
 
-    @torch.inference_mode()
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
-        pixels = normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std)
+        return self.encode_pixels(normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std))
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
         features: npt.NDArray[np.float32] = self.model(pixels.to(self.device)).cpu().numpy()
         return features
 

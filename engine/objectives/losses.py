@@ -47,7 +47,7 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
             exchange=objective.exchange,
         ).loss
     distance_M = (1 - F.cosine_similarity(features_MD, frozen_MD)) * batch.weights_M
-    regression = distance_M.sum() * (world_size / max(float(batch.whole.weights_N.sum()), 1.0))
+    regression = distance_M.sum() * (world_size / max(float(batch.weights_N.sum()), 1.0))
     total = objective.contrastive_weight * contrastive + objective.regression_weight * regression
     return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M)
 

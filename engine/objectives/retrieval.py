@@ -30,7 +30,9 @@ def best_ranks(
     indptr, indices = positives
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, candidate, groups, rows = (
-        torch.from_numpy(array).to(device) for array in (query_ND, candidate_KD, indptr, indices.astype(np.int64))
+        torch.from_numpy(array).to(device)
+        # A store's edges are mapped read-only, which torch warns of.
+        for array in (query_ND, candidate_KD, np.array(indptr), indices.astype(np.int64))
     )
     try:
         return positive_ranks(query, candidate, rows, groups).cpu().numpy()

@@ -84,7 +84,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     return {
         **user,
         "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": local // micro,
+        # With a token budget the number differs from step to step: the trainer marks the last micro-batch. DeepSpeed
+        # must know only that gradients accumulate.
+        "gradient_accumulation_steps": 2 if config.training.tokens_per_micro_batch else local // micro,
         "gradient_clipping": config.optimizer.clip,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,

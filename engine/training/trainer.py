@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from ..confidence import ConfidenceTable
 from ..config import Config, differing_keys, load_config, save_config
-from ..data.batches import Bank, Batch, EpochPlan, PairSource
+from ..data.batches import Bank, Batch
+from ..data.pairs import PairLoader, PairSource
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import to_device
@@ -50,7 +51,18 @@ class Trainer:
         self.confidence = ConfidenceTable(len(source), config.confidence)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
-        self.step = self.epoch = self.epoch_step = 0
+        self.loader = PairLoader(
+            source,
+            batch_size=config.training.batch_size,
+            reaudition_share=config.confidence.reaudition_share,
+            max_tokens=config.training.max_caption_tokens,
+            micro_batch_size=config.training.micro_batch_size,
+            tokens_per_micro_batch=config.training.tokens_per_micro_batch,
+            seed=config.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+        self.step = 0
         self.best = -math.inf
         self.grad_norm = 0.0
         self.stop_requested = False
@@ -64,6 +76,10 @@ class Trainer:
         """Pairs that passed through the trained tower so far, over all ranks."""
         return self.step * self.config.training.batch_size
 
+    @property
+    def kept_share(self) -> float:
+        return self.loader.kept_count / len(self.source)
+
     def train(self) -> bool:
         """Spend the rest of the budget; False when a SIGTERM ended it early, after saving."""
         previous = signal.signal(signal.SIGTERM, self._request_stop)
@@ -71,13 +87,13 @@ class Trainer:
             return self._train()
         finally:
             signal.signal(signal.SIGTERM, previous)
+            self.loader.close()
             if self.metrics is not None:
                 self.metrics.close()
 
     def _train(self) -> bool:
         training = self.config.training
         self.engine.train()
-        plan = self._plan()
         bar = tqdm(
             total=self.total_steps * training.batch_size,
             initial=self.visits,
@@ -88,23 +104,30 @@ class Trainer:
             mininterval=1.0,
         )
         saved_step = self.step
+        waited_seconds = step_seconds = 0.0
         while self.step < self.total_steps:
             started = time.perf_counter()
-            batch = self.source.batch(plan.batch(self.epoch_step), self.bank, self.step, self.rank, self.world_size)
+            batch = next(self.loader)
+            self.bank.add_to(batch, self.source.edges)
             waited = time.perf_counter() - started
             values = self._train_step(batch)
             self.step += 1
-            self.epoch_step += 1
             values |= {"step_seconds": time.perf_counter() - started, "data_wait_seconds": waited}
             self._log(values, force=self.step in (1, self.total_steps))
             bar.update(training.batch_size)
-            bar.set_postfix(loss=f"{values['loss']:.3f}", kept=f"{self.confidence.kept.mean():.0%}", refresh=False)
+            waited_seconds += waited
+            step_seconds += values["step_seconds"]
+            bar.set_postfix(
+                loss=f"{values['loss']:.3f}",
+                kept=f"{self.kept_share:.0%}",
+                data_wait=f"{waited_seconds / step_seconds:.1%}",
+                refresh=False,
+            )
             best = False
-            if self.epoch_step == plan.steps or self.step == self.total_steps:
-                if self.epoch_step == plan.steps:
+            if self.loader.epoch_step == self.loader.steps or self.step == self.total_steps:
+                if self.loader.epoch_step == self.loader.steps:
                     self._end_epoch()
-                    plan = self._plan()
-                if self.epoch % training.validate_every == 0 or self.step == self.total_steps:
+                if self.loader.epoch % training.validate_every == 0 or self.step == self.total_steps:
                     best = self._validate()
             stop = self._stop_everywhere()
             if stop or best or self.step % training.checkpoint_every == 0 or self.step == self.total_steps:
@@ -125,9 +148,10 @@ class Trainer:
         rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        batch.frozen_MD = batch.frozen_MD.to(self.device)
+        batch.frozen_MD = batch.frozen_MD.to(self.device).float()
         batch.weights_M = batch.weights_M.to(self.device)
-        batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
+        if batch.excluded is not None:
+            batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
         masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
         dist.all_reduce(masked)
@@ -136,7 +160,7 @@ class Trainer:
         else:
             losses, scale, mlm_sum = self._cached_batch(inputs, batch, int(masked))
         cosine_N = self._observe(losses, inputs, batch, mlm_sum)
-        self.bank.push(self.source.frozen_ids[batch.whole.rows_N[batch.whole.weights_N > 0]])
+        self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
         values = {
             "loss": config.objective.contrastive_weight * float(losses.contrastive)
             + config.objective.regression_weight * cosine_N["regression"]
@@ -155,11 +179,11 @@ class Trainer:
     def _whole_batch(
         self, inputs: dict[str, Any], batch: Batch, masked: int
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
+        self.engine.set_gradient_accumulation_boundary(True)
         output = self.engine(**inputs)
         losses = pair_losses(output["features"], output["logit_scale"], batch, self.config.objective)
         mlm_sum = output.get("mlm_loss_sum", losses.total.new_zeros(()))
-        self.engine.backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
-        self._step()
+        self._backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
         return losses, output["logit_scale"].detach(), mlm_sum.detach()
 
     def _cached_batch(
@@ -170,7 +194,6 @@ class Trainer:
         Features of all micro-batches first, without graph; the loss's gradient at the features; then each micro-batch
         again, with graph, against its share of that gradient.
         """
-        k = len(inputs)
         with torch.no_grad():
             outputs = [self.engine(**_without_masks(arguments)) for arguments in inputs]
         features_MD = torch.cat([output["features"] for output in outputs]).requires_grad_()
@@ -180,6 +203,7 @@ class Trainer:
         slopes = torch.split(_gradient(features_MD), [len(output["features"]) for output in outputs])
         mlm_total = features_MD.new_zeros(())
         for number, (arguments, slope) in enumerate(zip(inputs, slopes, strict=True)):
+            self.engine.set_gradient_accumulation_boundary(number + 1 == len(inputs))
             output = self.engine(**arguments)
             surrogate = (output["features"] * slope).sum()
             if number == 0:
@@ -187,10 +211,13 @@ class Trainer:
             if "mlm_loss_sum" in output:
                 mlm_total = output["mlm_loss_sum"].detach()
                 surrogate = surrogate + mlm_loss(output["mlm_loss_sum"], masked, self.config.mlm)
-            # DeepSpeed divides by the number of micro-batches.
-            self.engine.backward(surrogate * k)
-            self._step()
+            self._backward(surrogate)
         return losses, scale.detach(), mlm_total
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed divides by the number of micro-batches that it was told.
+        self.engine.backward(loss * self.engine.gradient_accumulation_steps())
+        self._step()
 
     def _step(self) -> None:
         """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here."""
@@ -216,8 +243,8 @@ class Trainer:
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine)
         everywhere = torch.stack(gathered).cpu().numpy()
-        cosine_N, counted_N = everywhere[:, :m].reshape(-1), batch.whole.weights_N > 0
-        self.confidence.observe(self.epoch, batch.whole.rows_N, cosine_N, counted_N)
+        cosine_N, counted_N = everywhere[:, :m].reshape(-1), batch.weights_N > 0
+        self.confidence.observe(self.loader.epoch, batch.rows_N, cosine_N, counted_N)
         return {
             "cosine": float(cosine_N[counted_N].mean()),
             "mlm": float(everywhere[:, m].sum()),
@@ -227,7 +254,7 @@ class Trainer:
     def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
         wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]
         if wrong:
-            keys = ", ".join(self.source.names(batch.whole.rows_N[:8]))
+            keys = ", ".join(self.source.names(batch.rows_N[:8]))
             raise UserError(
                 f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; the batch's pairs begin with {keys}. The last"
                 f" checkpoint in {self.checkpoints.folder} is sound. Lower optimizer.lr, set optimizer.clip, or look at"
@@ -235,23 +262,14 @@ class Trainer:
             )
 
     def _end_epoch(self) -> None:
-        self.confidence.select(self.epoch)
+        self.confidence.select(self.loader.epoch)
         if self.snapshot is not None:
             parameters = list(self.engine.module.parameters())
             sharded = self.engine.zero_optimization_stage() == 3
             with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
-        self.epoch += 1
-        self.epoch_step = 0
-
-    def _plan(self) -> EpochPlan:
-        return EpochPlan(
-            kept=self.confidence.kept,
-            batch_size=self.config.training.batch_size,
-            reaudition_share=self.config.confidence.reaudition_share,
-            seed=self.config.seed,
-            epoch=self.epoch,
-        )
+        self.loader.next_epoch()
+        self.loader.kept = self.confidence.kept
 
     def _validate(self) -> bool:
         """Measure the validation sets; True when the mean text->image recall@10 is the best so far."""
@@ -260,9 +278,9 @@ class Trainer:
             return False
         mean = float(np.mean([report["t2i"]["R@10"] for report in reports.values()]))
         if self.metrics is not None:
-            self.metrics.validation(self.step, self.visits, self.epoch, reports)
+            self.metrics.validation(self.step, self.visits, self.loader.epoch, reports)
             shown = ", ".join(f"{name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
-            tqdm.write(f"epoch {self.epoch}, {self.visits} visits: {shown}, kept {self.confidence.kept.mean():.1%}")
+            tqdm.write(f"epoch {self.loader.epoch}, {self.visits} visits: {shown}, kept {self.kept_share:.1%}")
         best = mean > self.best
         self.best = max(self.best, mean)
         return best
@@ -274,9 +292,9 @@ class Trainer:
                 self.metrics.write(
                     self.step,
                     self.visits,
-                    self.epoch,
+                    self.loader.epoch,
                     self.config.training.batch_size,
-                    float(self.confidence.kept.mean()),
+                    self.kept_share,
                 )
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -300,11 +318,10 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {
             "step": np.int64(self.step),
-            "epoch": np.int64(self.epoch),
-            "epoch_step": np.int64(self.epoch_step),
             "best": np.float64(self.best),
         }
         state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
+        state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
         state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
         if self.snapshot is not None:
             state |= {f"snapshot.{name}": value.cpu().numpy() for name, value in self.snapshot.state_dict().items()}
@@ -324,8 +341,8 @@ class Trainer:
                 " config.yaml); choose another run folder, or remove this one"
             )
         state = self.checkpoints.load(self.engine, checkpoint)
-        self.step, self.epoch = int(state["step"]), int(state["epoch"])
-        self.epoch_step, self.best = int(state["epoch_step"]), float(state["best"])
+        self.step, self.best = int(state["step"]), float(state["best"])
+        self.loader.restore(_under(state, "loader."))
         self.confidence.restore(_under(state, "confidence."))
         self.bank.restore(_under(state, "bank."))
         if self.snapshot is not None:

@@ -272,13 +272,18 @@ def test_other_threads_run_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_the_core_runs_clean_under_the_sanitizers(sanitizers: str, tmp_path: Path) -> None:
-    binary = tmp_path / "batch_test"
+@pytest.mark.parametrize(
+    ("test", "parts"),
+    [("batch_test", ["batch"]), ("pair_test", ["batch", "order", "mask", "pair_loader"])],
+    ids=["batch", "pairs"],
+)
+def test_the_core_runs_clean_under_the_sanitizers(test: str, parts: list[str], sanitizers: str, tmp_path: Path) -> None:
+    binary = tmp_path / test
     flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-    sources = [ROOT / "csrc/batch.cpp", ROOT / "tests/csrc/batch_test.cpp"]
+    sources = [*(ROOT / f"csrc/{part}.cpp" for part in parts), ROOT / f"tests/csrc/{test}.cpp"]
     subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary], check=True)
-    ran = subprocess.run([binary], capture_output=True, text=True)
+    ran = subprocess.run([binary], capture_output=True, text=True, timeout=300)
     if "unexpected memory mapping" in ran.stderr:
         # With some kernels' address randomisation the thread sanitizer finds no room for its shadow memory.
-        ran = subprocess.run(["setarch", "-R", binary], capture_output=True, text=True)
+        ran = subprocess.run(["setarch", "-R", binary], capture_output=True, text=True, timeout=300)
     assert (ran.returncode, ran.stdout) == (0, "all passed\n"), ran.stderr

@@ -87,7 +87,8 @@ def test_bad_samples_are_counted_listed_and_left_out(tmp_path: Path, config: Con
     assert manifest["bad_counts"] == {
         "caption without image": 1,
         "image without caption": 1,
-        "undecodable image": 2,
+        "undecodable image": 1,
+        "truncated image": 1,
         "caption is not UTF-8": 1,
         "empty caption": 1,
         "json is malformed": 1,
@@ -133,15 +134,15 @@ def test_interrupted_call_keeps_its_finished_parts(
     shards.mkdir()
     for number in range(3):
         write_tar(shards / f"{number}.tar", good(2 * number) | good(2 * number + 1))
-    real, read = stage.read_shard, []
+    real, read = stage.ImageLoader, []
 
-    def failing(shard: Path) -> Any:
+    def failing(shard: Path, **settings: Any) -> Any:
         read.append(shard.name)
         if len(read) == 2:
             raise KeyboardInterrupt
-        return real(shard)
+        return real(shard, **settings)
 
-    monkeypatch.setattr(stage, "read_shard", failing)
+    monkeypatch.setattr(stage, "ImageLoader", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(shards, tmp_path / "made", config)
     with pytest.raises(UserError, match="was interrupted"):

@@ -61,7 +61,11 @@ def test_apex_of_the_package_index_is_told_from_nvidias(monkeypatch: pytest.Monk
     fake = types.ModuleType("apex.optimizers")
     fake.FusedAdam = torch.optim.AdamW  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
-    monkeypatch.setattr(optimizers.importlib.util, "find_spec", lambda name: object())
+    find_spec = optimizers.importlib.util.find_spec
+    # torch looks for other modules by the same function.
+    monkeypatch.setattr(
+        optimizers.importlib.util, "find_spec", lambda name: object() if name.startswith("apex") else find_spec(name)
+    )
     monkeypatch.setattr(importlib.metadata, "metadata", lambda name: {"Summary": "A toolkit for Pyramid"})
     with pytest.raises(UserError, match="Pyramid toolkit, not NVIDIA Apex"):
         build_optimizer(module, Optimizer(name="apex-fused-adam"), 0)

@@ -59,3 +59,16 @@ def test_micro_batches_equal_the_whole_batch(folder: Path, alone: Any) -> None:
     gradients, losses = train(folder, "accumulated", 1, 0, training__micro_batch_size=8)
     assert worst_difference(alone[0], gradients) <= 1e-5
     assert max(abs(a - b) / abs(a) for a, b in zip(alone[1], losses, strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_token_budget_only_splits_the_batch(folder: Path, alone: Any, stage: int) -> None:
+    # No text of the tiny stores is longer, so nothing is cut; a rank's share is about 170 tokens.
+    budget = {
+        "training__tokens_per_micro_batch": 134,
+        "training__max_caption_tokens": 10,
+        "data__max_text_tokens": 31,
+    }
+    gradients, losses = train(folder, f"budget{stage}", 2, stage, **budget)
+    assert worst_difference(alone[0], gradients) <= 1e-5
+    assert max(abs(a - b) / abs(a) for a, b in zip(alone[1], losses, strict=True)) <= 1e-4

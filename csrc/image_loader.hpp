@@ -1,0 +1,114 @@
+// One pass over image shards: a reader, decoding threads and batches in a fixed order. Plain C++17, no Python.
+//
+// The samples' order is a function of (shards, seed, epoch, rank, world size, shuffle buffer). Each sample has a place in
+// it; places in batches are given in that order, once all earlier samples are known to be good or bad. So neither the
+// number of threads nor their timing shows in the batches.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "resize.hpp"
+#include "tar.hpp"
+#include "transform.hpp"
+
+namespace efficientclip {
+
+struct ImageOptions {
+    std::vector<std::string> shards;
+    TransformOptions transform;
+    PixelFormat format;
+    int batch_size = 1;
+    int threads = 1;
+    bool shuffle = true;
+    int shuffle_buffer = 1;
+    std::uint64_t seed = 0;
+    std::uint32_t epoch = 0;
+    int rank = 0, world_size = 1;
+    bool captions = true;      // a sample without is a bad one
+    bool keep_encoded = false;
+    bool drop_last = false;
+    // Samples at the order's start, good or bad, that were consumed before: they are passed over without reading them.
+    std::int64_t consumed = 0;
+};
+
+struct ImageRecord {
+    int shard = 0;
+    std::string key;
+    Extent extent;  // of the encoded image in the shard
+    std::optional<std::string> text, json;
+    std::string encoded;  // empty unless kept
+};
+
+struct BadImage {
+    int shard;
+    std::string key;
+    const char* cause;
+};
+
+struct ImageBatch {
+    std::vector<ImageRecord> records;
+    std::vector<BadImage> bad;    // met since the batch before
+    std::int64_t consumed = 0;    // samples of the order up to here, good and bad
+};
+
+class ImageLoader {
+  public:
+    explicit ImageLoader(const ImageOptions& options);
+    ~ImageLoader();
+    ImageLoader(const ImageLoader&) = delete;
+    ImageLoader& operator=(const ImageLoader&) = delete;
+
+    // Lends memory for one more batch of images; the k-th batch lies in the k-th memory lent. Batches are made ahead as
+    // far as memory is lent.
+    void supply(std::byte* images);
+
+    enum class Outcome { batch, waiting, finished };
+    // Waits for the next batch; `finished` also fills in `bad` and `consumed`. Throws what stopped the pass, ShardError
+    // for one, after all batches of whole samples before it.
+    Outcome next(ImageBatch& batch, std::chrono::milliseconds patience);
+
+  private:
+    struct Sample;
+    struct Shards;
+    struct Place;
+    struct Pending;
+
+    void read();
+    void read_shards();
+    bool emit(Sample&& sample);
+    void work();
+    void give_places();
+    void seal();
+    void start(void (ImageLoader::*task)());
+    void fail(std::exception_ptr error);
+    bool must_stop();
+
+    const ImageOptions options_;
+    std::mutex mutex_;
+    std::condition_variable work_, space_, ready_;
+    std::vector<Place> places_;       // a ring over the order: from the sample read last back to the oldest not stored
+    std::int64_t read_ = 0;           // samples read; all numbers count from options_.consumed
+    std::int64_t taken_ = 0;          // samples whose decoding began
+    std::int64_t placed_ = 0;         // samples that have a place in a batch, or are bad
+    std::deque<std::size_t> to_store_;  // places whose tiles can be written
+    std::deque<std::byte*> memory_;
+    std::deque<std::shared_ptr<Pending>> batches_;  // the last one may be growing
+    std::vector<BadImage> bad_;
+    bool all_read_ = false;
+    bool stopping_ = false;
+    std::exception_ptr error_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace efficientclip

@@ -1,0 +1,274 @@
+#include "tar.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <limits>
+#include <string_view>
+#include <utility>
+
+namespace efficientclip {
+namespace {
+
+constexpr std::int64_t kRecord = 512;
+// Long enough for a member's neighbours, short beside a picture.
+constexpr std::size_t kBlock = 16 * 1024;
+// A name or a set of pax records longer than this is no shard's.
+constexpr std::int64_t kLongestName = 1024 * 1024;
+
+struct Field {
+    int offset, length;
+};
+constexpr Field kName{0, 100}, kSize{124, 12}, kChecksum{148, 8}, kMagic{257, 8}, kPrefix{345, 155};
+constexpr int kType = 156;
+
+std::string text_of(const char* record, Field field) {
+    const char* begin = record + field.offset;
+    return {begin, static_cast<std::size_t>(std::find(begin, begin + field.length, '\0') - begin)};
+}
+
+// Octal digits between blanks, or base-256 where the first bit is set; nothing for anything else, or for a number
+// that is no file's size.
+std::optional<std::int64_t> number_of(const char* record, Field field) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(record) + field.offset;
+    std::int64_t value = 0;
+    if (bytes[0] == 0x80) {
+        for (int i = 1; i < field.length; ++i) {
+            if (value > std::numeric_limits<std::int64_t>::max() >> 10) return std::nullopt;
+            value = value << 8 | bytes[i];
+        }
+        return value;
+    }
+    int i = 0;
+    while (i < field.length && bytes[i] == ' ') ++i;
+    for (; i < field.length && bytes[i] >= '0' && bytes[i] <= '7'; ++i) value = value << 3 | (bytes[i] - '0');
+    const bool ended = i == field.length || bytes[i] == ' ' || bytes[i] == '\0';
+    return ended ? std::optional(value) : std::nullopt;
+}
+
+bool checksum_holds(const char* record) {
+    std::int64_t as_unsigned = 0, as_signed = 0;
+    for (int i = 0; i < kRecord; ++i) {
+        const bool blank = i >= kChecksum.offset && i < kChecksum.offset + kChecksum.length;
+        const char byte = blank ? ' ' : record[i];
+        as_unsigned += static_cast<unsigned char>(byte);
+        // Some old writers summed signed characters.
+        as_signed += static_cast<signed char>(byte);
+    }
+    const std::optional<std::int64_t> written = number_of(record, kChecksum);
+    return written == as_unsigned || written == as_signed;
+}
+
+std::optional<std::int64_t> decimal(std::string_view digits) {
+    if (digits.empty() || digits.size() > 18) return std::nullopt;
+    std::int64_t value = 0;
+    for (const char digit : digits) {
+        if (digit < '0' || digit > '9') return std::nullopt;
+        value = value * 10 + (digit - '0');
+    }
+    return value;
+}
+
+struct PaxRecords {
+    std::optional<std::string> path;
+    std::optional<std::int64_t> size;
+};
+
+// Records "<length> <keyword>=<value>\n"; false if they are malformed or describe a sparse file.
+bool read_pax(std::string_view records, PaxRecords& found) {
+    while (!records.empty() && records.front() != '\0') {
+        const std::size_t space = records.find(' ');
+        if (space == records.npos) return false;
+        const auto length = decimal(records.substr(0, space));
+        if (!length || *length <= static_cast<std::int64_t>(space) + 1 ||
+            *length > static_cast<std::int64_t>(records.size())) {
+            return false;
+        }
+        std::string_view record = records.substr(space + 1, static_cast<std::size_t>(*length) - space - 1);
+        records.remove_prefix(static_cast<std::size_t>(*length));
+        const std::size_t equals = record.find('=');
+        if (record.back() != '\n' || equals == record.npos) return false;
+        record.remove_suffix(1);
+        const std::string_view keyword = record.substr(0, equals), value = record.substr(equals + 1);
+        if (keyword.substr(0, 11) == "GNU.sparse.") return false;
+        if (keyword == "path") found.path = value;
+        if (keyword == "size" && !(found.size = decimal(value))) return false;
+    }
+    return true;
+}
+
+struct Name {
+    std::string_view key, suffix;
+};
+
+// A name up to the first dot of its last part, and what follows that dot.
+Name split(std::string_view name) {
+    const std::size_t slash = name.rfind('/');
+    const std::size_t dot = name.find('.', slash == name.npos ? 0 : slash + 1);
+    // "/a.jpg" is sample "a": a folder without a name is none.
+    const std::size_t first = slash == 0 ? 1 : 0;
+    if (dot == name.npos) return {name.substr(first), {}};
+    return {name.substr(first, dot - first), name.substr(dot + 1)};
+}
+
+std::string lowered(std::string_view text) {
+    std::string lower(text);
+    for (char& letter : lower) {
+        if (letter >= 'A' && letter <= 'Z') letter = static_cast<char>(letter - 'A' + 'a');
+    }
+    return lower;
+}
+
+bool names_image(const std::string& suffix) {
+    return suffix == "jpg" || suffix == "jpeg" || suffix == "png" || suffix == "webp";
+}
+
+}  // namespace
+
+ShardFile::ShardFile(std::string path) : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
+    struct stat status {};
+    if (descriptor_ < 0 || fstat(descriptor_, &status) != 0) {
+        const std::string cause = std::strerror(errno);
+        if (descriptor_ >= 0) close(descriptor_);
+        throw ShardError("shard " + path_ + ": " + cause + "; put it back, or leave it out of `shards`");
+    }
+    size_ = status.st_size;
+}
+
+ShardFile::~ShardFile() { close(descriptor_); }
+
+void ShardFile::fail(const std::string& cause, std::int64_t offset) const {
+    throw ShardError("shard " + path_ + ": not a whole tar file (" + cause + " at byte " + std::to_string(offset) +
+                     "); copy or download it again");
+}
+
+std::size_t ShardFile::read_at(std::int64_t offset, char* out, std::size_t wanted) const {
+    std::size_t done = 0;
+    while (done < wanted) {
+        const ssize_t count = pread(descriptor_, out + done, wanted - done, offset + static_cast<std::int64_t>(done));
+        if (count == 0) break;
+        if (count > 0) {
+            done += static_cast<std::size_t>(count);
+        } else if (errno != EINTR) {
+            throw ShardError("shard " + path_ + ": " + std::strerror(errno) + "; copy or download it again");
+        }
+    }
+    return done;
+}
+
+void ShardFile::read(Extent extent, char* out) {
+    auto [offset, size] = extent;
+    while (size > 0) {
+        const std::int64_t inside = offset - block_offset_;
+        if (inside >= 0 && inside < static_cast<std::int64_t>(block_size_)) {
+            const auto count = std::min<std::int64_t>(size, static_cast<std::int64_t>(block_size_) - inside);
+            std::memcpy(out, block_.data() + inside, static_cast<std::size_t>(count));
+            offset += count;
+            out += count;
+            size -= count;
+        } else if (size >= static_cast<std::int64_t>(kBlock)) {
+            if (read_at(offset, out, static_cast<std::size_t>(size)) < static_cast<std::size_t>(size)) {
+                fail("it ends early", size_);
+            }
+            return;
+        } else {
+            block_.resize(kBlock);
+            block_size_ = 0;
+            block_offset_ = offset;
+            block_size_ = read_at(offset, block_.data(), kBlock);
+            if (block_size_ == 0) fail("it ends early", size_);
+        }
+    }
+}
+
+std::string ShardFile::read(Extent extent) {
+    std::string bytes(static_cast<std::size_t>(extent.size), '\0');
+    read(extent, bytes.data());
+    return bytes;
+}
+
+bool TarReader::next(TarMember& member) {
+    // Whether the last record only described the next: then the archive cannot end here.
+    bool described = false;
+    std::optional<std::string> long_name;
+    PaxRecords pax;
+    for (;;) {
+        const std::int64_t at = offset_;
+        if (at == file_.size() && at > 0 && !described) return false;
+        if (at > file_.size() - kRecord) file_.fail("it ends early", file_.size());
+        char record[kRecord];
+        file_.read({at, kRecord}, record);
+        if (std::all_of(record, record + kRecord, [](char byte) { return byte == 0; })) return false;
+        if (!checksum_holds(record)) file_.fail(at == 0 ? "no tar header" : "a broken header", at);
+
+        const std::optional<std::int64_t> size = number_of(record, kSize);
+        if (!size) file_.fail("a broken size", at);
+        const char type = record[kType];
+        described = type == 'L' || type == 'K' || type == 'x' || type == 'X' || type == 'g';
+        if (described && *size > kLongestName) file_.fail("a name that is too long", at);
+        // Links, folders and devices have no bytes, whatever their size field says.
+        const bool empty = type >= '1' && type <= '6';
+        const Extent extent{at + kRecord, described ? *size : pax.size ? *pax.size : empty ? 0 : *size};
+        // Past the file's end, the next call says so: the members before this one are whole.
+        offset_ = extent.offset + (extent.size + kRecord - 1) / kRecord * kRecord;
+
+        if (type == 'L') {
+            long_name = file_.read(extent);
+            long_name->resize(std::strlen(long_name->c_str()));
+        } else if (type == 'x' || type == 'X') {
+            if (!read_pax(file_.read(extent), pax)) file_.fail("pax records that are broken or of a sparse file", at);
+        } else if (type == 'S') {
+            file_.fail("a sparse member, which GNU tar writes when told --sparse", at);
+        } else if (!described) {
+            if (pax.path) {
+                member.name = std::move(*pax.path);
+            } else if (long_name) {
+                member.name = std::move(*long_name);
+            } else {
+                member.name = text_of(record, kName);
+                // GNU tar keeps times where POSIX has the prefix.
+                const bool posix = std::memcmp(record + kMagic.offset, "ustar\0", 6) == 0;
+                const std::string prefix = posix ? text_of(record, kPrefix) : std::string();
+                if (!prefix.empty()) member.name = prefix + "/" + member.name;
+            }
+            const bool regular = type == '0' || type == '\0' || type == '7';
+            const bool folder = type == '\0' && !member.name.empty() && member.name.back() == '/';
+            if (regular && !folder) {
+                member.extent = extent;
+                return true;
+            }
+            long_name.reset();
+            pax = {};
+        }
+    }
+}
+
+bool SampleReader::next(TarSample& sample) {
+    if (!started_) {
+        started_ = true;
+        has_member_ = tar_.next(member_);
+    }
+    if (!has_member_) return false;
+    sample = {};
+    sample.key = split(member_.name).key;
+    sample.ordinal = ordinal_++;
+    std::string image_suffix;
+    do {
+        const std::string suffix = lowered(split(member_.name).suffix);
+        // The first kind of image counts; a member that is written twice holds the last.
+        if (names_image(suffix) && (!sample.image || suffix == image_suffix)) {
+            sample.image = member_.extent;
+            image_suffix = suffix;
+        }
+        if (suffix == "txt") sample.text = member_.extent;
+        if (suffix == "json") sample.json = member_.extent;
+        has_member_ = tar_.next(member_);
+    } while (has_member_ && split(member_.name).key == sample.key);
+    return true;
+}
+
+}  // namespace efficientclip

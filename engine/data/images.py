@@ -1,0 +1,310 @@
+"""Images of webdataset and img2dataset shards as batches for a tower: read, decoded and resized by C++ threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import weakref
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .. import _loader
+from ..errors import UserError
+from .shards import BadSample, caption_entries, list_shards, read_record
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one batch and what the shards say of them; entry i of each list belongs to image i."""
+
+    images: torch.Tensor  # [images, 3, size, size]; the loader's memory, which returns to it when the last view dies
+    keys: list[str]
+    shards: list[str]
+    offsets: list[int]  # of the encoded image in its shard, in bytes
+    lengths: list[int]
+    texts: list[bytes | None]  # the .txt members
+    json: list[bytes | None]  # the .json members
+    encoded: list[bytes | None]  # with `keep_encoded`
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def captions(self) -> list[list[str]]:
+        """All captions of each image, at least one; none where `captions=False` let an image without pass."""
+        return [_captions(text, record) for text, record in zip(self.texts, self.json, strict=True)]
+
+
+class ImageLoader:
+    """Batches of images from tar shards, cut, resized and normalised as CLIP is trained, by C++ threads.
+
+        with ImageLoader("shards/", batch_size=256, seed=1) as loader:
+            for epoch in range(10):
+                for batch in loader:
+                    features = tower(batch.images.to(device, non_blocking=True))
+
+    A `for` goes on where the last one stopped and ends with the epoch; the next one is the next epoch, and setting
+    `epoch` starts that one. A batch counts as consumed when it is handed out: `state()` is the position behind it,
+    whatever was made ahead, and `restore()` goes there without reading the images before it.
+
+    shards: a tar, a folder of tars, or a list of tars. A sample is a run of members with one name up to the first dot:
+        an image (JPEG, PNG or WebP) with captions in .txt or .json.
+    size: images are float or uint8 [images, 3, size, size].
+    train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
+        by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
+        shards' own order.
+    threads: decoding threads, by default one for each core this process may use. Batches are the same for any number.
+    seed, epoch, rank, world_size: the order depends on these and on the shards alone. Ranks share all samples out
+        between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
+        different numbers of batches.
+    mean, std: of each channel, for values in 0..1; not applied to uint8.
+    dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
+    flip: mirror one image in two.
+    scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster,
+        and a little sharper or softer than resizing alone.
+    captions: False lets samples without captions pass.
+    keep_encoded: keep each image's file in `ImageBatch.encoded`.
+    drop_last: leave out an epoch's last incomplete batch.
+    prefetch: batches made ahead at most. Images lie in pinned memory where CUDA is there.
+
+    Samples that cannot be used are skipped and named in `bad_samples`, those of the current epoch. A shard that is no
+    whole tar is a UserError, after all whole samples before its end. Transparency lies over white; EXIF orientation
+    is applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str | Path],
+        *,
+        batch_size: int,
+        size: int = 224,
+        train: bool = True,
+        threads: int | None = None,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        scale: tuple[float, float] = (0.9, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: bool = False,
+        scaled_decoding: bool = False,
+        shuffle_buffer: int = 1000,
+        captions: bool = True,
+        keep_encoded: bool = False,
+        drop_last: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        given = [shards] if isinstance(shards, str | Path) else shards
+        self.shards = [tar for source in given for tar in list_shards(Path(source))]
+        _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
+        _check(1 <= size <= 4096, f"size: {size}; give 1 to 4096 pixels")
+        _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
+        _check(0 <= seed < 2**64, f"seed: {seed}; give 0 to 2^64 - 1")
+        _check(0 <= rank < world_size, f"rank: {rank} of world_size {world_size}; give 0 to {world_size - 1}")
+        _check(len(mean) == len(std) == 3 and min(std) > 0, f"mean, std: {mean}, {std}; give 3 numbers, std above 0")
+        _check(dtype in DTYPES, f"dtype: {dtype}; give one of {', '.join(map(str, DTYPES))}")
+        _check(0 < scale[0] <= scale[1] <= 1, f"scale: {scale}; give two ascending shares of an image, up to 1")
+        _check(0 < ratio[0] <= ratio[1], f"ratio: {ratio}; give two ascending ratios of width to height")
+        _check(1 <= shuffle_buffer < 2**31, f"shuffle_buffer: {shuffle_buffer}; give 1 or more")
+        _check(prefetch >= 1, f"prefetch: {prefetch}; give 1 or more")
+
+        self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
+        self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
+        self.bad_samples: list[BadSample] = []
+        self.waited_seconds = 0.0
+        self._settings: dict[str, Any] = {
+            "shards": [str(shard) for shard in self.shards],
+            "batch_size": batch_size,
+            "size": size,
+            "train": train,
+            "threads": threads or len(os.sched_getaffinity(0)),
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+            "mean": tuple(mean),
+            "std": tuple(std),
+            "dtype": DTYPES[dtype],
+            "channels_last": channels_last,
+            "scale": scale,
+            "ratio": ratio,
+            "flip": flip,
+            "scaled_decoding": scaled_decoding,
+            "shuffle_buffer": shuffle_buffer,
+            "captions": captions,
+            "keep_encoded": keep_encoded,
+            "drop_last": drop_last,
+        }
+        order = [[shard.name for shard in self.shards], train, shuffle_buffer if train else 0]
+        self._identity = {
+            "shards": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+        }
+        self._pinned = torch.cuda.is_available()
+        self._free: deque[np.ndarray] = deque(maxlen=prefetch + 2)
+        self._threads: Any = None
+        self._closed = False
+        self._images = self._epoch = self._consumed = 0
+        self._started = 0.0
+        self._go_to(epoch, 0, {})
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._go_to(epoch, 0, {})
+
+    @property
+    def bad_counts(self) -> dict[str, int]:
+        """How many samples of the current epoch were skipped, by cause, also before a restore."""
+        return dict(self._bad_before + Counter(sample.cause for sample in self.bad_samples))
+
+    @property
+    def images_per_second(self) -> float:
+        """Since this epoch's first batch was asked for, the consumer's own time included."""
+        return self._images / max(time.perf_counter() - self._started, 1e-9) if self._images else 0.0
+
+    def state(self) -> dict[str, Any]:
+        """Where the consumer is: a small dictionary for this rank, of strings and integers."""
+        bad = self.bad_counts if self._consumed else {}
+        return {**self._identity, "epoch": self._epoch, "consumed": self._consumed, "bad": bad}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch that was consumed last when `state` was taken."""
+        for name, expected in self._identity.items():
+            if state[name] != expected:
+                raise UserError(
+                    f"loader state: {name} is {state[name]}, this loader has {expected}; make the loader with the"
+                    " settings and shards that the state was taken with"
+                )
+        self._go_to(state["epoch"], state["consumed"], state["bad"])
+
+    def close(self) -> None:
+        """End the threads; batches that were handed out stay valid."""
+        self._stop()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        return self
+
+    def __next__(self) -> ImageBatch:
+        started = time.perf_counter()
+        try:
+            if self._threads is None:
+                self._start()
+            images, records, bad, consumed = self._threads.next()
+            if images is not None:
+                self._lend()
+        except _loader.ShardError as error:
+            self._stop()
+            raise UserError(str(error)) from None
+        except BaseException:
+            # The threads may have handed over what nobody received: they start again from the position.
+            self._stop()
+            raise
+        self.waited_seconds += time.perf_counter() - started
+        self.bad_samples += [BadSample(self.shards[shard].name, key, cause) for shard, key, cause in bad]
+        if images is None:
+            self._stop()
+            self._epoch, self._consumed = self._epoch + 1, 0
+            raise StopIteration
+        self._consumed = consumed
+        self._images += len(records)
+        return self._batch(images, records)
+
+    def _go_to(self, epoch: int, consumed: int, bad: dict[str, int]) -> None:
+        _check(0 <= epoch < 2**32, f"epoch: {epoch}; give 0 to 2^32 - 1")
+        self._stop()
+        self._epoch, self._consumed, self._bad_before = epoch, consumed, Counter(bad)
+        self.bad_samples = []
+
+    def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError("this ImageLoader is closed")
+        if self._consumed == 0:
+            self._go_to(self._epoch, 0, {})
+        self._images, self._started = 0, time.perf_counter()
+        self._threads = _loader.ImageLoader(**self._settings, epoch=self._epoch, consumed=self._consumed)
+        for _ in range(self.prefetch):
+            self._lend()
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+
+    def _lend(self) -> None:
+        """Give the threads memory for one more batch."""
+        shape = (self.batch_size, 3, self.size, self.size)
+        size = int(np.prod(shape)) * self.dtype.itemsize
+        if self._pinned:
+            # PyTorch's own pool: it knows when a copy to the GPU that was not waited for is done.
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:
+            owner = self._free.pop() if self._free else np.empty(size, np.uint8)
+            lease = owner.view()
+            # A tensor over it, or a view of one, keeps the lease alive.
+            weakref.finalize(lease, self._free.append, owner).atexit = False
+            memory = torch.from_numpy(lease)
+        images = memory.view(self.dtype)
+        if self.channels_last:
+            images = images.view(self.batch_size, self.size, self.size, 3).permute(0, 3, 1, 2)
+        else:
+            images = images.view(shape)
+        self._threads.supply(memory.data_ptr(), images)
+
+    def _batch(self, images: torch.Tensor, records: list[tuple[Any, ...]]) -> ImageBatch:
+        keys, shards, offsets, lengths, texts, jsons, encoded = (list(column) for column in zip(*records, strict=True))
+        return ImageBatch(
+            images=images[: len(records)],
+            keys=keys,
+            shards=[self.shards[shard].name for shard in shards],
+            offsets=offsets,
+            lengths=lengths,
+            texts=texts,
+            json=jsons,
+            encoded=encoded,
+        )
+
+
+def _captions(text: bytes | None, record: bytes | None) -> list[str]:
+    """The captions of a sample, of which the threads know that they can be read."""
+    try:
+        entries = caption_entries(text, read_record(record))
+    except ValueError:
+        return []
+    return [str(entry["text"]).strip() for entry in entries]
+
+
+def _check(held: bool, message: str) -> None:
+    if not held:
+        raise UserError(message)

@@ -1,0 +1,334 @@
+"""Pairs to train on, and the loader that makes their batches ahead of the trainer, in C++ threads.
+
+A batch is a function of (seed, epoch, step) and of the kept pairs, never of rank or thread: each rank knows the whole
+global batch's rows and takes its slice, so any world size sees the same pairs in the same order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .. import _loader
+from ..errors import UserError
+from .batches import Batch, Edges, FrozenTable, IntArray, Segments
+from .store import Store, TextStore
+
+SPECIAL, CONTINUING = 1, 2
+
+
+@dataclass(frozen=True)
+class MaskedTexts:
+    """Unpaired texts in a shuffled endless stream, masked as BERT does; masks are keyed by (seed, pass, text).
+
+    `per_batch` texts of each global batch are packed behind the captions of a rank's last micro-batch.
+    """
+
+    texts: TextStore
+    per_batch: int
+    mask_share: float = 0.15
+    max_tokens: int = 64
+    whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.texts) < self.per_batch:
+            raise UserError(
+                f"mlm.texts_per_batch: {self.per_batch}, but store {self.texts.path} holds {len(self.texts)} texts"
+            )
+
+    def arguments(self) -> dict[str, Any]:
+        """What the C++ loader needs of them."""
+        manifest = self.texts.manifest
+        kinds = np.zeros(manifest["vocabulary"], np.uint8)
+        if self.whole_words:
+            # transformers takes seconds to import, and nothing else here needs it.
+            from .tokenizer import load_tokenizer
+
+            pieces = load_tokenizer(self.texts.path / "tokenizer").convert_ids_to_tokens(list(range(len(kinds))))
+            kinds[[piece.startswith("##") for piece in pieces]] = CONTINUING
+            if not kinds.any():
+                raise UserError(f"mlm.whole_word: no token of {self.texts.path}'s tokenizer continues a word by ##")
+        kinds[manifest["special_tokens"]] = SPECIAL
+        return {
+            "tokens": self.texts.tokens,
+            "offsets": self.texts.offsets,
+            "texts_per_batch": self.per_batch,
+            "max_tokens": self.max_tokens,
+            "token_kinds": kinds,
+            "mask_token": manifest["mask_token"],
+            "mask_share": self.mask_share,
+            "whole_words": self.whole_words,
+        }
+
+
+class PairSource:
+    """Pairs between a trained side and frozen rows: ids int32 [pairs] of both, features fp16 [frozen rows, D]."""
+
+    captions: TextStore | None = None
+    masked: MaskedTexts | None = None
+
+    def __init__(
+        self,
+        *,
+        trained_ids: npt.NDArray[np.int32],
+        frozen_ids: npt.NDArray[np.int32],
+        features: npt.NDArray[np.float16],
+        edges: Edges,
+    ) -> None:
+        self.trained_ids, self.frozen_ids, self.edges = trained_ids, frozen_ids, edges
+        self.table = FrozenTable(features)
+
+    def __len__(self) -> int:
+        return len(self.trained_ids)
+
+    def names(self, rows: IntArray) -> list[str]:
+        """How a user finds these pairs again."""
+        raise NotImplementedError
+
+    def inputs(self, trained_ids_M: IntArray, step: int, rank: int, world_size: int) -> dict[str, Any]:
+        """The model's arguments, where the trained side is no text."""
+        raise NotImplementedError
+
+
+class CaptionPairs(PairSource):
+    """Captions against the frozen features of a store, with masked unpaired texts packed behind them."""
+
+    def __init__(self, store: Store, masked: MaskedTexts | None = None) -> None:
+        super().__init__(
+            trained_ids=store.caption_ids,
+            frozen_ids=store.image_ids,
+            features=store.features,
+            edges=store.caption_edges,
+        )
+        self.captions, self.masked, self.store = store, masked, store
+
+    def names(self, rows: IntArray) -> list[str]:
+        return self.store.pairs()["key"].take(rows).to_pylist()
+
+
+class PairLoader:
+    """Batches of a store's pairs, shuffled anew each epoch, made ahead by C++ threads; arrays are not copied.
+
+        with PairLoader(Store(path), batch_size=4096, seed=1) as loader:
+            for epoch in range(10):
+                for batch in loader:
+                    ...
+
+    A `for` goes on where the last one stopped and ends with the epoch. A batch counts as consumed when it is handed
+    out: `state()` is the position behind it, whatever was made ahead, and `restore()` goes there, also with another
+    `world_size`. `batch_size` pairs count over all ranks; an epoch's last incomplete batch is left out.
+
+    kept: bool [pairs], the pairs an epoch trains on; may be set between two epochs. `reaudition_share` of each batch
+        is given to the others, at weight 0.
+    max_tokens: longer captions are cut, their last token kept.
+    micro_batch_size, tokens_per_micro_batch: how `Batch.inputs` is split, by pairs or by tokens; all ranks get as many.
+    threads, prefetch: batches are the same for any number; `prefetch` finished ones wait at most.
+
+    `waited_seconds` is the time spent waiting for batches. Raises UserError for settings that do not fit the store or
+    a store whose files disagree, RuntimeError in a forked child.
+    """
+
+    def __init__(
+        self,
+        pairs: Store | PairSource,
+        *,
+        batch_size: int,
+        kept: npt.NDArray[np.bool_] | None = None,
+        reaudition_share: float = 0.0,
+        max_tokens: int = 77,
+        micro_batch_size: int | None = None,
+        tokens_per_micro_batch: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 1,
+        prefetch: int = 4,
+    ) -> None:
+        self.source = CaptionPairs(pairs) if isinstance(pairs, Store) else pairs
+        self.batch_size, self.reaudition_share, self.seed = batch_size, reaudition_share, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.epoch_step = self.step = 0
+        self.waited_seconds = 0.0
+        self._threads: Any = None
+        self._closed = False
+        captions, masked, local = self.source.captions, self.source.masked, max(batch_size // max(world_size, 1), 1)
+        self._settings: dict[str, Any] = {
+            "trained_ids": self.source.trained_ids,
+            "frozen_ids": self.source.frozen_ids,
+            "features": self.source.table.features,
+            "captions": None if captions is None else (captions.tokens, captions.offsets),
+            "masked": None if masked is None else masked.arguments(),
+            "batch_size": batch_size,
+            "rank": rank,
+            "world_size": world_size,
+            "max_tokens": max_tokens,
+            "pairs_per_micro_batch": micro_batch_size or local,
+            "tokens_per_micro_batch": tokens_per_micro_batch or 0,
+            "seed": seed,
+            "threads": threads,
+            "prefetch": prefetch,
+        }
+        if kept is None:
+            bits = np.full(-(-len(self.source) // 8), 255, np.uint8)
+            # Bits behind the last pair stay 0: they are counted.
+            bits[-1:] >>= -len(self.source) % 8
+            self._keep(bits)
+        else:
+            self.kept = kept
+
+    @property
+    def kept(self) -> npt.NDArray[np.bool_]:
+        """Pairs that the epoch trains on, bool [pairs]; all others are re-auditioned at weight 0."""
+        return np.unpackbits(self._kept_bits, count=len(self.source), bitorder="little").view(bool)
+
+    @kept.setter
+    def kept(self, kept: npt.NDArray[np.bool_]) -> None:
+        if self.epoch_step != 0:
+            raise ValueError(f"kept pairs may change between epochs only, and {self.epoch_step} batches are consumed")
+        if kept.dtype != bool or kept.shape != (len(self.source),):
+            raise ValueError(f"kept must be bool [{len(self.source)}], not {kept.dtype} {list(kept.shape)}")
+        self._stop()
+        self._keep(np.packbits(kept, bitorder="little"))
+
+    def _keep(self, bits: npt.NDArray[np.uint8]) -> None:
+        self._kept_bits = bits
+        self.kept_count = int(np.bitwise_count(bits).sum(dtype=np.int64))
+        dropped = len(self.source) - self.kept_count
+        self._auditions = min(round(self.batch_size * self.reaudition_share), dropped)
+        self.steps = self.kept_count // (self.batch_size - self._auditions)
+        if self.steps == 0:
+            raise UserError(
+                f"training.batch_size: {self.batch_size} pairs, but only {self.kept_count} are left to train on;"
+                " lower it, or let confidence.selection drop less"
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.epoch_step == self.steps:
+            self.next_epoch()
+            raise StopIteration
+        started = time.perf_counter()
+        try:
+            if self._threads is None:
+                self._start()
+            arrays = self._threads.next()
+        except (IndexError, ValueError) as error:
+            raise UserError(f"pairs of epoch {self.epoch}, step {self.epoch_step}: {error}") from error
+        self.waited_seconds += time.perf_counter() - started
+        batch = self._batch(arrays)
+        self.step += 1
+        self.epoch_step += 1
+        return batch
+
+    def next_epoch(self) -> None:
+        """Go to the start of the next epoch; nothing of it is made before its first batch is asked for."""
+        self._stop()
+        self.epoch += 1
+        self.epoch_step = 0
+
+    def state(self) -> dict[str, Any]:
+        """Where the consumer is, as small arrays: n/8 bytes and some integers."""
+        return {
+            "epoch": np.int64(self.epoch),
+            "epoch_step": np.int64(self.epoch_step),
+            "step": np.int64(self.step),
+            "kept": self._kept_bits,
+            "identity": np.array([len(self.source), self.batch_size, self.seed], np.int64),
+            "reaudition_share": np.float64(self.reaudition_share),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on behind the batch that was consumed last when `state` was taken."""
+        if missing := self.state().keys() - state.keys():
+            raise UserError(
+                f"loader state: {', '.join(sorted(missing))} missing, so another version wrote it; start a new run"
+            )
+        found = [*(int(value) for value in state["identity"]), float(state["reaudition_share"])]
+        expected = [len(self.source), self.batch_size, self.seed, self.reaudition_share]
+        if found != expected:
+            raise UserError(
+                f"loader state: of (pairs, batch_size, seed, reaudition_share) = {found}, this loader has {expected};"
+                " make the loader with the settings that the state was taken with"
+            )
+        self._stop()
+        self.epoch, self.epoch_step, self.step = (int(state[name]) for name in ("epoch", "epoch_step", "step"))
+        self._keep(np.asarray(state["kept"], np.uint8).copy())
+
+    def close(self) -> None:
+        """End the threads; batches that were handed out stay valid."""
+        self._stop()
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        if self._closed:
+            raise RuntimeError("this PairLoader is closed")
+        self._threads = _loader.PairLoader(
+            **self._settings,
+            kept=self._kept_bits,
+            auditions=self._auditions,
+            epoch=self.epoch,
+            epoch_step=self.epoch_step,
+            step=self.step,
+        )
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+
+    def _batch(self, arrays: dict[str, Any]) -> Batch:
+        m = len(arrays["trained_ids"])
+        first = self.rank * m
+        tokens = arrays["input_ids"]
+        if self.source.captions is None:
+            inputs = [self.source.inputs(arrays["trained_ids"], self.step, self.rank, self.world_size)]
+        else:
+            count = len(arrays["micro_batches"])
+            masked_in = count - 1 if self.source.masked is not None else None
+            inputs = [micro_inputs(arrays, number, masked=number == masked_in) for number in range(count)]
+        return Batch(
+            rows_N=arrays["rows"],
+            weights_N=arrays["weights"],
+            frozen_ids_N=arrays["frozen_ids"],
+            trained_ids_M=arrays["trained_ids"],
+            frozen_MD=torch.from_numpy(arrays["features"]),
+            weights_M=torch.from_numpy(arrays["weights"][first : first + m]),
+            inputs=inputs,
+            masked=len(arrays["masked_labels"]),
+            tokens=len(tokens),
+            first=first,
+        )
+
+
+def micro_inputs(arrays: dict[str, Any], number: int, *, masked: bool) -> dict[str, Any]:
+    """The model's arguments for one micro-batch, as views."""
+    begin, end, first_token, last_token, first_text, last_text = arrays["micro_batches"][number]
+    arguments: dict[str, Any] = {
+        "texts": torch.from_numpy(arrays["segments"][begin:end]),
+        "input_ids": torch.from_numpy(arrays["input_ids"][first_token:last_token]),
+        "position_ids": torch.from_numpy(arrays["position_ids"][first_token:last_token]),
+        # Each earlier micro-batch has one boundary more than texts.
+        "segments": Segments.of(arrays["cu_seqlens"][first_text + number : last_text + number + 1]),
+    }
+    if masked:
+        # Also where this rank has none: under ZeRO-3 the head's weights are gathered by all ranks together.
+        arguments["masked_positions"] = torch.from_numpy(arrays["masked_positions"])
+        arguments["masked_labels"] = torch.from_numpy(arrays["masked_labels"])
+    return arguments
