@@ -349,7 +349,7 @@ class _Triton:
     def losses(self) -> tuple[Tensor, Tensor]:
         """(loss_M, positive_M), fp64; without the own cells where these columns do not hold them."""
         M, D = self.text_MD.shape
-        positive_M, loss_M = torch.zeros(2, M, dtype=torch.float64, device=self.text_MD.device)
+        positive_M, loss_M = (torch.zeros(M, dtype=torch.float64, device=self.text_MD.device) for _ in "12")
         if self.diagonal:
             positive_M = self._own_dots().mul_(self.scale.double().reshape(())).add_(self.bias.reshape(()))
             loss_M = -functional.logsigmoid(positive_M)
@@ -404,7 +404,7 @@ class _Triton:
             d_text_MD.mul_((g_M * unit).float()[:, None])
         if d_image_ND is not None:
             d_image_ND.mul_(top * unit)
-        d_bias, d_scale = (sums_2M * g_M).sum(1).unbind()
+        d_bias, d_scale = ((sums_M * g_M).sum() for sums_M in sums_2M)
         if not self.diagonal:
             return d_text_MD, d_image_ND, d_scale, d_bias
         own_M1 = (own_M * self.scale.double().reshape(())).float()[:, None]

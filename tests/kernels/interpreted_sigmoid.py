@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from efficientclip.kernels import sigmoid, sigmoid_loss, similarity
+from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, similarity
 from efficientclip.kernels.similarity import Tile
 from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
 
@@ -70,6 +70,37 @@ def test_losses_far_below_one(rng: torch.Generator) -> None:
 def test_nothing_but_excluded_cells(rng: torch.Generator) -> None:
     excluded: Any = tuple(torch.cartesian_prod(torch.arange(33), torch.arange(33)).T)
     check(features(rng, 33, 0, 8), torch.float32, 10, excluded=excluded)
+
+
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_blocks_of_columns_add_up(rng: torch.Generator, positives: str) -> None:
+    """As they come round the ring: this rank's pairs are in the second block, which the bank goes with."""
+    data, given = features(rng, 70, 33, 24), everything(rng, 70, 33)
+    text, image, bank = (data[name].float() for name in ("text", "image", "bank"))
+    own, blocks = slice(30, 70), (slice(0, 30), slice(30, 70))
+    ids_KN = torch.stack([given["image_ids"], given["caption_ids"]])
+    excluded_2E = torch.stack(given["excluded"])
+    excluded_2E = excluded_2E[:, excluded_2E[0] < 40]
+    whole = contrastive._Options(
+        ids_KN[:, own], ids_KN, given["bank_ids"], excluded_2E, own.start, positives == "ids", False
+    )
+    scalars, grads = (torch.tensor(14.0), torch.tensor(-5.0)), [torch.rand(40, generator=rng).double() for _ in "12"]
+
+    def found(columns: slice, positive_M: torch.Tensor | None = None) -> list[torch.Tensor]:
+        last = columns.stop == 70
+        arguments = text[own], image[columns], bank if last else None, *scalars, *whole.of_block(columns, 70, last)[:6]
+        if positive_M is None:
+            return sigmoid.sigmoid_sums(*arguments)
+        d_text_MD, d_image_CD, d_scale, d_bias = sigmoid.sigmoid_gradients(*arguments, positive_M, grads, True, True)
+        d_image_ND = torch.zeros(70, 24)
+        d_image_ND[columns] = d_image_CD
+        return [d_text_MD, d_image_ND, d_scale, d_bias]
+
+    sums = found(slice(0, 70))
+    for positive_M in (None, sums[1]):
+        together = found(slice(0, 70), positive_M)
+        for one, *parts in zip(together, *(found(columns, positive_M) for columns in blocks), strict=True):
+            torch.testing.assert_close(sum(parts), one, rtol=1e-5, atol=1e-6)
 
 
 def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
