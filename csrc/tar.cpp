@@ -192,13 +192,11 @@ std::string ShardFile::read(Extent extent) {
 }
 
 bool TarReader::next(TarMember& member) {
-    // Whether the last record only described the next: then the archive cannot end here.
-    bool described = false;
     std::optional<std::string> long_name;
     PaxRecords pax;
     for (;;) {
         const std::int64_t at = offset_;
-        if (at == file_.size() && at > 0 && !described) return false;
+        // Without the mark of its end, a shard may have lost samples.
         if (at > file_.size() - kRecord) file_.fail("it ends early", file_.size());
         char record[kRecord];
         file_.read({at, kRecord}, record);
@@ -208,7 +206,8 @@ bool TarReader::next(TarMember& member) {
         const std::optional<std::int64_t> size = number_of(record, kSize);
         if (!size) file_.fail("a broken size", at);
         const char type = record[kType];
-        described = type == 'L' || type == 'K' || type == 'x' || type == 'X' || type == 'g';
+        // Such a member only describes the next.
+        const bool described = type == 'L' || type == 'K' || type == 'x' || type == 'X' || type == 'g';
         if (described && *size > kLongestName) file_.fail("a name that is too long", at);
         // Links, folders and devices have no bytes, whatever their size field says.
         const bool empty = type >= '1' && type <= '6';

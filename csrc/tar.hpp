@@ -62,7 +62,7 @@ class TarReader {
   public:
     explicit TarReader(ShardFile& file) : file_(file) {}
 
-    // False at the archive's end, which may be the file's.
+    // False at the mark of the archive's end.
     bool next(TarMember& member);
 
   private:

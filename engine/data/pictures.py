@@ -9,7 +9,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-Image.MAX_IMAGE_PIXELS = 100_000_000
+# As in csrc/picture.hpp.
+MAX_PIXELS = 100_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 
 
 def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
