@@ -59,8 +59,8 @@ bench: .venv/.ready ## the benchmarks
 	pytest benchmarks --benchmark-only
 
 # Peers want PyPI's build of torch, 5.5 GB, in an environment of its own.
-bench-peers: .venv-peers/.ready ## the contrastive benchmark beside open_clip; ARGS="--long -k 65536" chooses
-	.venv-peers/bin/python -m pytest benchmarks/test_contrastive.py --benchmark-only $(ARGS)
+bench-peers: .venv-peers/.ready ## the benchmarks beside all peers; ARGS="--long -k 65536" chooses
+	.venv-peers/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 # Without a GPU it says so, for which no other environment need be made.
 GPU_VENV := $(if $(filter 0,$(GPUS)),.venv,.venv-peers)
