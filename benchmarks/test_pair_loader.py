@@ -34,7 +34,7 @@ from efficientclip.data.store import PAIR_FILES, Store, finish, staging, write_i
 
 PAIRS, BATCH, WIDTH, MEAN_TOKENS, ROUNDS = 1_000_000, 4_096, 512, 20, 7
 WORKERS = 2
-TESTS = ("tests/data/test_pairs.py", "tests/csrc/test_loader.py")
+TESTS = ("tests/data/test_pairs.py", "tests/csrc/test_loader.py", "-k", "not sanitizers")
 KEY = ("pairs", "batch", "width", "mean_tokens", "hardware", "torch", "implementation")
 COLUMNS = (*KEY, "pairs_per_s", "ms_per_batch", "ratio_of_ours", "rounds", "date")
 
