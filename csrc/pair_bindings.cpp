@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "batch.hpp"
@@ -47,16 +48,27 @@ py::array_t<T> owning_array(std::vector<T>&& values) {
     return py::array_t<T>(static_cast<py::ssize_t>(held->size()), held->data(), free_values);
 }
 
-template <class Token>
-py::tuple pack_tokens_of(View<Token> tokens, const py::array& offsets_array, const py::array& ids_array,
-                         std::int64_t max_length) {
-    const auto offsets = view<std::int64_t>(offsets_array, "offsets");
+efficientclip::Texts texts_of(const py::array& tokens, const py::array& offsets) {
+    if (py::isinstance<py::array_t<std::uint16_t>>(tokens)) {
+        return {view<std::uint16_t>(tokens, "tokens"), view<std::int64_t>(offsets, "offsets")};
+    }
+    if (py::isinstance<py::array_t<std::int32_t>>(tokens)) {
+        return {view<std::int32_t>(tokens, "tokens"), view<std::int64_t>(offsets, "offsets")};
+    }
+    throw py::type_error("tokens must be a contiguous 1-D uint16 or int32 array, not " + described(tokens));
+}
+
+py::tuple pack_tokens(const py::array& tokens_array, const py::array& offsets_array, const py::array& ids_array,
+                      std::int64_t max_length) {
+    const efficientclip::Texts texts = texts_of(tokens_array, offsets_array);
     const auto ids = view<std::int64_t>(ids_array, "ids");
     py::array_t<std::int32_t> cu_seqlens(ids.size + 1);
     std::int32_t* lengths = cu_seqlens.mutable_data();
     {
         const py::gil_scoped_release release;
-        efficientclip::measure_texts(offsets, tokens.size, ids, max_length, lengths);
+        std::visit([&](const auto& tokens) {
+            efficientclip::measure_texts(texts.offsets, tokens.size, ids, max_length, lengths);
+        }, texts.tokens);
     }
     py::array_t<std::int64_t> input_ids(lengths[ids.size]);
     py::array_t<std::int64_t> position_ids(lengths[ids.size]);
@@ -64,20 +76,11 @@ py::tuple pack_tokens_of(View<Token> tokens, const py::array& offsets_array, con
     std::int64_t* positions = position_ids.mutable_data();
     {
         const py::gil_scoped_release release;
-        efficientclip::pack_texts(tokens, offsets, ids, lengths, inputs, positions);
+        std::visit([&](const auto& tokens) {
+            efficientclip::pack_texts(tokens, texts.offsets, ids, lengths, inputs, positions);
+        }, texts.tokens);
     }
     return py::make_tuple(input_ids, position_ids, cu_seqlens);
-}
-
-py::tuple pack_tokens(const py::array& tokens, const py::array& offsets, const py::array& ids,
-                      std::int64_t max_length) {
-    if (py::isinstance<py::array_t<std::uint16_t>>(tokens)) {
-        return pack_tokens_of(view<std::uint16_t>(tokens, "tokens"), offsets, ids, max_length);
-    }
-    if (py::isinstance<py::array_t<std::int32_t>>(tokens)) {
-        return pack_tokens_of(view<std::int32_t>(tokens, "tokens"), offsets, ids, max_length);
-    }
-    throw py::type_error("tokens must be a contiguous 1-D uint16 or int32 array, not " + described(tokens));
 }
 
 py::array gather_rows(const py::array& table, const py::array& rows_array, int threads) {
@@ -112,16 +115,6 @@ py::tuple linked_pairs(const py::array& indptr_array, const py::array& indices_a
         pairs = efficientclip::linked_pairs(indptr, indices, left_ids, columns, diagonal);
     }
     return py::make_tuple(owning_array(std::move(pairs.rows)), owning_array(std::move(pairs.cols)));
-}
-
-efficientclip::Texts texts_of(const py::array& tokens, const py::array& offsets) {
-    if (py::isinstance<py::array_t<std::uint16_t>>(tokens)) {
-        return {view<std::uint16_t>(tokens, "tokens"), view<std::int64_t>(offsets, "offsets")};
-    }
-    if (py::isinstance<py::array_t<std::int32_t>>(tokens)) {
-        return {view<std::int32_t>(tokens, "tokens"), view<std::int64_t>(offsets, "offsets")};
-    }
-    throw py::type_error("tokens must be a contiguous 1-D uint16 or int32 array, not " + described(tokens));
 }
 
 // The loader and the arrays that it reads.

@@ -60,37 +60,36 @@ void sort_by_length(const std::int32_t* lengths, std::int64_t n, std::vector<std
     for (std::int64_t i = 0; i < n; ++i) order[index(places[index(lengths[i])]++)] = i;
 }
 
-// Cuts [pieces + 1] of a rank's pairs into runs of at most `limit` tokens, but one pair at least. Filled from the end,
-// where `behind` tokens of masked texts lie already.
-std::vector<std::int64_t> cuts_within(const std::int32_t* lengths, std::int64_t n, std::int64_t behind,
+// Cuts [pieces + 1] of a rank's pairs into runs of at most `limit` tokens, but one pair at least. `masked` tokens of
+// masked texts go with the first run.
+std::vector<std::int64_t> cuts_within(const std::int32_t* lengths, std::int64_t n, std::int64_t masked,
                                       std::int64_t limit) {
-    std::vector<std::int64_t> cuts{n};
-    std::int64_t tokens = behind;
-    for (std::int64_t i = n - 1; i >= 0; --i) {
-        if (i + 1 < cuts.back() && tokens + lengths[i] > limit) {
-            cuts.push_back(i + 1);
+    std::vector<std::int64_t> cuts{0};
+    std::int64_t tokens = masked;
+    for (std::int64_t i = 0; i < n; ++i) {
+        if (i > cuts.back() && tokens + lengths[i] > limit) {
+            cuts.push_back(i);
             tokens = 0;
         }
         tokens += lengths[i];
     }
-    cuts.push_back(0);
-    std::reverse(cuts.begin(), cuts.end());
+    cuts.push_back(n);
     return cuts;
 }
 
 // Exactly `pieces` runs of near token counts, none beyond `limit`, which `pieces` runs are known to keep to.
-std::vector<std::int64_t> even_cuts(const std::int32_t* lengths, std::int64_t n, std::int64_t behind,
+std::vector<std::int64_t> even_cuts(const std::int32_t* lengths, std::int64_t n, std::int64_t masked,
                                     std::int64_t limit, std::size_t pieces) {
     std::int64_t low = 0, high = limit;
     while (low < high) {
         const std::int64_t middle = (low + high) / 2;
-        if (cuts_within(lengths, n, behind, middle).size() - 1 <= pieces) {
+        if (cuts_within(lengths, n, masked, middle).size() - 1 <= pieces) {
             high = middle;
         } else {
             low = middle + 1;
         }
     }
-    std::vector<std::int64_t> cuts = cuts_within(lengths, n, behind, high);
+    std::vector<std::int64_t> cuts = cuts_within(lengths, n, masked, high);
     while (cuts.size() - 1 < pieces) {
         std::size_t widest = 0;
         for (std::size_t i = 1; i + 1 < cuts.size(); ++i) {
@@ -218,18 +217,18 @@ struct PairLoader::Engine {
         require(s.max_tokens >= 1, "max_tokens is " + str(s.max_tokens) + ": it must be at least 1");
         require(s.pairs_per_micro_batch >= 1, "pairs_per_micro_batch must be at least 1");
         require(s.threads >= 1 && s.prefetch >= 1, "threads and prefetch must be at least 1");
-        std::int64_t most_behind = 0;
+        std::int64_t most_masked = 0;
         if (store.masked) {
             const MaskedTexts& masked = *store.masked;
             require(store.captions.has_value(), "masked texts are packed behind captions, but there are none");
             require(masked.per_batch >= 1 && masked.per_batch <= masked.texts.size(),
                     "texts_per_batch is " + str(masked.per_batch) + " of " + str(masked.texts.size()) + " texts");
             check_rule(masked.rule);
-            most_behind = (masked.per_batch + s.world_size - 1) / s.world_size * masked.max_tokens;
+            most_masked = (masked.per_batch + s.world_size - 1) / s.world_size * masked.max_tokens;
         }
-        require(s.tokens_per_micro_batch == 0 || s.tokens_per_micro_batch >= s.max_tokens + most_behind,
+        require(s.tokens_per_micro_batch == 0 || s.tokens_per_micro_batch >= s.max_tokens + most_masked,
                 "tokens_per_micro_batch is " + str(s.tokens_per_micro_batch) + ": one caption and a rank's masked texts" +
-                    " may take " + str(s.max_tokens + most_behind));
+                    " may take " + str(s.max_tokens + most_masked));
     }
 
     void work() {
@@ -324,11 +323,11 @@ struct PairLoader::Engine {
                                           settings.world_size);
         const View<std::int64_t> masked_ids{chosen.text_ids.data() + texts_here.begin, texts_here.end - texts_here.begin};
         if (store.masked) measure(store.masked->texts, masked_ids, store.masked->max_tokens, masked_lengths);
-        const std::int64_t behind = std::accumulate(masked_lengths.begin(), masked_lengths.end(), std::int64_t{0});
-        const std::int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), behind);
+        const std::int64_t masked_tokens = std::accumulate(masked_lengths.begin(), masked_lengths.end(), std::int64_t{0});
+        const std::int64_t tokens = std::accumulate(lengths.begin(), lengths.end(), masked_tokens);
         require(tokens <= std::numeric_limits<std::int32_t>::max(), "a batch has more than 2^31 - 1 tokens, too many for"
                                                                     " int32 cu_seqlens: lower batch_size or max_tokens");
-        const std::vector<std::int64_t> cuts = cut(chosen, lengths, behind);
+        const std::vector<std::int64_t> cuts = cut(chosen, lengths, masked_tokens);
 
         batch.input_ids.resize(index(tokens));
         batch.position_ids.resize(index(tokens));
@@ -356,9 +355,10 @@ struct PairLoader::Engine {
             pack_at(*store.captions, ids, cu_seqlens, token, batch);
             token += cu_seqlens[n];
             text += n;
-            if (piece + 2 == cuts.size() && store.masked) {
-                text += mask(chosen, masked_ids, masked_lengths, cu_seqlens + n, token, batch);
-                token = tokens;
+            if (piece == 0 && store.masked) {
+                mask(chosen, masked_ids, masked_lengths, cu_seqlens + n, token, batch);
+                token += masked_tokens;
+                text += masked_ids.size;
             }
             micro.last_token = token;
             micro.last_text = text;
@@ -366,9 +366,9 @@ struct PairLoader::Engine {
         }
     }
 
-    // Packs masked texts from `token` on, behind cu_seqlens[0] tokens of captions; returns their number.
-    std::int64_t mask(const Chosen& chosen, View<std::int64_t> masked_ids, const std::vector<std::int32_t>& lengths,
-                      std::int32_t* cu_seqlens, std::int64_t token, Batch& batch) const {
+    // Packs masked texts from `token` on, behind cu_seqlens[0] tokens of captions.
+    void mask(const Chosen& chosen, View<std::int64_t> masked_ids, const std::vector<std::int32_t>& lengths,
+              std::int32_t* cu_seqlens, std::int64_t token, Batch& batch) const {
         std::vector<std::int64_t> order, ids(lengths.size());
         sort_by_length(lengths.data(), masked_ids.size, order);
         for (std::int64_t k = 0; k < masked_ids.size; ++k) {
@@ -381,7 +381,6 @@ struct PairLoader::Engine {
             mask_text(store.masked->rule, random, batch.input_ids.data() + token + cu_seqlens[k] - cu_seqlens[0],
                       cu_seqlens[k + 1] - cu_seqlens[k], cu_seqlens[k], batch.masked_positions, batch.masked_labels);
         }
-        return masked_ids.size;
     }
 
     static void pack_at(const Texts& texts, const std::vector<std::int64_t>& ids, const std::int32_t* cu_seqlens,
@@ -396,7 +395,7 @@ struct PairLoader::Engine {
 
     // Where this rank's pairs are cut into micro-batches, as many on every rank: collectives must meet.
     std::vector<std::int64_t> cut(const Chosen& chosen, const std::vector<std::int32_t>& lengths,
-                                  std::int64_t behind) const {
+                                  std::int64_t masked_tokens) const {
         std::vector<std::int64_t> cuts;
         const std::int64_t limit = settings.tokens_per_micro_batch;
         if (limit == 0) {
@@ -408,20 +407,20 @@ struct PairLoader::Engine {
         std::vector<std::int64_t> ids(index(m));
         std::vector<std::int32_t> theirs;
         for (std::int64_t rank = 0; rank < settings.world_size; ++rank) {
-            std::int64_t behind_theirs = 0;
+            std::int64_t masked_theirs = 0;
             if (store.masked) {
                 const Share part = share_of(static_cast<std::int64_t>(chosen.text_ids.size()), rank, settings.world_size);
                 measure(store.masked->texts, {chosen.text_ids.data() + part.begin, part.end - part.begin},
                         store.masked->max_tokens, theirs);
-                behind_theirs = std::accumulate(theirs.begin(), theirs.end(), std::int64_t{0});
+                masked_theirs = std::accumulate(theirs.begin(), theirs.end(), std::int64_t{0});
             }
             for (std::int64_t i = 0; i < m; ++i) {
                 ids[index(i)] = store.trained_ids[chosen.batch->rows[index(rank * m + i)]];
             }
             measure(*store.captions, view(ids), settings.max_tokens, theirs);
-            pieces = std::max(pieces, cuts_within(theirs.data(), m, behind_theirs, limit).size() - 1);
+            pieces = std::max(pieces, cuts_within(theirs.data(), m, masked_theirs, limit).size() - 1);
         }
-        return even_cuts(lengths.data(), m, behind, limit, pieces);
+        return even_cuts(lengths.data(), m, masked_tokens, limit, pieces);
     }
 };
 

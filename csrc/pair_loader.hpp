@@ -23,7 +23,7 @@ struct Texts {
     std::int64_t size() const { return offsets.size - 1; }
 };
 
-// Texts that are masked and packed behind the captions of a rank's last micro-batch.
+// Texts that are masked and packed behind the captions of a rank's first micro-batch.
 struct MaskedTexts {
     Texts texts;
     std::int64_t per_batch;  // over all ranks
@@ -77,7 +77,7 @@ struct Batch {
     std::vector<std::int64_t> position_ids;
     std::vector<std::int32_t> cu_seqlens;  // of each micro-batch from 0: [texts + micro-batches]
     std::vector<std::int64_t> segments;    // [M] segment of each caption within its micro-batch
-    std::vector<std::int64_t> masked_positions;  // [K] within the last micro-batch
+    std::vector<std::int64_t> masked_positions;  // [K] within the first micro-batch
     std::vector<std::int64_t> masked_labels;
 };
 

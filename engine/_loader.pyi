@@ -151,7 +151,7 @@ class PairLoader:
         rows int64 [N], weights float32 [N], frozen_ids int64 [N], trained_ids int64 [M], features float16 [M, D];
         with captions: input_ids, position_ids int64 [T], cu_seqlens int32 [texts + micro-batches] from 0 in each
         micro-batch, segments int64 [M] within the micro-batch, masked_positions, masked_labels int64 [K] within the
-        last one, and micro_batches, tuples (first pair, last pair, first token, last token, first text, last text).
+        first one, and micro_batches, tuples (first pair, last pair, first token, last token, first text, last text).
 
         IndexError or ValueError where the store contradicts itself, IndexError after the last batch, RuntimeError in a
         forked child or after `close`.

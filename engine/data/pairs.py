@@ -28,7 +28,8 @@ SPECIAL, CONTINUING = 1, 2
 class MaskedTexts:
     """Unpaired texts in a shuffled endless stream, masked as BERT does; masks are keyed by (seed, pass, text).
 
-    `per_batch` texts of each global batch are packed behind the captions of a rank's last micro-batch.
+    `per_batch` texts of each global batch are packed behind the captions of a rank's first micro-batch: where gradients
+    accumulate, ZeRO-3 keeps an old one of each weight that the first micro-batch does not use.
     """
 
     texts: TextStore
@@ -300,9 +301,11 @@ class PairLoader:
         if self.source.captions is None:
             inputs = [self.source.inputs(arrays["trained_ids"], self.step, self.rank, self.world_size)]
         else:
-            count = len(arrays["micro_batches"])
-            masked_in = count - 1 if self.source.masked is not None else None
-            inputs = [micro_inputs(arrays, number, masked=number == masked_in) for number in range(count)]
+            masked_in = None if self.source.masked is None else 0
+            inputs = [
+                micro_inputs(arrays, number, masked=number == masked_in)
+                for number in range(len(arrays["micro_batches"]))
+            ]
         return Batch(
             rows_N=arrays["rows"],
             weights_N=arrays["weights"],

@@ -305,13 +305,12 @@ void check_batch(const Made& made, const Batch& batch) {
             check(cu_seqlens[k] - cu_seqlens[k - 1] <= cu_seqlens[k + 1] - cu_seqlens[k], "shortest first");
         }
         const auto texts = static_cast<std::size_t>(micro.last_text - micro.first_text);
-        const bool last = piece + 1 == batch.micro_batches.size();
-        if (!last) check(texts == static_cast<std::size_t>(micro.end - micro.begin), "masked texts in the last one only");
+        if (piece > 0) check(texts == static_cast<std::size_t>(micro.end - micro.begin), "masked texts in the first only");
         check(micro.last_token - micro.first_token == cu_seqlens[texts], "a micro-batch's tokens");
         if (made.settings.tokens_per_micro_batch > 0) {
             check(cu_seqlens[texts] <= made.settings.tokens_per_micro_batch, "the token budget is kept");
         }
-        for (std::size_t k = 0; last && k < batch.masked_positions.size(); ++k) {
+        for (std::size_t k = 0; piece == 0 && k < batch.masked_positions.size(); ++k) {
             check(batch.masked_positions[k] >= cu_seqlens[micro.end - micro.begin] && batch.masked_positions[k] < cu_seqlens[texts],
                   "masks lie in the masked texts");
             check(batch.masked_labels[k] >= 5, "no special token is a label");

@@ -97,8 +97,8 @@ def test_a_batch_holds_the_rows_that_its_numbers_name(store: Store, texts: TextS
             captions = len(expected.input_ids)
             assert torch.equal(arguments["input_ids"][:captions], expected.input_ids)
             assert torch.equal(arguments["position_ids"][:captions], expected.position_ids)
-            assert len(arguments["segments"].cu_seqlens) - 1 - n == (7 if number == 2 else 0)
-            assert ("masked_labels" in arguments) == (number == 2)
+            assert len(arguments["segments"].cu_seqlens) - 1 - n == (7 if number == 0 else 0)
+            assert ("masked_labels" in arguments) == (number == 0)
     assert {id for batch in batches for id in batch.frozen_ids_N} <= set(range(120))
 
 
@@ -120,8 +120,8 @@ def test_threads_and_ranks_change_nothing(store: Store, texts: TextStore, split:
                 np.testing.assert_array_equal(part.rows_N, whole.rows_N)
             assert torch.equal(torch.cat([part.frozen_MD for part in parts]), whole.frozen_MD)
             assert len(parts[0].inputs) == len(parts[1].inputs)
-            labels = [part.inputs[-1]["masked_labels"] for part in parts]
-            assert torch.equal(torch.cat(labels).sort().values, whole.inputs[-1]["masked_labels"].sort().values)
+            labels = [part.inputs[0]["masked_labels"] for part in parts]
+            assert torch.equal(torch.cat(labels).sort().values, whole.inputs[0]["masked_labels"].sort().values)
             assert sum(part.masked for part in parts) == whole.masked
             assert sum(part.tokens for part in parts) == whole.tokens
     if "tokens_per_micro_batch" in split:
