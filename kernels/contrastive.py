@@ -673,6 +673,13 @@ class _Options(NamedTuple):
         excluded = None if self.excluded_2E is None else (self.excluded_2E[0], self.excluded_2E[1])
         return ids_M, ids_N, self.bank_ids_Q, excluded, self.as_positives
 
+    @property
+    def burden(self) -> int:
+        """What a tile needs beside products: 0 nothing, 1 ids, cells or all logits, 2 positives by ids and these."""
+        if self.ids_KM is not None and self.as_positives and self.smooth:
+            return 2
+        return int(self.ids_KM is not None or self.excluded_2E is not None or self.smooth)
+
     def of_block(self, columns: slice, total: int, own: bool) -> _Options:
         """The same for `columns` of the batch alone, and the bank behind them if it is this rank's own block."""
         if columns == slice(0, total):
@@ -720,7 +727,7 @@ def _tiles(
     if M and N and _no_kernels(text_MD) is None:
         from .fused import FusedCells, FusedTiles, tile_config
 
-        config = tile_config(text_MD, options.ids_KM is not None or options.excluded_2E is not None or options.smooth)
+        config = tile_config(text_MD, options.burden)
         place = _Place(slice(options.offset, options.offset + M), N)
         fused = FusedCells(place, Q, *options.of_cells(), config, text_MD.device)
         return FusedTiles(text_MD, image_ND, bank_QD, scale, fused, options.smooth)

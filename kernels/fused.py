@@ -8,7 +8,7 @@ Cost model, for M texts of this rank, N images of all ranks, Q bank rows and wid
   computed again, block by block; without any, that kernel only reads N sums.
 - memory beside the inputs: column sums, programs x panel x 4 B (35 MB on sm_90) however large N is; two numbers a
   text and column of programs; 4 B a tile where cells are masked; the logit gradients of one chunk (32 MB); fp32
-  M x D for d text and N x D for d image; a copy of features whose rows TMA cannot address (D odd, say).
+  M x D for d text and N x D for d image; a copy of the features unless D is a multiple of 16.
 - traffic: a tile reads (rows + columns) D elements from L2 for rows x columns x D products, 128 x 128 being what the
   registers hold beside its exponentials. In backward a logit gradient is written once and read twice, in chunks
   that stay in L2.
@@ -38,7 +38,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 if TYPE_CHECKING:
     from .contrastive import _Gradients, _LogSumExps, _Place, _Sums
 
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # Stands for the maximum of nothing: finite, so that differences of two of them are 0 and not NaN.
 LOWEST: tl.constexpr = tl.constexpr(-1e38)
 WEAK: tl.constexpr = tl.constexpr(2.0**-80)
@@ -102,7 +101,7 @@ def _store(
 
 
 @triton.jit
-def _tile_logits(
+def _tile_products(
     text: tl.tensor,
     columns: tl.tensor,
     text_stride: tl.tensor,
@@ -127,29 +126,37 @@ def _tile_logits(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Inner products, and logits over ln 2: -inf on the diagonal, at masked cells and beyond the last column."""
+    """Inner products, and the factor > 0 that makes logits over ln 2 of them; a negative scale turns their sign.
+
+    They are -inf on the diagonal, at masked cells and beyond the last column. Products, since a logit need never be
+    rounded: what is taken from it comes in the same fma.
+    """
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for d in range(0, D, BLOCK_D):
         a = _load(text, text_stride, row, d, M, D, BLOCK_M, BLOCK_D, UPCAST)
         b = _load(columns, columns_stride, col, d, N, D, BLOCK_N, BLOCK_D, UPCAST)
         acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    factor = tl.load(scale)
+    if factor < 0:
+        acc = -acc
+    # Not 0: -inf times 0 is NaN.
+    factor = tl.maximum(tl.abs(factor), 1e-30)
     cols = col + tl.arange(0, BLOCK_N)
-    z = acc * (tl.load(scale) * LOG2E)
     if col + BLOCK_N > N:
-        z = tl.where((cols < N)[None, :], z, float("-inf"))
+        acc = tl.where((cols < N)[None, :], acc, float("-inf"))
     if not BANK:
         own = row + offset
         if (own < col + BLOCK_N) & (col < own + BLOCK_M):
-            z = tl.where((own + tl.arange(0, BLOCK_M))[:, None] == cols[None, :], float("-inf"), z)
+            acc = tl.where((own + tl.arange(0, BLOCK_M))[:, None] == cols[None, :], float("-inf"), acc)
     if IDS > 0 and not POSITIVES:
         same = _tile_same(row_codes, col_codes, row, col, M, N, IDS, BLOCK_M, BLOCK_N)
-        z = tl.where(same, float("-inf"), z)
+        acc = tl.where(same, float("-inf"), acc)
     if cells is not None:
         tile = row // BLOCK_M * tl.cdiv(N, BLOCK_N) + col // BLOCK_N
         inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         for at in range(tl.load(bounds + tile), tl.load(bounds + tile + 1)):
-            z = tl.where(inside == tl.load(cells + at), float("-inf"), z)
-    return acc, z
+            acc = tl.where(inside == tl.load(cells + at), float("-inf"), acc)
+    return acc, factor
 
 
 @triton.jit
@@ -187,6 +194,28 @@ def _fold(x: tl.tensor, KEPT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
         parts = tl.reshape(x, (BLOCK_M // (2 * KEPT), KEPT // 8, 2, 8, BLOCK_N))
         folded = tl.reshape(tl.sum(tl.sum(parts, 2), 0), (KEPT, BLOCK_N))
     return folded
+
+
+@triton.jit
+def _add_sums(
+    row_sums: tl.tensor,
+    row_at: tl.tensor,
+    real: tl.tensor,
+    col_sums: tl.tensor,
+    col_at: tl.tensor,
+    inside: tl.tensor,
+    products: tl.tensor,
+    factor: tl.tensor,
+    BANK: tl.constexpr,
+) -> None:
+    """Adds a tile's logits, without the masked ones, to sums in memory: registers have no room for these too."""
+    values = tl.where(products == float("-inf"), 0.0, products * factor)
+    before = tl.load(row_sums + row_at, mask=real, other=0.0)
+    tl.store(row_sums + row_at, before + tl.sum(values, 1), mask=real)
+    if not BANK:
+        # Beyond the last row logits are 0.
+        before = tl.load(col_sums + col_at, mask=inside, other=0.0)
+        tl.store(col_sums + col_at, before + tl.sum(values, 0), mask=inside)
 
 
 @triton.jit
@@ -235,10 +264,10 @@ def forward_kernel(
         cols = col + tl.arange(0, BLOCK_N)
         top = tl.full((), LOWEST, tl.float32)
         kept = tl.zeros((KEPT, BLOCK_N), tl.float32)
-        extras = tl.zeros((BLOCK_N,), tl.float32)
-        logits = tl.zeros((BLOCK_N,), tl.float32)
+        inside = cols < last
+        col_at = p * width + cols - first
         for row in range(p * BLOCK_M, M, P * BLOCK_M):
-            _, z = _tile_logits(
+            products, factor = _tile_products(
                 text, columns, text_stride, columns_stride, scale, row, col, row_codes, col_codes, cells, bounds,
                 M, N, D, offset, BANK, IDS, POSITIVES, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip
@@ -247,18 +276,12 @@ def forward_kernel(
             at = slice_at + rows
             if POSITIVES and IDS > 0:
                 same = _tile_same(row_codes, col_codes, row, col, M, N, IDS, BLOCK_M, BLOCK_N)
-                values = tl.where(same & (z != float("-inf")), z, 0.0)
-                before = tl.load(row_extra + at, mask=real, other=0.0)
-                tl.store(row_extra + at, before + tl.sum(values, 1), mask=real)
-                extras += tl.sum(values, 0)
+                positive = tl.where(same, products, 0.0)
+                _add_sums(row_extra, at, real, col_extra, col_at, inside, positive, factor, BANK)
             if SMOOTH:
-                values = tl.where(z == float("-inf"), 0.0, z)
-                before = tl.load(row_logits + at, mask=real, other=0.0)
-                tl.store(row_logits + at, before + tl.sum(values, 1), mask=real)
-                # Beyond the last row logits are 0.
-                logits += tl.sum(values, 0)
-            tile_top = tl.maximum(tl.max(z, 1), LOWEST)
-            e = tl.exp2(z - tile_top[:, None])
+                _add_sums(row_logits, at, real, col_logits, col_at, inside, products, factor, BANK)
+            tile_top = tl.maximum(tl.max(products, 1) * factor, LOWEST)
+            e = tl.exp2(tl.fma(products, factor, -tile_top[:, None]))
             old_top = tl.load(row_top + at, mask=real, other=0.0)
             old_sum = tl.load(row_sum + at, mask=real, other=0.0)
             new_top = tl.maximum(old_top, tile_top)
@@ -271,17 +294,11 @@ def forward_kernel(
                 weight = tl.where(real, tl.exp2(tile_top - higher), 0.0)
                 kept = kept * tl.exp2(top - higher) + _fold(e * weight[:, None], KEPT, BLOCK_M, BLOCK_N)
                 top = higher
-            # The slice is read again in the next strip, perhaps by other threads.
+            # What was stored is read again, perhaps by other threads.
             tl.debug_barrier()
         if not BANK:
-            at = p * width + cols - first
-            inside = cols < last
             tl.store(col_top + (col - first) // BLOCK_N * P + p, top)
-            tl.store(col_sum + at, tl.sum(kept, 0), mask=inside)
-            if POSITIVES and IDS > 0:
-                tl.store(col_extra + at, extras, mask=inside)
-            if SMOOTH:
-                tl.store(col_logits + at, logits, mask=inside)
+            tl.store(col_sum + col_at, tl.sum(kept, 0), mask=inside)
 
 
 @triton.jit
@@ -352,14 +369,15 @@ def rescue_kernel(
         top = tl.full((BLOCK_N,), LOWEST, tl.float32)
         sums = tl.zeros((BLOCK_N,), tl.float32)
         for row in range(0, M, BLOCK_M):
-            _, z = _tile_logits(
+            products, factor = _tile_products(
                 text, columns, text_stride, columns_stride, scale, row, col, row_codes, col_codes, cells, bounds,
                 M, N, D, offset, BANK, IDS, POSITIVES, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
             )  # fmt: skip
             rows = row + tl.arange(0, BLOCK_M)
-            z = tl.where((rows < M)[:, None], z, float("-inf"))
-            higher = tl.maximum(top, tl.max(z, 0))
-            sums = sums * tl.exp2(top - higher) + tl.sum(tl.exp2(z - higher[None, :]), 0)
+            products = tl.where((rows < M)[:, None], products, float("-inf"))
+            higher = tl.maximum(top, tl.max(products, 0) * factor)
+            e = tl.exp2(tl.fma(products, factor, -higher[None, :]))
+            sums = sums * tl.exp2(top - higher) + tl.sum(e, 0)
             top = higher
         tl.store(highest + cols, top.to(tl.float64), mask=weak)
         tl.store(total + cols, sums.to(tl.float64), mask=weak)
@@ -402,7 +420,7 @@ def gradient_kernel(
     in_col = tl.program_id(0) * BLOCK_N
     row = first_row + in_row
     col = first_col + in_col
-    products, z = _tile_logits(
+    products, factor = _tile_products(
         text, columns, text_stride, columns_stride, scale, row, col, row_codes, col_codes, cells, bounds,
         M, N, D, offset, BANK, IDS, POSITIVES, BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST,
     )  # fmt: skip
@@ -412,24 +430,26 @@ def gradient_kernel(
     inside = cols < N
     lse = tl.load(row_vectors + rows, mask=real, other=0.0)
     slope = tl.load(row_vectors + M + rows, mask=real, other=0.0)
-    dz = slope[:, None] * tl.exp2(z - lse[:, None])
+    dz = slope[:, None] * tl.exp2(tl.fma(products, factor, -lse[:, None]))
     if not BANK:
         lse = tl.load(col_vectors + cols, mask=inside, other=0.0)
         slope = tl.load(col_vectors + N + cols, mask=inside, other=0.0)
-        dz += slope[None, :] * tl.exp2(z - lse[None, :])
+        dz += slope[None, :] * tl.exp2(tl.fma(products, factor, -lse[None, :]))
     if POSITIVES and IDS > 0:
         same = _tile_same(row_codes, col_codes, row, col, M, N, IDS, BLOCK_M, BLOCK_N)
         slopes = tl.load(row_vectors + 2 * M + rows, mask=real, other=0.0)[:, None]
         if not BANK:
             slopes = slopes + tl.load(col_vectors + 2 * N + cols, mask=inside, other=0.0)[None, :]
-        dz += tl.where(same & (z != float("-inf")), slopes, 0.0)
+        dz += tl.where(same & (products != float("-inf")), slopes, 0.0)
     if SMOOTH:
         slopes = tl.load(row_vectors + 3 * M + rows, mask=real, other=0.0)[:, None]
         if not BANK:
             slopes = slopes + tl.load(col_vectors + 3 * N + cols, mask=inside, other=0.0)[None, :]
-        dz += tl.where(z == float("-inf"), 0.0, slopes)
+        dz += tl.where(products == float("-inf"), 0.0, slopes)
     # Taken here in fp32: from d text it would have the rounding of dZ.
-    share = tl.sum(tl.where(real, tl.sum(dz * products, 1), 0.0), 0)
+    shares = tl.sum(dz * tl.where(products == float("-inf"), 0.0, products), 1)
+    share = tl.sum(tl.where(real, shares, 0.0), 0)
+    share = tl.where(tl.load(scale) < 0, -share, share)
     tl.store(scale_slopes + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), share)
     _store(out, out_stride, in_row, in_col, M - first_row, N - first_col, dz, BLOCK_M, BLOCK_N)
 
@@ -488,6 +508,7 @@ class Config:
     forward: Launch
     rescue: Launch
     gradient: Launch
+    """Steps as deep as forward's: then both have the same products, and p sums to 1."""
     product: Launch
     """Its columns are those of d text and d image, their width D."""
     descriptors: bool
@@ -516,64 +537,77 @@ def _config(
     return Config(Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk)
 
 
-# By architecture, whether features are fp32, and whether tiles also look at ids, masked cells or all logits. With
-# masked cells, which are ordered by tile, forward and recompute have one tile. Codes and masks take the registers of
-# half a tile.
-_TABLE: dict[tuple[int, bool, bool], Config] = {
+# By architecture, whether features are fp32, and what else a tile looks at: 0 nothing, 1 ids, masked cells or all
+# logits, 2 positives by ids beside all logits. With masked cells, which are ordered by tile, forward and recompute
+# have one tile. Codes and masks take the registers of half a tile, and so does each further sum on wide tiles.
+_TABLE: dict[tuple[int, bool, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
-    (80, False, False): _config(
+    (80, False, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
-    (80, False, True): _config(
+    (80, False, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
-    (80, True, False): _config(
+    (80, True, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
-    (80, True, True): _config(
-        (64, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    (80, True, 1): _config(
+        (64, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     # 4 warps forward: two programs an SM, and the exponentials of one hide under the products of the other.
-    (90, False, False): _config(
+    (90, False, 0): _config(
         (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=264, chunk=(4096, 4096),
         recompute=(128, 128, 64, 8, 3),
     ),
-    (90, False, True): _config(
+    (90, False, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
     ),
+    (90, False, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
+    ),
     # The second program's registers go to the parts of tf32x3.
-    (90, True, False): _config(
+    (90, True, 0): _config(
         (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048)
     ),
-    (90, True, True): _config(
+    (90, True, 1): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
     ),
+    (90, True, 2): _config(
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
+    ),
     # A thread reads whole rows from tensor memory: no part of a column is a thread's own, hence kept = 1.
-    (100, False, False): _config(
+    (100, False, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
         recompute=(128, 64, 64, 8, 4),
     ),
-    (100, False, True): _config(
+    (100, False, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
-    (100, True, False): _config(
+    (100, False, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+    ),
+    (100, True, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, True, True): _config(
-        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    (100, True, 1): _config(
+        (128, 64, 64, 8, 2), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, True, 2): _config(
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
 }  # fmt: skip
 
 
-def config_for(capability: tuple[int, int], dtype: torch.dtype, options: bool) -> Config:
-    """The table's row for a CUDA compute capability, a feature dtype (fp16, bf16, fp32), and whether a tile is plain.
+def config_for(capability: tuple[int, int], dtype: torch.dtype, burden: int) -> Config:
+    """The table's row for a CUDA compute capability, a feature dtype (fp16, bf16, fp32), and what a tile looks at.
 
-    `options`: ids, masked cells or label smoothing are in use. D needs no row: it is walked in steps of a depth.
+    D needs no row: it is walked in steps of a depth.
     """
     # Consumer Blackwell (12.x) has sm_80's matrix instructions and shared memory.
     architecture = {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
-    return _TABLE[architecture, dtype == torch.float32, options]
+    # sm_80's tiles have room for burden 2.
+    return _TABLE[architecture, dtype == torch.float32, min(burden, 1 if architecture == 80 else 2)]
 
 
 # Launching
@@ -591,9 +625,9 @@ def refusal(text_MD: Tensor) -> str | None:
     return None
 
 
-def tile_config(text_MD: Tensor, options: bool) -> Config:
+def tile_config(text_MD: Tensor, burden: int) -> Config:
     """`config_for` the device that the texts are on."""
-    return config_for(torch.cuda.get_device_capability(text_MD.device), text_MD.dtype, options)
+    return config_for(torch.cuda.get_device_capability(text_MD.device), text_MD.dtype, burden)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -721,8 +755,10 @@ class FusedTiles:
         self.config, self.cells, self.smooth = cells.config, cells, smooth
         self.text_MD, self.image_ND = _addressable(text_MD), _addressable(image_ND)
         self.bank_QD = None if bank_QD is None or not len(bank_QD) else _addressable(bank_QD)
-        self.scale = scale.detach().float().reshape(1)
-        self.D, self.own = text_MD.shape[1], cells.own
+        # The scale over ln 2 in fp32, as the tiles take it; everything else takes the scale that this amounts to.
+        self.factor = (scale.detach().double() / LN2).float().reshape(1)
+        self.scale = self.factor.double() * LN2
+        self.width, self.D, self.own = text_MD.shape[1], self.text_MD.shape[1], cells.own
         # The interpreter multiplies bf16 as bit patterns and knows no tf32x3.
         self.upcast = text_MD.device.type == "cpu"
         self.precision = "tf32x3" if text_MD.dtype == torch.float32 and not self.upcast else "ieee"
@@ -747,7 +783,7 @@ class FusedTiles:
         return {
             **self._matrix("text", self.text_MD, (launch.rows, launch.depth)),
             **self._matrix("columns", columns_ND, (launch.columns, launch.depth)),
-            "scale": self.scale,
+            "scale": self.factor,
             "row_codes": None if codes is None else codes[0],
             "col_codes": None if codes is None else codes[1],
             "cells": None if cells is None else cells[0],
@@ -775,8 +811,8 @@ class FusedTiles:
         extra, smooth = self.cells.as_positives, self.smooth
         positive_M = self._full(0, M, dtype=torch.float64)
         for rows, own in self._row_steps() if self.cells.diagonal else ():
-            products = self.text_MD[rows].float() * self.scale * self.image_ND[own].float()
-            positive_M[rows] = products.sum(1, dtype=torch.float64)
+            products = self.text_MD[rows].float() * self.image_ND[own].float()
+            positive_M[rows] = products.sum(1, dtype=torch.float64) * self.scale
 
         P = min(triton.cdiv(M, launch.rows), config.programs)
         S = max(1, config.programs // P)
@@ -785,7 +821,7 @@ class FusedTiles:
         row_extra = self._full(0, S, M) if extra else None
         row_logits = self._full(0, S, M) if smooth else None
         col_top, col_sum = self._new(triton.cdiv(width, launch.columns), P), self._new(P, width)
-        col_extra = self._full(0, P, width) if extra else None
+        col_extra = self._new(P, width) if extra else None
         col_logits = self._new(P, width) if smooth else None
         highest_N, total_N = self._new(N, dtype=torch.float64), self._new(N, dtype=torch.float64)
         col_extra_N = self._new(N, dtype=torch.float64) if extra else None
@@ -797,6 +833,9 @@ class FusedTiles:
             for first in range(0, N, width):
                 last = min(first + width, N)
                 blocks = triton.cdiv(last - first, launch.columns)
+                for partial in (col_extra, col_logits):
+                    if partial is not None:
+                        partial.zero_()
                 forward_kernel[P, min(S, blocks)](
                     **self._tile(False, launch), **of_rows, **of_columns, first=first, last=last, **options
                 )
@@ -837,10 +876,8 @@ class FusedTiles:
         """(d text_MD, d image_ND, d scale) in fp32, fp32 and fp64."""
         M, N = len(self.text_MD), len(self.image_ND)
         d_scale = self._full(0, dtype=torch.float64)
-        # TMA addresses rows of 16 bytes.
-        padded = triton.cdiv(self.D, 4) * 4
-        d_text_MD = self._full(0, M, padded)[:, : self.D] if need_text else None
-        d_image_ND = self._full(0, N, padded)[:, : self.D] if need_image else None
+        d_text_MD = self._full(0, M, self.D) if need_text else None
+        d_image_ND = self._full(0, N, self.D) if need_image else None
         gain = _gain(grads)
         row_KM = _pack(sums.row_lse_M, gain, grads.row_lse_M, grads.row_extra_M, grads.row_logits_M)
         col_KN = _pack(sums.col_lse_N, gain, grads.col_lse_N, grads.col_extra_N, grads.col_logits_N)
@@ -863,7 +900,10 @@ class FusedTiles:
                 d_text_MD[rows].addcmul_(own_RD, g_R1)
         for gradient in (d_text_MD, d_image_ND):
             if gradient is not None:
-                gradient.mul_(self.scale)
+                gradient.mul_(self.scale.float())
+        d_text_MD, d_image_ND = (
+            None if gradient is None else gradient[:, : self.width] for gradient in (d_text_MD, d_image_ND)
+        )
         return d_text_MD, d_image_ND, d_scale
 
     def _accumulate(
@@ -929,13 +969,14 @@ class FusedTiles:
 
 
 def _addressable(features: Tensor) -> Tensor:
-    """The features, copied where TMA or offsets of 32 bits within a block cannot address them."""
-    D, align = features.shape[1], 16 // features.element_size()
-    stride = features.stride(0)
-    if features.stride(1) == 1 and D <= stride < 1 << 22 and stride % align == 0 and features.data_ptr() % 16 == 0:
+    """The features, copied where TMA, wide loads or 32-bit offsets in a block do not reach, zeros appended to D."""
+    D, stride = features.shape[1], features.stride(0)
+    wide = D % 16 == stride % 16 == features.data_ptr() % 16 == 0
+    if wide and features.stride(1) == 1 and D <= stride < 1 << 22:
         return features
-    padded = features.new_zeros(len(features), triton.cdiv(D, align) * align)
-    return padded[:, :D].copy_(features)
+    padded = features.new_zeros(len(features), triton.cdiv(D, 16) * 16)
+    padded[:, :D] = features
+    return padded
 
 
 def _gain(grads: _Gradients) -> Tensor:
@@ -949,6 +990,9 @@ def _gain(grads: _Gradients) -> Tensor:
 def _pack(lse: Tensor, gain: Tensor, slope: Tensor, extra: Tensor | None, logits: Tensor | None) -> Tensor:
     """[4, M] or [4, N] fp32: the log-sum-exp over ln 2, and the slopes of it, of positives, of all logits."""
     # With everything masked it is -inf, and so are the logits.
-    safe = torch.where(lse == -math.inf, 0.0, lse / LN2)
+    exact = torch.where(lse == -math.inf, 0.0, lse / LN2)
+    rounded = exact.float()
+    # exp2(z - rounded) is that much too large or small.
+    slope = slope * (rounded - exact).exp2()
     slopes = [torch.zeros_like(slope) if part is None else part * gain for part in (slope, extra, logits)]
-    return torch.stack([safe, *slopes]).float()
+    return torch.stack([rounded, *(part.float() for part in slopes)])

@@ -6,7 +6,8 @@ Cost model, for M queries, Q bank rows, width D, E positives and b bytes a featu
   chunks of `CHUNK_ROWS` rows in fp32.
 - `positive_ranks`: one product of M Q D multiply-adds, plus E D (CUDA: up to 128 E D) for the positives. CUDA: a
   program keeps its queries' counts in registers and walks the bank; workspace 4 bytes a query and strip and 12
-  bytes a tile of 128 x 128 (fp32: 64 x 64) of `SLAB_ROWS` queries. Elsewhere: two tiles of `TILE_CELLS` scores
+  bytes a tile of 128 x 128 (fp32: 64 x 64) of `SLAB_ROWS` queries, and a copy of the features unless D is a
+  multiple of 16. Elsewhere: two tiles of `TILE_CELLS` scores
   and one panel of the bank in fp64.
 - `top_k`: one product of M Q D, one selection a tile; the same workspace and 12 M k bytes.
 
@@ -211,6 +212,12 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     tl.store(count_ptr + strip.to(tl.int64) * M + query_R, count_R, mask=query_R < M)
 
 
+def aligned(features: Tensor) -> Tensor:
+    """Rows without gaps of whole 16 features, zeros appended: in tiles of other widths loads are narrow and spill."""
+    padding = -features.shape[1] % 16
+    return torch.nn.functional.pad(features, (0, padding)) if padding else features.contiguous()
+
+
 def by_tile(rows_E: Tensor, columns_E: Tensor, rows: int, columns: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Cells sorted by their square tile, and where each tile's cells begin: int32 [E], [E], [tiles + 1]."""
     across = -(-columns // block)
@@ -232,8 +239,8 @@ def _paired_triton(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tensor:
 
 
 def _ranks_triton(query_MD: Tensor, bank_QD: Tensor, owners_E: Tensor, rows_E: Tensor) -> Tensor:
+    query_MD, bank_QD = aligned(query_MD), aligned(bank_QD)
     M, Q, D, device = len(query_MD), len(bank_QD), query_MD.shape[1], query_MD.device
-    query_MD, bank_QD = query_MD.contiguous(), bank_QD.contiguous()
     tile = TILES[query_MD.element_size()]
     options = {**tile._asdict(), "UPCAST": interpreted()}
     scores_E = torch.empty(len(rows_E), dtype=torch.float32, device=device)

@@ -35,7 +35,7 @@ def test_the_interpreter_is_on() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "Q", "D"), [(1, 70, 1), (75, 33, 100)])
+@pytest.mark.parametrize(("M", "Q", "D"), [(1, 70, 1), (75, 33, 100), (20, 33, 1000), (20, 33, 1024)])
 def test_ranks_with_exact_ties(rng: torch.Generator, dtype: torch.dtype, M: int, Q: int, D: int) -> None:
     """Small whole numbers: products are exact in any order, and many tie."""
     query = torch.randint(-1, 2, (M, D), generator=rng).to(dtype)
@@ -56,7 +56,7 @@ def test_equal_rows_tie_whatever_their_features(rng: torch.Generator, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("M", "D"), [(1, 1), (37, 24), (20, 300)])
+@pytest.mark.parametrize(("M", "D"), [(1, 1), (37, 24), (20, 512), (20, 1000)])
 def test_cosines(rng: torch.Generator, dtype: torch.dtype, M: int, D: int) -> None:
     text, bank = torch.randn(M, D, generator=rng).to(dtype), torch.randn(50, D, generator=rng).to(dtype)
     bank[7], bank[8], bank[9], bank[10] = 0, text[0], -text[0], math.nan

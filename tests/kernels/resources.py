@@ -12,24 +12,37 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+def compiled(source: ASTSource, capability: int, folder: Path, **options: int) -> dict[str, int]:
+    """Registers, stack and local bytes of a thread, shared bytes of a program, and its matrix instructions."""
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    printed = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+    matrix = built.asm["ptx"].count(MATRIX_INSTRUCTION[capability])
+    return found | {"SHARED": built.metadata.shared, "MATRIX": matrix}
 
 
 def resources(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, folder: Path, **options: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    folder: Path,
+    aligned: bool = True,
+    **options: int,
 ) -> dict[str, int]:
-    """Registers, stack and local bytes of a thread; pointers and the width D are multiples of 16."""
+    """`compiled` for arguments of these types; pointers are multiples of 16, and the width D if it is `aligned`."""
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = [name for name in types if name.endswith("_ptr") or name == "D"]
+    multiples = [name for name in types if name.endswith("_ptr") or (name == "D" and aligned)]
     source = ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in multiples},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    printed = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", printed)}
-    return found | {"SHARED": compiled.metadata.shared}
+    return compiled(source, capability, folder, **options)

@@ -86,20 +86,27 @@ def rms(value: Tensor) -> float:
     return float(value.square().mean().sqrt())
 
 
-def check(data: dict[str, Any], dtype: torch.dtype, scale: float, **options: Any) -> None:
-    """No more than 3 times as far from fp64 as plain torch is in the same dtype."""
+def check(
+    data: dict[str, Any], dtype: torch.dtype, scale: float, *, units: float = 8, slack: float = 0, **options: Any
+) -> None:
+    """Error against fp64 at most twice that of plain torch, or a unit in the last place of the value itself.
+
+    Plain torch widens 16-bit features to fp32 first: were its products rounded to 16 bits, the bound would be a
+    thousand times as wide. `units` in a logit's last place are allowed besides, where plain torch may have none by luck
+    since logits cancel or are all alike, or where it is the fp64 reference itself; `slack` for features' gradients.
+    """
     rounded = {name: None if value is None else value.to(dtype).double() for name, value in data.items()}
     truth = run(contrastive_loss_naive, rounded, torch.float64, scale, **options)
     plain = run(contrastive_loss_naive, data, dtype, scale, **options)
     ours = run(contrastive_loss, data, dtype, scale, **options)
     M = len(data["text"])
-    # Errors of a few units in the last place of a logit are nobody's fault: plain torch may miss them by luck.
-    unit_of_logits = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps * (1 + abs(scale))
+    unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     size = {"d_text": abs(scale) / M, "d_image": abs(scale) / M}
     for name, value in truth.items():
         assert ours[name].isfinite().all(), name
         error = rms(ours[name] - value)
-        allowed = 3 * rms(plain[name] - value) + 8 * unit_of_logits * size.get(name, 1.0)
+        allowed = 2 * rms(plain[name] - value) + unit * rms(value)
+        allowed += units * unit * (1 + abs(scale)) * size.get(name, 1.0) + slack * (name in size)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}, of {rms(value):.2e}"
 
 
@@ -145,8 +152,9 @@ def test_ragged_shapes(rng: torch.Generator, small_tiles: None, M: int, Q: int, 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_scales(rng: torch.Generator, small_tiles: None, dtype: torch.dtype, scale: float) -> None:
     data = features(rng, 257, 130, 63, hard=True)
-    check(data, dtype, scale)
-    check(data, dtype, scale, **everything(rng, 257, 130))
+    units = 8 if dtype == torch.float64 else 0
+    check(data, dtype, scale, units=units)
+    check(data, dtype, scale, units=units, **everything(rng, 257, 130))
 
 
 @pytest.mark.parametrize("forced", ["one", "two"])
@@ -261,11 +269,12 @@ def test_twice_gives_the_same_bits(rng: torch.Generator) -> None:
             assert torch.equal(value, other[name]), name
 
 
-def test_autocast_does_not_round_logits(rng: torch.Generator) -> None:
-    data = features(rng, 70, 30, 32)
-    plain = run(contrastive_loss, data, torch.float32, 100)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_autocast_does_not_round_logits(rng: torch.Generator, dtype: torch.dtype) -> None:
+    data, options = features(rng, 70, 30, 32), everything(rng, 70, 30)
+    plain = run(contrastive_loss, data, dtype, 100, **options)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        under = run(contrastive_loss, data, torch.float32, 100)
+        under = run(contrastive_loss, data, dtype, 100, **options)
     for name, value in plain.items():
         assert torch.equal(value, under[name]), name
 
