@@ -447,7 +447,8 @@ def gradient_kernel(
             slopes = slopes + tl.load(col_vectors + 3 * N + cols, mask=inside, other=0.0)[None, :]
         dz += tl.where(products == float("-inf"), 0.0, slopes)
     # Taken here in fp32: from d text it would have the rounding of dZ.
-    shares = tl.sum(dz * tl.where(products == float("-inf"), 0.0, products), 1)
+    # Times a finite product, as dz is 0 at masked cells.
+    shares = tl.sum(dz * tl.maximum(products, LOWEST), 1)
     share = tl.sum(tl.where(real, shares, 0.0), 0)
     share = tl.where(tl.load(scale) < 0, -share, share)
     tl.store(scale_slopes + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), share)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -21,12 +19,22 @@ pytestmark = pytest.mark.skipif(
 
 # Of a block, in KB: what sm_86, sm_89 and sm_120 have, which use sm_80's rows; sm_90; sm_100.
 SHARED_KB = {80: 99, 90: 227, 100: 227}
-MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 KERNELS = ["forward_kernel", "merge_kernel", "rescue_kernel", "gradient_kernel", "product_kernel"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+class Variant(NamedTuple):
+    """What of `contrastive_loss` is in use, always with a bank: K kinds of ids, those of the bank, and so on."""
+
+    ids: int = 0
+    bank_ids: bool = False
+    excluded: bool = False
+    smooth: bool = False
+    positives: bool = False
 
 
 def launches(
-    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: torch.dtype, bank: bool, **options: Any
+    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: torch.dtype, variant: Variant, D: int = 512
 ) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels and arguments that one loss and its gradients would launch; nothing runs."""
     from efficientclip.kernels import fused
@@ -42,30 +50,36 @@ def launches(
                 (self.kernel, dict(zip(self.kernel.arg_names, given, strict=False)) | named)
             )
 
-    M, D = 250, 512
-    text = torch.zeros(M, D, dtype=dtype)
-    ranks = contrastive._Ranks(None, M, {}, text.device)
-    ids = [torch.zeros(M, dtype=torch.int64)] * options.get("ids", 0)
-    excluded = (torch.arange(M), torch.arange(M).flip(0)) if options.get("excluded") else None
-    smooth = options.get("smooth", False)
-    config = fused.config_for((architecture // 10, 0), dtype, bool(options))
-    cells = fused.FusedCells(
-        ranks, M, ids, ids, ids[0] if ids else None, excluded, options.get("positives", False), config, text.device
+    M = 250
+    text, some = torch.zeros(M, D, dtype=dtype), torch.arange(M)
+    ids_KM = torch.zeros(variant.ids, M, dtype=torch.int64) if variant.ids else None
+    options = contrastive._Options(
+        ids_KM,
+        ids_KM,
+        ids_KM[0] if variant.bank_ids and ids_KM is not None else None,
+        torch.stack([some, some.flip(0)]) if variant.excluded else None,
+        0,
+        variant.positives,
+        variant.smooth,
     )
-    tiles = fused.FusedTiles(text, text, text if bank else None, torch.ones(()), cells, smooth)
-    tiles.upcast, tiles.precision = False, "tf32x3" if dtype == torch.float32 else "ieee"
-    for name in KERNELS:
-        monkeypatch.setattr(fused, name, Recorder(getattr(fused, name)))
-    sums = tiles.forward()
-    tiles.backward(sums, contrastive._Gradients(*sums[: len(contrastive._Gradients._fields)]), True, True)
+    capability = architecture // 10, architecture % 10
+    with monkeypatch.context() as patch:
+        patch.setattr(contrastive, "FUSED_ON_CPU", True)
+        patch.setattr(fused, "tile_config", lambda text_MD, burden: fused.config_for(capability, dtype, burden))
+        for name in KERNELS:
+            patch.setattr(fused, name, Recorder(getattr(fused, name)))
+        tiles: Any = contrastive._tiles(text, text, text, torch.ones(()), options)
+        tiles.upcast, tiles.precision = False, "tf32x3" if dtype == torch.float32 else "ieee"
+        sums = tiles.forward()
+        tiles.backward(sums, contrastive._Gradients(*sums[: len(contrastive._Gradients._fields)]), True, True)
     return seen
 
 
-def compiled(kernel: Any, arguments: dict[str, Any], architecture: int) -> Any:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def usage(kernel: Any, arguments: dict[str, Any], architecture: int, folder: Path) -> dict[str, int]:
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
+
+    from tests.kernels.resources import compiled
 
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
@@ -79,69 +93,47 @@ def compiled(kernel: Any, arguments: dict[str, Any], architecture: int) -> Any:
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[at,] = [["tt.divisibility", 16]]
     options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
-    target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return compiled(ASTSource(kernel, signature, constants, attributes), architecture, folder, **options)
 
 
-def check(kernel: Any, arguments: dict[str, Any], architecture: int, folder: Path) -> None:
-    from triton import knobs
-
-    built = compiled(kernel, arguments, architecture)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(built.asm["cubin"])
-    usage = subprocess.run(
-        [knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    constants = {name: value for name, value in arguments.items() if isinstance(value, bool | str)}
-    print(kernel.__name__, constants, found, f"{built.metadata.shared / 1024:.0f} KB")
-    assert (found["STACK"], found["LOCAL"]) == (0, 0), kernel.__name__
-    assert built.metadata.shared <= SHARED_KB[architecture] * 1024, kernel.__name__
-    if kernel.__name__ != "merge_kernel":
-        assert MATRIX_INSTRUCTION[architecture] in built.asm["ptx"], kernel.__name__
+# Those of all variants that take most registers in some row of the table, and the kernels they have of their own. To
+# ptxas, fp16 is bf16.
+VARIANTS = {
+    "plain": (Variant(), KERNELS),
+    "positives": (Variant(2, True, True, False, True), ["forward_kernel", "gradient_kernel"]),
+    "smoothing": (Variant(2, True, True, True, False), ["forward_kernel", "rescue_kernel", "gradient_kernel"]),
+    "positives and smoothing": (Variant(2, True, True, True, True), ["forward_kernel", "gradient_kernel"]),
+}
+CASES = [(dtype, name) for dtype in DTYPES for name in VARIANTS if dtype != torch.float16 or name == "plain"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dtype", "name"), CASES, ids=str)
 @pytest.mark.parametrize("architecture", SHARED_KB)
-def test_plain(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype) -> None:
-    for kernel, arguments in launches(monkeypatch, architecture, dtype, bank=False):
-        check(kernel, arguments, architecture, tmp_path)
-
-
-@pytest.mark.parametrize("architecture", SHARED_KB)
-def test_fp16_and_bank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int) -> None:
-    for kernel, arguments in launches(monkeypatch, architecture, torch.float16, bank=True):
-        if arguments.get("BANK"):
-            check(kernel, arguments, architecture, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "options"),
-    [
-        (torch.bfloat16, {"smooth": True}),
-        (torch.float32, {"smooth": True}),
-        (torch.bfloat16, {"positives": True}),
-    ],
-    ids=["bf16, masks", "fp32, masks", "bf16, positives"],
-)
-@pytest.mark.parametrize("architecture", SHARED_KB)
-def test_options(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype, options: dict[str, bool]
+def test_no_spills_and_tensor_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype, name: str
 ) -> None:
-    """Two kinds of ids and excluded cells, with smoothing or as positives."""
-    walked = ["forward_kernel", "gradient_kernel"] + ["rescue_kernel"] * ("smooth" in options)
-    for kernel, arguments in launches(monkeypatch, architecture, dtype, False, ids=2, excluded=True, **options):
-        if kernel.__name__ in walked:
-            check(kernel, arguments, architecture, tmp_path)
+    """Of the batch's columns and the bank's."""
+    variant, kernels = VARIANTS[name]
+    for kernel, arguments in launches(monkeypatch, architecture, dtype, variant):
+        if kernel.__name__ not in kernels:
+            continue
+        used = usage(kernel, arguments, architecture, tmp_path)
+        what = kernel.__name__, {name: value for name, value in arguments.items() if isinstance(value, bool | str)}
+        print(*what, used)
+        assert used["STACK"] == used["LOCAL"] == 0, (what, used)
+        assert used["SHARED"] <= SHARED_KB[architecture] * 1024, (what, used)
+        assert used["MATRIX"] or kernel.__name__ == "merge_kernel", (what, used)
 
 
-def test_masked_cells_have_one_tile() -> None:
-    """They are ordered by the tiles of forward, and the recomputes look them up by theirs."""
+def test_forward_and_recompute_agree() -> None:
+    """Masked cells are ordered by the tiles of forward, and the recomputes look them up by theirs; p sums to 1."""
     from efficientclip.kernels import fused
 
-    for architecture in SHARED_KB:
-        for dtype in (torch.bfloat16, torch.float32):
-            config = fused.config_for((architecture // 10, 0), dtype, True)
-            shapes = {(launch.rows, launch.columns) for launch in (config.forward, config.rescue, config.gradient)}
-            assert len(shapes) == 1
-            assert config.panel % config.forward.columns == 0
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        for dtype in DTYPES:
+            for burden in range(3):
+                config = fused.config_for(capability, dtype, burden)
+                again = (config.forward, config.rescue, config.gradient)
+                assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
+                assert len({launch.depth for launch in again}) == 1
+                assert config.panel % config.forward.columns == 0
