@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .config import Config
 from .data.images import ImageBatch, ImageLoader
-from .data.shards import BadSample, caption_entries, list_shards, read_record
+from .data.shards import BadSample, list_shards
 from .data.store import (
     FORMAT,
     PAIR_FILES,
@@ -153,19 +153,17 @@ def _image_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]]
 def _items(shard: Path, batch: ImageBatch, features: list[bytes]) -> list[Item]:
     items = []
     for at, feature in enumerate(features):
-        record = read_record(batch.json[at])
-        entries = caption_entries(batch.texts[at], record)
         items.append(
             Item(
                 hash=hashlib.blake2b(batch.encoded[at] or b"", digest_size=16).digest(),
                 feature=feature,
                 key=batch.keys[at],
-                source=str(record.get("source", "")),
+                source=str((batch.records[at] or {}).get("source", "")),
                 shard=str(shard.resolve()),
                 offset=batch.offsets[at],
                 length=batch.lengths[at],
                 captions=batch.captions[at],
-                noise=[entry.get("noise") for entry in entries],
+                noise=[entry.get("noise") for entry in batch.entries[at]],
             )
         )
     return items

@@ -10,11 +10,9 @@ import numpy.typing as npt
 import torch
 
 from .. import _loader
-from .store import TextStore
+from .store import Edges, TextStore
 
 IntArray = npt.NDArray[np.int64]
-# CSR: indptr int64 [left nodes + 1], indices int32, ascending in each row.
-Edges = tuple[IntArray, npt.NDArray[np.int32]]
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ import os
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ import torch
 from .. import _loader
 from ..errors import UserError
 from .shards import BadSample, caption_entries, list_shards, read_record
+from .threaded import ThreadedLoader
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,12 +44,25 @@ class ImageBatch:
         return len(self.keys)
 
     @cached_property
+    def records(self) -> list[dict[str, Any] | None]:
+        """What the .json members hold, empty without one; None where `captions=False` let a broken one pass."""
+        return [_or_none(read_record, member) for member in self.json]
+
+    @cached_property
     def captions(self) -> list[list[str]]:
         """All captions of each image, at least one; none where `captions=False` let an image without pass."""
-        return [_captions(text, record) for text, record in zip(self.texts, self.json, strict=True)]
+        return [[str(entry["text"]).strip() for entry in entries] for entries in self.entries]
+
+    @cached_property
+    def entries(self) -> list[list[dict[str, Any]]]:
+        """The captions as they are written, each under "text", with what stands beside it."""
+        return [
+            [] if record is None else _or_none(caption_entries, text, record) or []
+            for text, record in zip(self.texts, self.records, strict=True)
+        ]
 
 
-class ImageLoader:
+class ImageLoader(ThreadedLoader):
     """Batches of images from tar shards, cut, resized and normalised as CLIP is trained, by C++ threads.
 
         with ImageLoader("shards/", batch_size=256, seed=1) as loader:
@@ -112,6 +125,7 @@ class ImageLoader:
         drop_last: bool = False,
         prefetch: int = 2,
     ) -> None:
+        super().__init__()
         given = [shards] if isinstance(shards, str | Path) else shards
         self.shards = [tar for source in given for tar in list_shards(Path(source))]
         _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
@@ -129,7 +143,6 @@ class ImageLoader:
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
         self.bad_samples: list[BadSample] = []
-        self.waited_seconds = 0.0
         self._settings: dict[str, Any] = {
             "shards": [str(shard) for shard in self.shards],
             "batch_size": batch_size,
@@ -161,8 +174,6 @@ class ImageLoader:
         }
         self._pinned = torch.cuda.is_available()
         self._free: deque[np.ndarray] = deque(maxlen=prefetch + 2)
-        self._threads: Any = None
-        self._closed = False
         self._images = self._epoch = self._consumed = 0
         self._started = 0.0
         self._go_to(epoch, 0, {})
@@ -200,22 +211,6 @@ class ImageLoader:
                 )
         self._go_to(state["epoch"], state["consumed"], state["bad"])
 
-    def close(self) -> None:
-        """End the threads; batches that were handed out stay valid."""
-        self._stop()
-        self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        return self
-
     def __next__(self) -> ImageBatch:
         started = time.perf_counter()
         try:
@@ -248,19 +243,13 @@ class ImageLoader:
         self.bad_samples = []
 
     def _start(self) -> None:
-        if self._closed:
-            raise RuntimeError("this ImageLoader is closed")
+        self._require_open()
         if self._consumed == 0:
             self._go_to(self._epoch, 0, {})
         self._images, self._started = 0, time.perf_counter()
         self._threads = _loader.ImageLoader(**self._settings, epoch=self._epoch, consumed=self._consumed)
         for _ in range(self.prefetch):
             self._lend()
-
-    def _stop(self) -> None:
-        if self._threads is not None:
-            self._threads.close()
-            self._threads = None
 
     def _lend(self) -> None:
         """Give the threads memory for one more batch."""
@@ -296,13 +285,11 @@ class ImageLoader:
         )
 
 
-def _captions(text: bytes | None, record: bytes | None) -> list[str]:
-    """The captions of a sample, of which the threads know that they can be read."""
+def _or_none(read: Callable[..., Any], *given: Any) -> Any:
     try:
-        entries = caption_entries(text, read_record(record))
+        return read(*given)
     except ValueError:
-        return []
-    return [str(entry["text"]).strip() for entry in entries]
+        return None
 
 
 def _check(held: bool, message: str) -> None:

@@ -7,10 +7,8 @@ global batch's rows and takes its slice, so any world size sees the same pairs i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +16,9 @@ import torch
 
 from .. import _loader
 from ..errors import UserError
-from .batches import Batch, Edges, FrozenTable, IntArray, Segments
-from .store import Store, TextStore
+from .batches import Batch, FrozenTable, IntArray, Segments
+from .store import Edges, Store, TextStore
+from .threaded import ThreadedLoader
 
 SPECIAL, CONTINUING = 1, 2
 
@@ -114,7 +113,7 @@ class CaptionPairs(PairSource):
         return self.store.pairs()["key"].take(rows).to_pylist()
 
 
-class PairLoader:
+class PairLoader(ThreadedLoader):
     """Batches of a store's pairs, shuffled anew each epoch, made ahead by C++ threads; arrays are not copied.
 
         with PairLoader(Store(path), batch_size=4096, seed=1) as loader:
@@ -152,13 +151,11 @@ class PairLoader:
         threads: int = 1,
         prefetch: int = 4,
     ) -> None:
+        super().__init__()
         self.source = CaptionPairs(pairs) if isinstance(pairs, Store) else pairs
         self.batch_size, self.reaudition_share, self.seed = batch_size, reaudition_share, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.epoch_step = self.step = 0
-        self.waited_seconds = 0.0
-        self._threads: Any = None
-        self._closed = False
         captions, masked, local = self.source.captions, self.source.masked, max(batch_size // max(world_size, 1), 1)
         self._settings: dict[str, Any] = {
             "trained_ids": self.source.trained_ids,
@@ -209,9 +206,6 @@ class PairLoader:
                 f"training.batch_size: {self.batch_size} pairs, but only {self.kept_count} are left to train on;"
                 " lower it, or let confidence.selection drop less"
             )
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self.epoch_step == self.steps:
@@ -264,22 +258,8 @@ class PairLoader:
         self.epoch, self.epoch_step, self.step = (int(state[name]) for name in ("epoch", "epoch_step", "step"))
         self._keep(np.asarray(state["kept"], np.uint8).copy())
 
-    def close(self) -> None:
-        """End the threads; batches that were handed out stay valid."""
-        self._stop()
-        self._closed = True
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _start(self) -> None:
-        if self._closed:
-            raise RuntimeError("this PairLoader is closed")
+        self._require_open()
         self._threads = _loader.PairLoader(
             **self._settings,
             kept=self._kept_bits,
@@ -288,11 +268,6 @@ class PairLoader:
             epoch_step=self.epoch_step,
             step=self.step,
         )
-
-    def _stop(self) -> None:
-        if self._threads is not None:
-            self._threads.close()
-            self._threads = None
 
     def _batch(self, arrays: dict[str, Any]) -> Batch:
         m = len(arrays["trained_ids"])

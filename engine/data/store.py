@@ -29,6 +29,9 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError
 
+# CSR of a bipartite graph: indptr int64 [left nodes + 1], indices int32, ascending in each row.
+Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
+
 FORMAT = 2
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
@@ -95,10 +98,8 @@ class Store(TextStore):
         return pq.read_table(self.path / "pairs.parquet", memory_map=True)
 
 
-def edges(
-    left_ids: npt.NDArray[np.integer[Any]], right_ids: npt.NDArray[np.integer[Any]], n_left: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """CSR of a bipartite graph given as pairs: indptr int64 [n_left + 1], indices int32 [pairs]."""
+def edges(left_ids: npt.NDArray[np.integer[Any]], right_ids: npt.NDArray[np.integer[Any]], n_left: int) -> Edges:
+    """The graph that is given as pairs."""
     order = np.lexsort((right_ids, left_ids))
     indptr = np.zeros(n_left + 1, np.int64)
     np.cumsum(np.bincount(left_ids, minlength=n_left), out=indptr[1:])

@@ -10,10 +10,10 @@ import torch
 
 from efficientclip.kernels import positive_ranks
 
+from ..data.store import Edges
 from ..errors import UserError
 
 Ranks = npt.NDArray[np.float64]
-Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 CUTOFFS = (1, 5, 10)
 
 
