@@ -155,7 +155,7 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     from rich.console import Console
 
-    from .plan import Settings, assumptions, parse_count, parse_devices, plan, plan_tables
+    from .plan import Settings, advice, assumptions, parse_count, parse_devices, plan, plan_tables
 
     pairs = parse_count(given.pairs)
     if given.epochs is not None:
@@ -166,7 +166,7 @@ def _plan(given: argparse.Namespace) -> None:
     made, console = plan(config, settings), Console()
     for table in plan_tables(made):
         console.print(table)
-    for line in (*made.notes, *(f"assumed: {line}" for line in assumptions(settings))):
+    for line in (*advice(made, config), *(f"assumed: {line}" for line in assumptions(settings))):
         console.print(f"- {line}", highlight=False)
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from . import config as settings
 from .errors import UserError
-from .evaluation.run import Run, open_run
+from .evaluation.run import Run, open_run, read_metrics
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
 
@@ -115,7 +115,7 @@ def _processor(opened: Run, tower: settings.ImageTower) -> ChineseCLIPProcessor:
 
 def _card(opened: Run, whole: PreTrainedModel) -> str:
     """README.md of the exported folder."""
-    steps, validation = _metrics(opened.folder / "metrics.jsonl")
+    steps, validations = read_metrics(opened.folder / "metrics.jsonl")
     chinese = isinstance(whole, ChineseCLIPModel)
     library = "transformers" if chinese else "efficientclip.model.efficientclip"
     name, tower = type(whole).__name__, opened.config.model.image_tower
@@ -167,7 +167,7 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
         "",
         "## Recall",
         "",
-        *_recall(opened.folder / "results.json", validation),
+        *_recall(opened.folder / "results.json", validations[-1]["validation"] if validations else {}),
         "",
         "## Intended use",
         "",
@@ -217,16 +217,3 @@ def _recall(results: Path, validation: dict[str, Any]) -> Iterator[str]:
         for key, shown, candidates in (("t2i", "text → image", "candidates"), ("i2t", "image → text", "texts")):
             figures = " | ".join(f"{report[key][cutoff]:.1f}" for cutoff in cutoffs)
             yield f"| {name} | {shown} | {report[candidates]:,} | {figures} |"
-
-
-def _metrics(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Lines of the training steps, and the last validation."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # A killed run leaves its last line cut short.
-            break
-    validations = [line["validation"] for line in lines if "validation" in line]
-    return [line for line in lines if "pairs_per_s" in line], validations[-1] if validations else {}

@@ -193,7 +193,6 @@ class Plan:
     """Those that no share of the peak changes: memory and links, over the whole run."""
     memory: dict[str, float]
     storage: dict[str, float]
-    notes: list[str]
 
     def days(self, share: float) -> float:
         """Wall-clock days on all devices together."""
@@ -240,9 +239,7 @@ def plan(config: Config, settings: Settings) -> Plan:
     }
     captions = settings.pairs * settings.caption_tokens * (2 if work.vocabulary <= 1 << 16 else 4)
     storage = {"features": settings.images * D * 2, "tokens and offsets": captions + settings.pairs * 8}
-    made = Plan(settings, visits, steps, _positive(flop), _positive(seconds), _positive(memory), storage, [])
-    made.notes.extend(_advice(made, config))
-    return made
+    return Plan(settings, visits, steps, _positive(flop), _positive(seconds), _positive(memory), storage)
 
 
 def _positive(parts: dict[str, float]) -> dict[str, float]:
@@ -257,7 +254,7 @@ def _precision(config: Config) -> tuple[int, bool, bool]:
     return zero.get("stage", 0), narrow, "offload_optimizer" in zero
 
 
-def _advice(made: Plan, config: Config) -> list[str]:
+def advice(made: Plan, config: Config) -> list[str]:
     """Does it fit, what is the bottleneck, what to change."""
     device, need = made.settings.device, sum(made.memory.values())
     notes = []

@@ -12,7 +12,7 @@ import torch
 from efficientclip import cli
 from efficientclip.config import Config
 from efficientclip.errors import UserError
-from efficientclip.plan import DEVICES, GIB, Settings, measure_work, parse_count, parse_devices, plan
+from efficientclip.plan import DEVICES, GIB, Settings, advice, measure_work, parse_count, parse_devices, plan
 
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
 
@@ -80,8 +80,8 @@ def test_zero_shards_memory(tmp_path: Path) -> None:
 def test_advice_names_what_does_not_fit() -> None:
     small = replace(SETTINGS, device=replace(SETTINGS.device, memory=1.2 * GIB))
     large = config(batch_size=262_144)
-    assert "training.micro_batch_size" in plan(large, small).notes[0]
-    assert plan(config(), SETTINGS).notes[0].startswith("fits")
+    assert "training.micro_batch_size" in advice(plan(large, small), large)[0]
+    assert advice(plan(config(), SETTINGS), config())[0].startswith("fits")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -22,7 +21,7 @@ from ..data.store import Store, write_atomically
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
 from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
-from .run import open_data, open_run
+from .run import open_data, open_run, read_metrics
 from .verdicts import Detection, Verdicts, detection, read_verdicts
 
 
@@ -55,7 +54,7 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
                 gallery = {"named": named_queries(opened, store), "free": free_queries(opened, store)}
     write_json(results, run / "results.json")
     trained_on = Store(opened.store)
-    steps, validations = _metrics(run / "metrics.jsonl")
+    steps, validations = read_metrics(run / "metrics.jsonl")
     verdicts = read_verdicts(run, trained_on)
     detected = None if verdicts is None else detection(verdicts)
     data_arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
@@ -92,18 +91,6 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     return environment.get_template("report.html")
-
-
-def _metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Lines of metrics.jsonl: those of training steps, and those of validations."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # A killed run leaves its last line cut short.
-            break
-    return [line for line in lines if "lr" in line], [line for line in lines if "validation" in line]
 
 
 def _figures(

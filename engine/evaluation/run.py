@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -140,6 +141,18 @@ def open_run(folder: Path) -> Run:
         store=config.data.store,
         manifest=read_manifest(config.data.store),
     )
+
+
+def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl: those of training steps, and those of validations."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # A killed run leaves its last line cut short.
+            break
+    return [line for line in lines if "validation" not in line], [line for line in lines if "validation" in line]
 
 
 def _trained(folder: Path) -> Path:
