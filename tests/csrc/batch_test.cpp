@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "batch.hpp"
+#include "check.hpp"
 
 using namespace efficientclip;
 
@@ -18,27 +19,6 @@ namespace {
 std::mt19937 rng(7);
 
 std::int64_t below(std::int64_t n) { return std::uniform_int_distribution<std::int64_t>(0, n - 1)(rng); }
-
-void check(bool held, const char* what) {
-    if (held) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
-}
-
-template <class T>
-View<T> view(const std::vector<T>& values) {
-    return {values.data(), static_cast<std::int64_t>(values.size())};
-}
-
-template <class Error, class Call>
-void check_throws(Call call, const char* what) {
-    try {
-        call();
-    } catch (const Error&) {
-        return;
-    }
-    check(false, what);
-}
 
 template <class Token>
 void test_pack_texts() {

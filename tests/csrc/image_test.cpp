@@ -20,6 +20,7 @@
 #include <jpeglib.h>
 
 #include "captions.hpp"
+#include "check.hpp"
 #include "image_loader.hpp"
 #include "picture.hpp"
 #include "resize.hpp"
@@ -34,12 +35,6 @@ namespace {
 std::mt19937 rng;
 
 int below(int n) { return static_cast<int>(rng() % static_cast<unsigned>(n)); }
-
-void check(bool held, const std::string& what) {
-    if (held) return;
-    std::fprintf(stderr, "failed: %s\n", what.c_str());
-    std::exit(1);
-}
 
 std::string folder;
 

@@ -15,6 +15,7 @@
 #include <thread>
 #include <vector>
 
+#include "check.hpp"
 #include "pair_loader.hpp"
 
 using namespace efficientclip;
@@ -25,27 +26,6 @@ namespace {
 std::mt19937_64 rng;
 
 std::int64_t below(std::int64_t n) { return std::uniform_int_distribution<std::int64_t>(0, n - 1)(rng); }
-
-void check(bool held, const char* what) {
-    if (held) return;
-    std::fprintf(stderr, "failed: %s\n", what);
-    std::exit(1);
-}
-
-template <class T>
-View<T> view(const std::vector<T>& values) {
-    return {values.data(), static_cast<std::int64_t>(values.size())};
-}
-
-template <class Error, class Call>
-void check_throws(Call call, const char* what) {
-    try {
-        call();
-    } catch (const Error&) {
-        return;
-    }
-    check(false, what);
-}
 
 std::vector<std::uint8_t> bits_of(const std::vector<bool>& kept) {
     std::vector<std::uint8_t> bits((kept.size() + 7) / 8);

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from .sanitized import ROOT, compile_sanitized, output
 from .seeds import write_seeds
 
-ROOT = Path(__file__).parents[2]
 PARTS = ["tar", "captions", "picture", "resize", "transform", "image_loader"]
 LIBRARIES = ["libjpeg", "libpng", "libwebp", "libwebpdemux"]
 # The thread sanitizer has no business with vectors: its build shows that the portable code gives the same bits.
@@ -32,9 +32,7 @@ def build(tmp_path_factory: pytest.TempPathFactory):
         return objects
 
     def compiled(sanitizers: str, *arguments: Path | str) -> None:
-        flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
-        flags += ["-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}", *SANITIZERS[sanitizers]]
-        subprocess.run(["g++", *flags, *arguments], check=True)
+        compile_sanitized(sanitizers, *SANITIZERS[sanitizers], *arguments)
 
     @cache
     def binary(test: str, sanitizers: str, *flags: str) -> Path:
@@ -45,15 +43,6 @@ def build(tmp_path_factory: pytest.TempPathFactory):
         return path
 
     return binary
-
-
-def output(*command: str | Path) -> str:
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if "unexpected memory mapping" in ran.stderr:
-        # With some kernels' address randomisation the thread sanitizer finds no room for its shadow memory.
-        ran = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
 
 
 @pytest.mark.parametrize("sanitizers", SANITIZERS)

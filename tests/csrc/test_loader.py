@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,8 @@ import pytest
 
 from efficientclip._loader import gather_rows, linked_pairs, pack_tokens
 
-ROOT = Path(__file__).parents[2]
+from .sanitized import ROOT, compile_sanitized, output
+
 TOKEN_DTYPES = (np.uint16, np.int32)
 
 
@@ -278,12 +278,6 @@ def test_other_threads_run_meanwhile() -> None:
     ids=["batch", "pairs"],
 )
 def test_the_core_runs_clean_under_the_sanitizers(test: str, parts: list[str], sanitizers: str, tmp_path: Path) -> None:
-    binary = tmp_path / test
-    flags = ["-std=c++17", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     sources = [*(ROOT / f"csrc/{part}.cpp" for part in parts), ROOT / f"tests/csrc/{test}.cpp"]
-    subprocess.run(["g++", *flags, f"-I{ROOT / 'csrc'}", *sources, "-o", binary], check=True)
-    ran = subprocess.run([binary], capture_output=True, text=True, timeout=300)
-    if "unexpected memory mapping" in ran.stderr:
-        # With some kernels' address randomisation the thread sanitizer finds no room for its shadow memory.
-        ran = subprocess.run(["setarch", "-R", binary], capture_output=True, text=True, timeout=300)
-    assert (ran.returncode, ran.stdout) == (0, "all passed\n"), ran.stderr
+    compile_sanitized(sanitizers, *sources, "-o", tmp_path / test)
+    assert output(tmp_path / test) == "all passed\n"

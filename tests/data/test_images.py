@@ -27,6 +27,7 @@ from efficientclip.data.images import CLIP_MEAN, CLIP_STD, ImageBatch
 from efficientclip.data.pictures import MAX_PIXELS
 from efficientclip.data.shards import BadSample, Sample, read_shard
 from efficientclip.errors import UserError
+from tests.forks import exit_code_of_fork
 
 SEED = int(np.random.default_rng().integers(2**31))
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -542,24 +543,22 @@ def test_no_thread_is_left_behind(shards: Path) -> None:
 
 
 def test_a_forked_child_gets_an_error_and_ends(shards: Path) -> None:
-    batches = loader(shards)
+    batches: Any = loader(shards)
     next(batches)
-    child = os.fork()
-    if child == 0:
-        code = 1
+
+    def child() -> int:
+        nonlocal batches
+        refused = False
         try:
             next(batches)
         except RuntimeError as error:
-            code = 0 if "after the fork" in str(error) else 2
-            del batches, error
-            gc.collect()
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + 20
-    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        assert time.monotonic() < deadline, "the child hangs"
-        time.sleep(0.01)
-    assert os.waitstatus_to_exitcode(ended[1]) == 0
+            refused = "after the fork" in str(error)
+        # Its threads are the parent's: to end it must not wait for them.
+        batches = None
+        gc.collect()
+        return 0 if refused else 2
+
+    assert exit_code_of_fork(child) == 0
     next(batches)
 
 
