@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficientclip.kernels import contrastive, contrastive_loss, contrastive_loss_naive, explain
+from tests.kernels.calls import Calls
 
 Loss = Callable[..., contrastive.ContrastiveOutput]
 
@@ -328,28 +328,6 @@ def test_nan_stays_visible(rng: torch.Generator) -> None:
 
 
 # Cost
-
-
-class Calls(TorchDispatchMode):
-    """The largest tensor that any operation returned, and the number of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self.products = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "efficientclip":
-            # An operator hides what it calls.
-            with self:
-                return getattr(contrastive, str(func).split(".")[1])._init_fn(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
-        if str(func).split(".")[1] in ("mm", "addmm", "addmm_"):
-            self.products += 1
-        for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, Tensor):
-                self.largest = max(self.largest, value.untyped_storage().nbytes())
-        return out
 
 
 @pytest.mark.parametrize("frozen", [True, False])

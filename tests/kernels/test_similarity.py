@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from efficientclip.kernels import paired_similarity, positive_ranks, similarity, top_k
 from efficientclip.kernels.similarity import paired_similarity_naive, positive_ranks_naive, top_k_naive
+from tests.kernels.calls import Calls
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (1, 300, 24), (70, 1, 100), (130, 401, 24), (257, 83, 100), (64, 128, 1)]
@@ -175,27 +175,14 @@ def test_autocast_rounds_nothing(rng: torch.Generator) -> None:
 # Cost
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation returned."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, Tensor):
-                self.bytes = max(self.bytes, value.untyped_storage().nbytes())
-        return out
-
-
 def test_no_matrix_of_all_scores_in_memory(rng: torch.Generator) -> None:
     query, bank = unit(rng, 3000, 16, torch.float32), unit(rng, 6000, 16, torch.float32)
     rows = torch.randint(0, 6000, (3000,), generator=rng)
-    with Largest() as largest:
+    with Calls() as calls:
         positive_ranks(query, bank, rows, torch.arange(3001))
         top_k(query, bank, 10)
         paired_similarity(query, bank, rows)
-    assert largest.bytes <= 8 * similarity.TILE_CELLS < 4 * 3000 * 6000
+    assert calls.largest <= 8 * similarity.TILE_CELLS < 4 * 3000 * 6000
 
 
 # Triton
