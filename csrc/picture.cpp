@@ -25,6 +25,7 @@ constexpr const char* kTruncated = "truncated image";
 
 // Rows handed on at once: few enough to stay in the first cache.
 constexpr int kRows = 8;
+constexpr std::size_t kVector = 64;
 // Interpolating chroma at the edge of a window needs a neighbour that is outside.
 constexpr int kMargin = 4;
 // A progressive picture of some kilobytes can hold thousands of scans, each as long to decode as the picture.
@@ -167,13 +168,16 @@ class Jpeg {
         JDIMENSION width =
             std::min(info_.output_width, static_cast<JDIMENSION>(window.right + kMargin)) - left;
         if (width < info_.output_width) jpeg_crop_scanline(&info_, &left, &width);
-        const auto stride = 4 * (static_cast<std::size_t>(width) + static_cast<std::size_t>(readable));
-        if (lines_.size() < kRows * stride) lines_.resize(kRows * stride);
+        const std::size_t length = 4 * (static_cast<std::size_t>(width) + static_cast<std::size_t>(readable));
+        const std::size_t stride = (length + kVector - 1) / kVector * kVector;
+        if (lines_.size() < kRows * stride + 2 * kVector) lines_.resize(kRows * stride + 2 * kVector);
+        // To aligned rows libjpeg-turbo writes around the caches, and reading them costs an eighth of the decoding.
+        const auto unaligned = 4 + (0 - reinterpret_cast<std::uintptr_t>(lines_.data())) % kVector;
         JSAMPROW lines[kRows];
         const std::uint8_t* rows[kRows];
         const std::size_t offset = 4 * (static_cast<std::size_t>(window.left) - left);
         for (int i = 0; i < kRows; ++i) {
-            lines[i] = lines_.data() + static_cast<std::size_t>(i) * stride;
+            lines[i] = lines_.data() + unaligned + static_cast<std::size_t>(i) * stride;
             rows[i] = lines[i] + offset;
         }
 

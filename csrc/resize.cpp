@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 // The portable code gives the same bits; a test builds it alone to see that.
 #if defined(__x86_64__) && !defined(EFFICIENTCLIP_PORTABLE)
@@ -17,17 +18,16 @@ namespace {
 constexpr double kSupport = 2.0;
 
 double bicubic(double x) {
-    constexpr double a = -0.5;
     x = std::fabs(x);
-    if (x < 1.0) return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0;
-    if (x < 2.0) return (((x - 5.0) * x + 8.0) * x - 4.0) * a;
-    return 0.0;
+    const double near = (1.5 * x - 2.5) * x * x + 1.0, far = ((2.5 - 0.5 * x) * x - 4.0) * x + 2.0;
+    return x < 1.0 ? near : x < kSupport ? far : 0.0;
 }
 
 // Weights are multiplied in pairs of 16 bits and summed up in 32; beyond this, a sum of large weights would overflow.
 constexpr int kMaxShift = 22;
 constexpr double kLargestWeight = 32'000;
-constexpr int kVector = 4;
+// Rows that are resampled at once, so that each weight is loaded once for all of them.
+constexpr int kRows = 4;
 
 template <class T>
 T load(const void* from) {
@@ -43,10 +43,10 @@ std::uint8_t clipped(std::int32_t sum, int shift) {
 // `inline` is not enough: the bodies below must become part of functions for other instruction sets.
 #define EFFICIENTCLIP_INLINE inline __attribute__((always_inline))
 
-void across_portable(const Axis& axis, const std::uint8_t* const row[2], std::uint8_t* const out[2]) {
-    for (int r = 0; r < 2; ++r) {
-        for (int i = 0; i < axis.outputs(); ++i) {
-            const std::uint8_t* pixel = row[r] + 4 * (axis.starts[static_cast<std::size_t>(i)] - axis.first);
+void across_portable(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out) {
+    for (int r = 0; r < kRows; ++r) {
+        for (int i = 0; i < axis.outputs; ++i) {
+            const std::uint8_t* pixel = rows[r] + 4 * (axis.starts[static_cast<std::size_t>(i)] - axis.first);
             const std::int16_t* weights = axis.weights.data() + static_cast<std::size_t>(i) * axis.taps;
             std::int32_t sums[4];
             std::fill(sums, sums + 4, 1 << (axis.shift - 1));
@@ -110,34 +110,64 @@ EFFICIENTCLIP_TARGET inline __m256i pair_of_weights(const std::int16_t* weights)
     return _mm256_set1_epi32(load<std::int32_t>(weights));
 }
 
-// One row in each half of a register, four pixels at a time.
-EFFICIENTCLIP_TARGET void across_avx2(const Axis& axis, const std::uint8_t* const row[2], std::uint8_t* const out[2]) {
+EFFICIENTCLIP_TARGET inline __m256i two_rows(const std::uint8_t* low, const std::uint8_t* high) {
+    return _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(low))),
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
+}
+
+EFFICIENTCLIP_TARGET inline __m256i multiplied(const Vector* pixels, __m256i by) {
+    return _mm256_madd_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(pixels)), by);
+}
+
+// Pairs of neighbouring pixels, red beside red, of one row in each half of a register: each is needed by several
+// outputs, and so is put in order once.
+EFFICIENTCLIP_TARGET void weave(const std::uint8_t* low, const std::uint8_t* high, int pixels, Vector* out) {
     const __m256i first_two = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
     const __m256i last_two = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1));
+    for (int x = 0; x < pixels; x += 4, out += 2) {
+        const __m256i four = two_rows(low + 4 * x, high + 4 * x);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(four, first_two));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out + 1), _mm256_shuffle_epi8(four, last_two));
+    }
+}
+
+EFFICIENTCLIP_TARGET void across_avx2(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out,
+                                      std::vector<Vector>& scratch) {
+    const int pixels = axis.readable(), taps = axis.taps;
+    scratch.resize(static_cast<std::size_t>(pixels));
+    Vector* const halves[2] = {scratch.data(), scratch.data() + pixels / 2};
+    weave(rows[0], rows[1], pixels, halves[0]);
+    weave(rows[2], rows[3], pixels, halves[1]);
+
     const __m256i half = _mm256_set1_epi32(1 << (axis.shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(axis.shift);
+    const int* starts = axis.starts.data();
     const std::int16_t* weights = axis.weights.data();
-    const int outputs = axis.outputs(), taps = axis.taps;
-    for (int i = 0; i < outputs; ++i, weights += taps) {
-        const std::ptrdiff_t start = 4 * (axis.starts[static_cast<std::size_t>(i)] - axis.first);
-        __m256i sum = half, other = _mm256_setzero_si256();
-        for (int t = 0; t < taps; t += kVector) {
-            const __m256i pixels = _mm256_inserti128_si256(
-                _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row[0] + start + 4 * t))),
-                _mm_loadu_si128(reinterpret_cast<const __m128i*>(row[1] + start + 4 * t)), 1);
-            sum = _mm256_add_epi32(
-                sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, first_two), pair_of_weights(weights + t)));
-            other = _mm256_add_epi32(
-                other, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, last_two), pair_of_weights(weights + t + 2)));
+    std::uint8_t *out_0 = out[0], *out_1 = out[1], *out_2 = out[2], *out_3 = out[3];
+    for (int i = 0; i < axis.outputs; i += 2, starts += 2, weights += 2 * taps) {
+        const int first = (starts[0] - axis.first) / 2, second = (starts[1] - axis.first) / 2;
+        const Vector *a = halves[0] + first, *b = halves[1] + first, *c = halves[0] + second, *d = halves[1] + second;
+        // Of the first output and of the second, rows 0 and 1 and rows 2 and 3.
+        __m256i sum_a = half, sum_b = half, sum_c = half, sum_d = half;
+        for (int t = 0; t < taps / 2; ++t) {
+            const __m256i w = pair_of_weights(weights + 2 * t), v = pair_of_weights(weights + taps + 2 * t);
+            sum_a = _mm256_add_epi32(sum_a, multiplied(a + t, w));
+            sum_b = _mm256_add_epi32(sum_b, multiplied(b + t, w));
+            sum_c = _mm256_add_epi32(sum_c, multiplied(c + t, v));
+            sum_d = _mm256_add_epi32(sum_d, multiplied(d + t, v));
         }
-        sum = _mm256_sra_epi32(_mm256_add_epi32(sum, other), shift);
-        sum = _mm256_packs_epi32(sum, sum);
-        sum = _mm256_packus_epi16(sum, sum);
-        const std::int32_t pixel[2] = {_mm256_extract_epi32(sum, 0), _mm256_extract_epi32(sum, 4)};
-        std::memcpy(out[0] + 4 * i, &pixel[0], 4);
-        std::memcpy(out[1] + 4 * i, &pixel[1], 4);
+        sum_a = _mm256_packs_epi32(_mm256_sra_epi32(sum_a, shift), _mm256_sra_epi32(sum_b, shift));
+        sum_c = _mm256_packs_epi32(_mm256_sra_epi32(sum_c, shift), _mm256_sra_epi32(sum_d, shift));
+        // In each half: row, row + 2 of the first output, then of the second; then by rows.
+        const __m256i four = _mm256_shuffle_epi32(_mm256_packus_epi16(sum_a, sum_c), _MM_SHUFFLE(3, 1, 2, 0));
+        const __m128i low = _mm256_castsi256_si128(four), high = _mm256_extracti128_si256(four, 1);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out_0 + 4 * i), low);
+        _mm_storeh_pd(reinterpret_cast<double*>(out_2 + 4 * i), _mm_castsi128_pd(low));
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(out_1 + 4 * i), high);
+        _mm_storeh_pd(reinterpret_cast<double*>(out_3 + 4 * i), _mm_castsi128_pd(high));
     }
 }
 
@@ -178,11 +208,13 @@ EFFICIENTCLIP_TARGET void scale_row_avx2(const std::uint32_t* pixels, int count,
 const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
 #endif
 
-void across(const Axis& axis, const std::uint8_t* const row[2], std::uint8_t* const out[2]) {
+// kRows rows; an even number of outputs is written.
+void across(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out,
+            [[maybe_unused]] std::vector<Vector>& scratch) {
 #ifdef EFFICIENTCLIP_AVX2
-    if (kHasAvx2) return across_avx2(axis, row, out);
+    if (kHasAvx2) return across_avx2(axis, rows, out, scratch);
 #endif
-    across_portable(axis, row, out);
+    across_portable(axis, rows, out);
 }
 
 void down(const std::uint8_t* const* column, const std::int16_t* weights, int taps, int shift, int bytes,
@@ -273,49 +305,60 @@ Side Side::scaled(double factor, int length) const {
 }
 
 void Axis::plan(const Side& side) {
+    outputs = side.outputs;
     const double scale = (side.end - side.begin) / side.size;
-    const double stretch = std::max(scale, 1.0);
+    const double stretch = std::max(scale, 1.0), unstretch = 1.0 / stretch;
     const double support = kSupport * stretch;
-    const auto outputs = static_cast<std::size_t>(side.outputs);
+    // The last output may be made with one more beside it, of no weight.
+    const auto n = static_cast<std::size_t>(outputs), even = static_cast<std::size_t>(rounded_up(outputs, 2));
     const auto centre = [&](std::size_t i) {
         return side.begin + (side.first_output + static_cast<double>(i) + 0.5) * scale;
     };
-    starts.resize(outputs);
-    counts.resize(outputs);
-    for (std::size_t i = 0; i < outputs; ++i) {
+    starts.resize(even);
+    counts.resize(n);
+    for (std::size_t i = 0; i < n; ++i) {
         // Rounded as Pillow rounds.
         starts[i] = std::max(static_cast<int>(centre(i) - support + 0.5), side.lowest);
         counts[i] = std::min(static_cast<int>(centre(i) + support + 0.5), side.highest) - starts[i];
     }
-    taps = rounded_up(*std::max_element(counts.begin(), counts.end()), kVector);
+    first = starts[0];
+    end = starts[n - 1] + counts[n - 1];
+    // Pixels are taken in pairs from `first` on; a pixel before the support weighs nothing.
+    for (std::size_t i = 0; i < n; ++i) {
+        const int odd = (starts[i] - first) % 2;
+        starts[i] -= odd;
+        counts[i] += odd;
+    }
+    starts[even - 1] = starts[n - 1];
+    taps = rounded_up(*std::max_element(counts.begin(), counts.end()), 2);
 
-    row_.resize(outputs * static_cast<std::size_t>(taps));
+    row_.resize(n * static_cast<std::size_t>(taps));
     double largest = 0;
-    for (std::size_t i = 0; i < outputs; ++i) {
+    for (std::size_t i = 0; i < n; ++i) {
         double* row = row_.data() + i * static_cast<std::size_t>(taps);
-        double sum = 0;
-        for (int t = 0; t < counts[i]; ++t) sum += row[t] = bicubic((starts[i] + t - centre(i) + 0.5) / stretch);
+        const double offset = starts[i] - centre(i) + 0.5;
+        for (int t = 0; t < counts[i]; ++t) row[t] = bicubic((t + offset) * unstretch);
+        const double share = 1.0 / std::accumulate(row, row + counts[i], 0.0);
         for (int t = 0; t < counts[i]; ++t) {
-            row[t] /= sum;
+            row[t] *= share;
             largest = std::max(largest, std::fabs(row[t]));
         }
     }
-    first = starts.front();
-    end = starts.back() + counts.back();
-    weights.assign(row_.size(), 0);
     shift = std::min(kMaxShift, static_cast<int>(std::floor(std::log2(kLargestWeight / largest))));
     const double units = std::ldexp(1.0, shift);
-    for (std::size_t i = 0; i < outputs; ++i) {
+    weights.assign(even * static_cast<std::size_t>(taps), 0);
+    for (std::size_t i = 0; i < n; ++i) {
         const double* row = row_.data() + i * static_cast<std::size_t>(taps);
         std::int16_t* whole = weights.data() + i * static_cast<std::size_t>(taps);
-        int rest = 1 << shift, strongest = 0;
+        int rest = 1 << shift;
         for (int t = 0; t < counts[i]; ++t) {
-            whole[t] = static_cast<std::int16_t>(std::lrint(row[t] * units));
+            const double exact = row[t] * units;
+            whole[t] = static_cast<std::int16_t>(exact < 0 ? exact - 0.5 : exact + 0.5);
             rest -= whole[t];
-            if (whole[t] > whole[strongest]) strongest = t;
         }
         // A plain surface stays as it is.
-        whole[strongest] = static_cast<std::int16_t>(whole[strongest] + rest);
+        std::int16_t& strongest = *std::max_element(whole, whole + counts[i]);
+        strongest = static_cast<std::int16_t>(strongest + rest);
     }
 }
 
@@ -331,21 +374,24 @@ void Resampler::begin(const Axis& x, const Axis& y, Tile& tile) {
     tile_ = &tile;
     done_ = y.first;
     made_ = 0;
-    // Two rows come at once.
-    capacity_ = *std::max_element(y.counts.begin(), y.counts.end()) + 2;
+    capacity_ = *std::max_element(y.counts.begin(), y.counts.end()) + kRows;
     stride_ = 4 * static_cast<std::size_t>(tile.stride);
-    ring_.resize(stride_ * static_cast<std::size_t>(capacity_));
+    ring_.resize(stride_ / sizeof(Vector) * static_cast<std::size_t>(capacity_));
     column_.resize(static_cast<std::size_t>(y.taps));
 }
 
 void Resampler::rows(const std::uint8_t* const* pixels, int count) {
-    for (int r = 0; r < count; r += 2) {
-        // A last odd row is done twice, into the place of the next.
-        const std::uint8_t* const pair[2] = {pixels[r], pixels[std::min(r + 1, count - 1)]};
-        std::uint8_t* const to[2] = {kept(done_), kept(done_ + 1)};
-        across(*x_, pair, to);
-        done_ += std::min(2, count - r);
-        for (; made_ < y_->outputs(); ++made_) {
+    for (int r = 0; r < count; r += kRows) {
+        // Too few are filled up by the last, into the places of rows to come.
+        const std::uint8_t* from[kRows];
+        std::uint8_t* to[kRows];
+        for (int i = 0; i < kRows; ++i) {
+            from[i] = pixels[std::min(r + i, count - 1)];
+            to[i] = kept(done_ + i);
+        }
+        across(*x_, from, to, scratch_);
+        done_ += std::min(kRows, count - r);
+        for (; made_ < y_->outputs; ++made_) {
             const auto at = static_cast<std::size_t>(made_);
             const int start = y_->starts[at], taps = y_->counts[at];
             if (start + taps > done_) break;

@@ -24,15 +24,15 @@ struct Side {
 
 // Which source pixels make each output, and with which weights.
 struct Axis {
+    int outputs = 0;
     int first = 0, end = 0;             // source pixels that are read
-    int taps = 0;                       // weights kept for each output, a multiple of 4; unused ones are 0
+    int taps = 0;                       // weights kept for each output, an even number; unused ones are 0
     int shift = 0;                      // weights are in units of 2^-shift
-    std::vector<int> starts, counts;    // [outputs], source pixels
-    std::vector<std::int16_t> weights;  // [outputs * taps], of each output they sum up to 2^shift
+    std::vector<int> starts, counts;    // [outputs] or one more, source pixels; starts are even from `first` on
+    std::vector<std::int16_t> weights;  // [as many * taps], of each output they sum up to 2^shift
 
-    int outputs() const { return static_cast<int>(starts.size()); }
     // Pixels that a row from `first` on must let be read, whatever stands in those past `end`.
-    int readable() const { return end - first + taps; }
+    int readable() const { return (end - first + taps + 3) / 4 * 4; }
     void plan(const Side& side);
 
   private:
@@ -48,6 +48,11 @@ struct Tile {
     void resize(int wanted);
 };
 
+// A vector register's worth of memory.
+struct alignas(32) Vector {
+    std::uint8_t bytes[32];
+};
+
 // Resamples rows as they come: first each row, then as many columns as its rows allow. Keeps few rows.
 class Resampler : public RowSink {
   public:
@@ -56,12 +61,12 @@ class Resampler : public RowSink {
     void rows(const std::uint8_t* const* pixels, int count) override;
 
   private:
-    std::uint8_t* kept(int row) { return ring_.data() + static_cast<std::size_t>(row % capacity_) * stride_; }
+    std::uint8_t* kept(int row) { return ring_.data()->bytes + static_cast<std::size_t>(row % capacity_) * stride_; }
 
     const Axis* x_ = nullptr;
     const Axis* y_ = nullptr;
     Tile* tile_ = nullptr;
-    std::vector<std::uint8_t> ring_;
+    std::vector<Vector> ring_, scratch_;
     std::vector<const std::uint8_t*> column_;
     int capacity_ = 0;
     std::size_t stride_ = 0;
