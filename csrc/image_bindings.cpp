@@ -71,7 +71,7 @@ class BoundImageLoader {
         for (const auto& record : batch.records) {
             records.append(py::make_tuple(text(record.key), record.shard, record.extent.offset, record.extent.size,
                                           optional_bytes(record.text), optional_bytes(record.json),
-                                          keep_encoded_ ? py::object(py::bytes(record.encoded)) : py::none()));
+                                          keep_encoded_ ? py::object(py::bytes(record.encoded.data.get(), record.encoded.size)) : py::none()));
         }
         for (const auto& sample : batch.bad) bad.append(py::make_tuple(sample.shard, text(sample.key), sample.cause));
         return py::make_tuple(images, records, bad, batch.consumed);

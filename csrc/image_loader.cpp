@@ -23,15 +23,18 @@ struct ImageLoader::Sample {
     TarSample where;
     int shard = 0;
     bool loaded = false;
-    std::string image;
+    Blob image;
     std::optional<std::string> text, json;
 
     // Reads the members' bytes from the shard.
     void load(ShardFile& file) {
         loaded = true;
-        if (where.image && where.image->size <= kLargestMember) image = file.read(*where.image);
-        if (where.text && where.text->size <= kLargestMember) text = file.read(*where.text);
-        if (where.json && where.json->size <= kLargestMember) json = file.read(*where.json);
+        if (where.image && where.image->size <= kLargestMember) {
+            image = Blob(where.image->size);
+            file.read(*where.image, image.data.get());
+        }
+        if (where.text && where.text->size <= kLargestMember) text = file.read_text(*where.text);
+        if (where.json && where.json->size <= kLargestMember) json = file.read_text(*where.json);
     }
 };
 
@@ -240,8 +243,8 @@ void ImageLoader::work() {
             const auto item = static_cast<std::uint64_t>(sample.shard) << 32 |
                               static_cast<std::uint64_t>(sample.where.ordinal);
             try {
-                place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data()),
-                                             sample.image.size(),
+                place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()),
+                                             sample.image.size,
                                              Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
             } catch (const BadPicture& bad) {
                 cause = bad.cause;
@@ -287,7 +290,7 @@ void ImageLoader::give_places() {
         Sample& sample = place.sample;
         pending.batch.records.push_back({sample.shard, std::move(sample.where.key), *sample.where.image,
                                          std::move(sample.text), std::move(sample.json),
-                                         options_.keep_encoded ? std::move(sample.image) : std::string()});
+                                         options_.keep_encoded ? std::move(sample.image) : Blob()});
         sample = {};
         ++pending.unwritten;
         place.state = State::placed;

@@ -47,7 +47,7 @@ struct ImageRecord {
     std::string key;
     Extent extent;  // of the encoded image in the shard
     std::optional<std::string> text, json;
-    std::string encoded;  // empty unless kept
+    Blob encoded;  // empty unless kept
 };
 
 struct BadImage {

@@ -116,48 +116,38 @@ EFFICIENTCLIP_TARGET inline __m256i two_rows(const std::uint8_t* low, const std:
         _mm_loadu_si128(reinterpret_cast<const __m128i*>(high)), 1);
 }
 
-EFFICIENTCLIP_TARGET inline __m256i multiplied(const Vector* pixels, __m256i by) {
-    return _mm256_madd_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(pixels)), by);
+// Of four neighbouring pixels of each row: the first two by their weights, and the last two by theirs.
+EFFICIENTCLIP_TARGET inline __m256i four_taps(__m256i pixels, __m256i first_two, __m256i last_two, __m256i w,
+                                              __m256i v) {
+    return _mm256_add_epi32(_mm256_madd_epi16(_mm256_shuffle_epi8(pixels, first_two), w),
+                            _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, last_two), v));
 }
 
-// Pairs of neighbouring pixels, red beside red, of one row in each half of a register: each is needed by several
-// outputs, and so is put in order once.
-EFFICIENTCLIP_TARGET void weave(const std::uint8_t* low, const std::uint8_t* high, int pixels, Vector* out) {
+// Two outputs at a time, a row in each half of a register.
+EFFICIENTCLIP_TARGET void across_avx2(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out) {
     const __m256i first_two = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1));
     const __m256i last_two = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(8, -1, 12, -1, 9, -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1));
-    for (int x = 0; x < pixels; x += 4, out += 2) {
-        const __m256i four = two_rows(low + 4 * x, high + 4 * x);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_shuffle_epi8(four, first_two));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(out + 1), _mm256_shuffle_epi8(four, last_two));
-    }
-}
-
-EFFICIENTCLIP_TARGET void across_avx2(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out,
-                                      std::vector<Vector>& scratch) {
-    const int pixels = axis.readable(), taps = axis.taps;
-    scratch.resize(static_cast<std::size_t>(pixels));
-    Vector* const halves[2] = {scratch.data(), scratch.data() + pixels / 2};
-    weave(rows[0], rows[1], pixels, halves[0]);
-    weave(rows[2], rows[3], pixels, halves[1]);
-
+    const int taps = axis.taps, outputs = axis.outputs;
     const __m256i half = _mm256_set1_epi32(1 << (axis.shift - 1));
     const __m128i shift = _mm_cvtsi32_si128(axis.shift);
     const int* starts = axis.starts.data();
     const std::int16_t* weights = axis.weights.data();
     std::uint8_t *out_0 = out[0], *out_1 = out[1], *out_2 = out[2], *out_3 = out[3];
-    for (int i = 0; i < axis.outputs; i += 2, starts += 2, weights += 2 * taps) {
-        const int first = (starts[0] - axis.first) / 2, second = (starts[1] - axis.first) / 2;
-        const Vector *a = halves[0] + first, *b = halves[1] + first, *c = halves[0] + second, *d = halves[1] + second;
+    const std::uint8_t* row_0 = rows[0] - 4 * axis.first;
+    const std::ptrdiff_t to_1 = rows[1] - rows[0], to_2 = rows[2] - rows[0], to_3 = rows[3] - rows[0];
+    for (int i = 0; i < outputs; i += 2, starts += 2, weights += 2 * taps) {
+        const std::uint8_t *p = row_0 + 4 * starts[0], *q = row_0 + 4 * starts[1];
         // Of the first output and of the second, rows 0 and 1 and rows 2 and 3.
         __m256i sum_a = half, sum_b = half, sum_c = half, sum_d = half;
-        for (int t = 0; t < taps / 2; ++t) {
-            const __m256i w = pair_of_weights(weights + 2 * t), v = pair_of_weights(weights + taps + 2 * t);
-            sum_a = _mm256_add_epi32(sum_a, multiplied(a + t, w));
-            sum_b = _mm256_add_epi32(sum_b, multiplied(b + t, w));
-            sum_c = _mm256_add_epi32(sum_c, multiplied(c + t, v));
-            sum_d = _mm256_add_epi32(sum_d, multiplied(d + t, v));
+        for (int t = 0; t < taps; t += 4, p += 16, q += 16) {
+            __m256i w = pair_of_weights(weights + t), v = pair_of_weights(weights + t + 2);
+            sum_a = _mm256_add_epi32(sum_a, four_taps(two_rows(p, p + to_1), first_two, last_two, w, v));
+            sum_b = _mm256_add_epi32(sum_b, four_taps(two_rows(p + to_2, p + to_3), first_two, last_two, w, v));
+            w = pair_of_weights(weights + taps + t), v = pair_of_weights(weights + taps + t + 2);
+            sum_c = _mm256_add_epi32(sum_c, four_taps(two_rows(q, q + to_1), first_two, last_two, w, v));
+            sum_d = _mm256_add_epi32(sum_d, four_taps(two_rows(q + to_2, q + to_3), first_two, last_two, w, v));
         }
         sum_a = _mm256_packs_epi32(_mm256_sra_epi32(sum_a, shift), _mm256_sra_epi32(sum_b, shift));
         sum_c = _mm256_packs_epi32(_mm256_sra_epi32(sum_c, shift), _mm256_sra_epi32(sum_d, shift));
@@ -209,10 +199,9 @@ const bool kHasAvx2 = __builtin_cpu_supports("avx2") != 0;
 #endif
 
 // kRows rows; an even number of outputs is written.
-void across(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out,
-            [[maybe_unused]] std::vector<Vector>& scratch) {
+void across(const Axis& axis, const std::uint8_t* const* rows, std::uint8_t* const* out) {
 #ifdef EFFICIENTCLIP_AVX2
-    if (kHasAvx2) return across_avx2(axis, rows, out, scratch);
+    if (kHasAvx2) return across_avx2(axis, rows, out);
 #endif
     across_portable(axis, rows, out);
 }
@@ -323,14 +312,8 @@ void Axis::plan(const Side& side) {
     }
     first = starts[0];
     end = starts[n - 1] + counts[n - 1];
-    // Pixels are taken in pairs from `first` on; a pixel before the support weighs nothing.
-    for (std::size_t i = 0; i < n; ++i) {
-        const int odd = (starts[i] - first) % 2;
-        starts[i] -= odd;
-        counts[i] += odd;
-    }
     starts[even - 1] = starts[n - 1];
-    taps = rounded_up(*std::max_element(counts.begin(), counts.end()), 2);
+    taps = rounded_up(*std::max_element(counts.begin(), counts.end()), 4);
 
     row_.resize(n * static_cast<std::size_t>(taps));
     double largest = 0;
@@ -389,7 +372,7 @@ void Resampler::rows(const std::uint8_t* const* pixels, int count) {
             from[i] = pixels[std::min(r + i, count - 1)];
             to[i] = kept(done_ + i);
         }
-        across(*x_, from, to, scratch_);
+        across(*x_, from, to);
         done_ += std::min(kRows, count - r);
         for (; made_ < y_->outputs; ++made_) {
             const auto at = static_cast<std::size_t>(made_);

@@ -26,13 +26,13 @@ struct Side {
 struct Axis {
     int outputs = 0;
     int first = 0, end = 0;             // source pixels that are read
-    int taps = 0;                       // weights kept for each output, an even number; unused ones are 0
+    int taps = 0;                       // weights kept for each output, a multiple of 4; unused ones are 0
     int shift = 0;                      // weights are in units of 2^-shift
-    std::vector<int> starts, counts;    // [outputs] or one more, source pixels; starts are even from `first` on
+    std::vector<int> starts, counts;    // [outputs] or one more, source pixels
     std::vector<std::int16_t> weights;  // [as many * taps], of each output they sum up to 2^shift
 
     // Pixels that a row from `first` on must let be read, whatever stands in those past `end`.
-    int readable() const { return (end - first + taps + 3) / 4 * 4; }
+    int readable() const { return end - first + taps; }
     void plan(const Side& side);
 
   private:
@@ -66,7 +66,7 @@ class Resampler : public RowSink {
     const Axis* x_ = nullptr;
     const Axis* y_ = nullptr;
     Tile* tile_ = nullptr;
-    std::vector<Vector> ring_, scratch_;
+    std::vector<Vector> ring_;
     std::vector<const std::uint8_t*> column_;
     int capacity_ = 0;
     std::size_t stride_ = 0;

@@ -185,7 +185,7 @@ void ShardFile::read(Extent extent, char* out) {
     }
 }
 
-std::string ShardFile::read(Extent extent) {
+std::string ShardFile::read_text(Extent extent) {
     std::string bytes(static_cast<std::size_t>(extent.size), '\0');
     read(extent, bytes.data());
     return bytes;
@@ -216,10 +216,10 @@ bool TarReader::next(TarMember& member) {
         offset_ = extent.offset + (extent.size + kRecord - 1) / kRecord * kRecord;
 
         if (type == 'L') {
-            long_name = file_.read(extent);
+            long_name = file_.read_text(extent);
             long_name->resize(std::strlen(long_name->c_str()));
         } else if (type == 'x' || type == 'X') {
-            if (!read_pax(file_.read(extent), pax)) file_.fail("pax records that are broken or of a sparse file", at);
+            if (!read_pax(file_.read_text(extent), pax)) file_.fail("pax records that are broken or of a sparse file", at);
         } else if (type == 'S') {
             file_.fail("a sparse member, which GNU tar writes when told --sparse", at);
         } else if (!described) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -21,6 +22,16 @@ struct Extent {
     std::int64_t size = 0;
 };
 
+// Bytes that are not zeroed first, as a string's are.
+struct Blob {
+    std::unique_ptr<char[]> data;
+    std::size_t size = 0;
+
+    Blob() = default;
+    explicit Blob(std::int64_t bytes)
+        : data(new char[static_cast<std::size_t>(bytes)]), size(static_cast<std::size_t>(bytes)) {}
+};
+
 // A file opened for reading at any place. The first bytes of a span are served from a block that is kept, because a
 // tar's headers and small members lie together.
 class ShardFile {
@@ -36,7 +47,7 @@ class ShardFile {
 
     // Throws ShardError if the file ends before the extent does, or cannot be read.
     void read(Extent extent, char* out);
-    std::string read(Extent extent);
+    std::string read_text(Extent extent);
 
     [[noreturn]] void fail(const std::string& cause, std::int64_t offset) const;
 

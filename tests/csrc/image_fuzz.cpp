@@ -74,10 +74,10 @@ void read_shard(std::string tar) {
         TarSample sample;
         while (samples.next(sample)) {
             std::optional<std::string> text, json;
-            if (sample.text && sample.text->size < shard.size()) text = shard.read(*sample.text);
-            if (sample.json && sample.json->size < shard.size()) json = shard.read(*sample.json);
+            if (sample.text && sample.text->size < shard.size()) text = shard.read_text(*sample.text);
+            if (sample.json && sample.json->size < shard.size()) json = shard.read_text(*sample.json);
             captions_missing(text, json);
-            if (sample.image && sample.image->size < shard.size()) look_at(shard.read(*sample.image));
+            if (sample.image && sample.image->size < shard.size()) look_at(shard.read_text(*sample.image));
         }
     } catch (const ShardError&) {
         ++refused;

@@ -127,8 +127,8 @@ void test_tar() {
     for (const TarSample& sample : found) keys.push_back(sample.key);
     check(keys == std::vector<std::string>{"k1", "a/k2", std::string(130, 'd') + "/k3", "pax/k4", "k5"}, "keys");
     ShardFile file(path);
-    check(file.read(*found[0].image) == "one" && file.read(*found[0].text) == std::string(700, 't'), "members");
-    check(file.read(*found[2].image) == "three" && !found[3].image && found[3].ordinal == 3, "long names");
+    check(file.read_text(*found[0].image) == "one" && file.read_text(*found[0].text) == std::string(700, 't'), "members");
+    check(file.read_text(*found[2].image) == "three" && !found[3].image && found[3].ordinal == 3, "long names");
 
     // Cut anywhere, a shard gives whole samples and an error.
     for (std::size_t size = 0; size <= whole.size(); size += size % 512 == 0 ? 511 : 1) {
