@@ -87,8 +87,9 @@ class ImageLoader(ThreadedLoader):
     mean, std: of each channel, for values in 0..1; not applied to uint8.
     dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
     flip: mirror one image in two.
-    scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster,
-        and a little sharper or softer than resizing alone.
+    scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster, but
+        640 x 480 photographs to 224 were off by 0.9/255 on average, 15/255 at one value in a thousand, 39/255 at most.
+        Without it, images are those of Pillow and torchvision but for rounding (2/255 at most).
     captions: False lets samples without captions pass.
     keep_encoded: keep each image's file in `ImageBatch.encoded`.
     drop_last: leave out an epoch's last incomplete batch.
@@ -204,9 +205,9 @@ class ImageLoader(ThreadedLoader):
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken."""
         for name, expected in self._identity.items():
-            if state[name] != expected:
+            if state.get(name) != expected:
                 raise UserError(
-                    f"loader state: {name} is {state[name]}, this loader has {expected}; make the loader with the"
+                    f"loader state: {name} is {state.get(name)}, this loader has {expected}; make the loader with the"
                     " settings and shards that the state was taken with"
                 )
         self._go_to(state["epoch"], state["consumed"], state["bad"])
@@ -217,24 +218,26 @@ class ImageLoader(ThreadedLoader):
             if self._threads is None:
                 self._start()
             images, records, bad, consumed = self._threads.next()
+            self.waited_seconds += time.perf_counter() - started
+            batch = None
             if images is not None:
                 self._lend()
+                batch = self._batch(images, records)
+            self.bad_samples += [BadSample(self.shards[shard].name, key, cause) for shard, key, cause in bad]
+            self._consumed = consumed
         except _loader.ShardError as error:
             self._stop()
             raise UserError(str(error)) from None
         except BaseException:
-            # The threads may have handed over what nobody received: they start again from the position.
+            # What the threads handed over, nobody received: they start again from the position.
             self._stop()
             raise
-        self.waited_seconds += time.perf_counter() - started
-        self.bad_samples += [BadSample(self.shards[shard].name, key, cause) for shard, key, cause in bad]
-        if images is None:
+        if batch is None:
             self._stop()
             self._epoch, self._consumed = self._epoch + 1, 0
             raise StopIteration
-        self._consumed = consumed
-        self._images += len(records)
-        return self._batch(images, records)
+        self._images += len(batch)
+        return batch
 
     def _go_to(self, epoch: int, consumed: int, bad: dict[str, int]) -> None:
         _check(0 <= epoch < 2**32, f"epoch: {epoch}; give 0 to 2^32 - 1")

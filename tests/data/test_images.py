@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,20 @@ def squares(folder: Path, files: dict[str, bytes], **options: Any) -> dict[str, 
     return {name: found[name.split(".")[0]] for name in files}
 
 
+def interlaced(pixels: np.ndarray) -> bytes:
+    """An Adam7 PNG of uint8 [height, width, 3], which Pillow reads but does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checksum = zlib.crc32(kind + content)
+        return len(content).to_bytes(4, "big") + kind + content + checksum.to_bytes(4, "big")
+
+    height, width, _ = pixels.shape
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    rows = b"".join(b"\0" + row.tobytes() for y, x, down, right in passes for row in pixels[y::down, x::right])
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 1])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def every_kind() -> dict[str, bytes]:
     rng = np.random.default_rng([SEED, 9])
     picture = photograph(150, 101)
@@ -166,6 +181,7 @@ def every_kind() -> dict[str, bytes]:
         "lossless.webp": encode(picture, "WEBP", lossless=True),
         "lossy-alpha.webp": encode(transparent, "WEBP"),
         "moving.webp": encode(picture, "WEBP", save_all=True, append_images=[picture.rotate(180)]),
+        "interlaced.png": interlaced(np.asarray(picture)),
         "pixel.png": encode(photograph(1, 1), "PNG"),
         "line.jpg": encode(photograph(1, 300), "JPEG"),
         "wide.jpg": encode(photograph(900, 20), "JPEG"),
