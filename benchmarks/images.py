@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.measuring import MIB, Memory, Neighbours, Row, hardware
+from benchmarks.measuring import MIB, Memory, Neighbours, Row, hardware, wait_until_idle
 from efficientclip import ImageLoader
 
 SHARDS, PER_SHARD, QUALITY, BATCH = 2, 1500, 86, 128
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# Seconds a round takes, after the batches that a pipeline had ready were taken away.
-ROUND, PREFETCHED = 1.5, 4
+# Seconds and batches a round takes at least, after the batches that a pipeline had ready were taken away.
+ROUND, BATCHES, PREFETCHED = 1.5, 8, 4
 KEY = ("height", "width", "batch", "hardware", "torch", "implementation", "threads")
 COLUMNS = (
     *KEY, "images_per_s", "over_open_clip", "over_decoding", "mean_error", "max_error", "extra_mib", "mean_bytes",
@@ -87,10 +87,10 @@ Batches = Generator[int, None, None]
 
 
 def ours(shards: list[Path], threads: int, scaled: bool) -> Batches:
-    for epoch in itertools.count():
-        with ImageLoader(
-            shards, batch_size=BATCH, threads=threads, epoch=epoch, mean=MEAN, std=STD, scaled_decoding=scaled
-        ) as loader:
+    with ImageLoader(
+        shards, batch_size=BATCH, threads=threads, mean=MEAN, std=STD, scaled_decoding=scaled
+    ) as loader:
+        while True:
             for batch in loader:
                 yield len(batch.images)
 
@@ -221,10 +221,12 @@ def measure(shards: list[Path], repeat: Callable[[Turn, Turn], None]) -> tuple[l
     seconds: dict[Implementation, list[float]] = {one: [] for one in running}
 
     def run(one: Implementation) -> None:
+        wait_until_idle()
         for _ in range(PREFETCHED):
             next(running[one])
         pictures, start = 0, time.perf_counter()
-        while (taken := time.perf_counter() - start) < ROUND:
+        # Workers that hand over whole batches in turn come in bursts: many batches, for a rate.
+        while (taken := time.perf_counter() - start) < ROUND or pictures < BATCHES * BATCH:
             pictures += next(running[one])
         seconds[one].append(taken / pictures)
 

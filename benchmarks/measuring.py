@@ -56,6 +56,23 @@ class Memory:
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def own_seconds() -> float:
+    """CPU time of this process and its children, those that ended too."""
+    own = psutil.Process()
+    mine = [one.cpu_times() for one in (own, *own.children(recursive=True))]
+    return sum(one.user + one.system for one in mine) + mine[0].children_user + mine[0].children_system
+
+
+def wait_until_idle() -> None:
+    """Until what this process and its children have begun ahead, in threads of their own, is done."""
+    used = own_seconds()
+    while True:
+        time.sleep(0.25)
+        before, used = used, own_seconds()
+        if used - before < 0.025:
+            return
+
+
 class Neighbours:
     """The cores that processes other than this one and its children have held since it was made."""
 
@@ -64,13 +81,8 @@ class Neighbours:
 
     @staticmethod
     def _seconds() -> float:
-        times, own = psutil.cpu_times(), psutil.Process()
-        mine = [one.cpu_times() for one in (own, *own.children(recursive=True))]
-        ended = own.cpu_times()
-        return (
-            sum(times) - times.idle - times.iowait - sum(one.user + one.system for one in mine)
-            - ended.children_user - ended.children_system
-        )  # fmt: skip
+        times = psutil.cpu_times()
+        return sum(times) - times.idle - times.iowait - own_seconds()
 
     def busy(self, used: int, seconds: Mapping[str, Sequence[float]]) -> str | None:
         """Why figures taken on `used` cores are worthless; `seconds` are the rounds of each implementation."""

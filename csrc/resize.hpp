@@ -30,6 +30,7 @@ struct Axis {
     int shift = 0;                      // weights are in units of 2^-shift
     std::vector<int> starts, counts;    // [outputs] or one more, source pixels
     std::vector<std::int16_t> weights;  // [as many * taps], of each output they sum up to 2^shift
+    std::vector<std::int8_t> split;     // of every four weights their high bytes, then their low ones, where that is faster
 
     // Pixels that a row from `first` on must let be read, whatever stands in those past `end`.
     int readable() const { return end - first + taps; }
