@@ -87,9 +87,7 @@ Batches = Generator[int, None, None]
 
 
 def ours(shards: list[Path], threads: int, scaled: bool) -> Batches:
-    with ImageLoader(
-        shards, batch_size=BATCH, threads=threads, mean=MEAN, std=STD, scaled_decoding=scaled
-    ) as loader:
+    with ImageLoader(shards, batch_size=BATCH, threads=threads, mean=MEAN, std=STD, scaled_decoding=scaled) as loader:
         while True:
             for batch in loader:
                 yield len(batch.images)

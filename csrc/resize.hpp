@@ -62,7 +62,9 @@ class Resampler : public RowSink {
     void rows(const std::uint8_t* const* pixels, int count) override;
 
   private:
-    std::uint8_t* kept(int row) { return ring_.data()->bytes + static_cast<std::size_t>(row % capacity_) * stride_; }
+    std::uint8_t* kept(int row) {
+        return reinterpret_cast<std::uint8_t*>(ring_.data()) + static_cast<std::size_t>(row % capacity_) * stride_;
+    }
 
     const Axis* x_ = nullptr;
     const Axis* y_ = nullptr;
