@@ -155,10 +155,10 @@ def test_pair_loader(benchmark: Any, capsys: pytest.CaptureFixture[str], store: 
     check_same_work(store)
     # Batches a round: long enough to time.
     plan: dict[str, tuple[Iterator[Any], int]] = {
-        "PairLoader, 1 thread": (ours(store, 1), 200),
-        "PairLoader, 2 threads": (ours(store, 2), 200),
-        "numpy, 1 thread": (by_numpy(store), 100),
-        f"torch DataLoader, {WORKERS} workers": (by_item(store), 8),
+        "PairLoader, 1 thread": (ours(store, 1), 1000),
+        "PairLoader, 2 threads": (ours(store, 2), 1000),
+        "numpy, 1 thread": (by_numpy(store), 400),
+        f"torch DataLoader, {WORKERS} workers": (by_item(store), 16),
     }
     seconds: dict[str, list[float]] = {name: [] for name in plan}
 
