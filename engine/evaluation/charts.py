@@ -103,7 +103,7 @@ def histogram(groups: Mapping[str, Floats], *, x_label: str, bins: int = 60) -> 
 
 
 def sparkline(score_E: npt.NDArray[Any], kept_E: npt.NDArray[Any]) -> Markup:
-    """A pair's scores by epoch, from -3 to +3 (NaN: none), over a bar that tells where it was kept; in the page's CSS."""
+    """A pair's scores by epoch, from -3 to +3 (NaN: none), over a bar that tells where it was kept."""
     left, width, middle = 3.0, 94.0, 15.0
     step = width / max(len(score_E) - 1, 1)
     points = [

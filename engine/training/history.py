@@ -2,8 +2,8 @@
 
 history/epoch-00003.npy    [pairs] of (score float16, kept bool), by the store's pair row
 
-`score` is the pair's mean z-score in that epoch alone, NaN where it was not seen or the epoch was warm-up; `kept` is the
-verdict at the epoch's end. numpy alone opens and memory-maps a file.
+`score` is the pair's mean z-score in that epoch alone, NaN where it was not seen or the epoch was warm-up; `kept` is
+the verdict at the epoch's end. numpy alone opens and memory-maps a file.
 """
 
 from __future__ import annotations
