@@ -130,12 +130,13 @@ def write_audit(audit: Audit, out: Path, count: int) -> tuple[Path, Path]:
     out.mkdir(parents=True, exist_ok=True)
     made = _write_table(audit, out / "audit.parquet", np.concatenate(list(kinds.values())))
     cards = {kind: [_card(made.shown[row], verdicts) for row in rows.tolist()] for kind, rows in kinds.items()}
+    compared = beside_baseline(verdicts, audit.centroid)
     page = template("audit.html").render(
         run=audit.folder,
         store=audit.store.manifest,
         selection=audit.config.confidence.selection,
-        figures=list(_figures(audit, made.epochs)),
-        compared=beside_baseline(verdicts, audit.centroid),
+        figures=list(_figures(verdicts, made.epochs, compared)),
+        compared=compared,
         charts=list(_charts(verdicts)),
         cards=cards,
         epochs=made.epochs,
@@ -249,8 +250,7 @@ def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     return judged_card(pair, verdicts, pair["row"], history)
 
 
-def _figures(audit: Audit, epochs: list[Epoch]) -> Iterator[Figure]:
-    verdicts = audit.verdicts
+def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:
     kept, scored = int(verdicts.kept.sum()), int(verdicts.scored.sum())
     yield Figure(f"{len(verdicts.kept):,}", "pairs", f"{scored:,} of them scored")
     yield Figure(f"{1 - kept / len(verdicts.kept):.1%}", "dropped", f"{kept:,} pairs are kept")
@@ -260,14 +260,10 @@ def _figures(audit: Audit, epochs: list[Epoch]) -> Iterator[Figure]:
     if found is not None:
         yield Figure(f"{found.noise_dropped:.1%}", "of the noise dropped", f"of {found.noisy:,} wrong captions")
         yield Figure(f"{found.clean_lost:.1%}", "of the clean pairs lost", f"of {found.clean:,} right captions")
-        yield Figure(f"{found.auc:.3f}", "AUC of the ECL score", _baseline_note(audit))
-
-
-def _baseline_note(audit: Audit) -> str:
-    compared: tuple[Detection, Detection] | None = beside_baseline(audit.verdicts, audit.centroid)
-    if compared is None:
-        return "no caption has two pictures: no baseline"
-    return f"without training: {compared[1].auc:.3f} (ECL {compared[0].auc:.3f} on the same pairs)"
+        note = "no baseline: no caption of both kinds has two pictures"
+        if compared is not None:
+            note = f"without training: {compared[1].auc:.3f} (ECL {compared[0].auc:.3f} on the same pairs)"
+        yield Figure(f"{found.auc:.3f}", "AUC of the ECL score", note)
 
 
 def _charts(verdicts: Verdicts) -> Iterator[Chart]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from ..data.store import Store
 
@@ -100,7 +101,8 @@ def caption_centroid_scores(store: Store) -> npt.NDArray[np.float32]:
     score_N = np.full(len(store), np.nan, np.float32)
     # Whole captions, as many as fit into a part; a caption of more images is a part of its own.
     cuts = np.unique(np.searchsorted(starts, np.arange(0, len(rows) + FEATURES_AT_ONCE, FEATURES_AT_ONCE)))
-    for first, last in pairwise(cuts.clip(max=len(counts)).tolist()):
+    parts = tqdm(list(pairwise(cuts.clip(max=len(counts)).tolist())), desc="centroids of captions", unit="part")
+    for first, last in parts:
         part = rows[starts[first] : starts[last]]
         image_PD = store.features[store.image_ids[part]].astype(np.float32)
         total_CD = np.add.reduceat(image_PD, starts[first:last] - starts[first])
