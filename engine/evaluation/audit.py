@@ -247,7 +247,8 @@ def _add_sources(known: pa.Table | None, chunk: pa.Table) -> pa.Table:
 
 def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
-    return judged_card(pair, verdicts, pair["row"], history)
+    card = judged_card(pair, verdicts, pair["row"], history)
+    return replace(card, note=f"{card.note} · {'kept' if pair['kept'] else 'dropped'}")
 
 
 def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:

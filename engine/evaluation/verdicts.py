@@ -39,14 +39,20 @@ class Verdicts:
         return rows[order[:count]]
 
     def borderline(self, count: int) -> npt.NDArray[np.int64]:
-        """Rows nearest to the score below which as many pairs lie as were dropped, ascending; none without a drop."""
-        rows = np.flatnonzero(self.scored)
-        share = float((~self.kept[rows]).mean()) if len(rows) else 0.0
-        if share in (0.0, 1.0):
-            return rows[:0]
-        distance = np.abs(self.score[rows] - np.quantile(self.score[rows], share))
-        nearest = rows[np.argsort(distance, kind="stable")[:count]]
-        return nearest[np.argsort(self.score[nearest], kind="stable")]
+        """Rows nearest to the score below which as many pairs lie as were dropped, ascending; none without a drop.
+
+        Half of them were dropped, half kept.
+        """
+        dropped, kept = (np.flatnonzero(self.scored & (self.kept == verdict)) for verdict in (False, True))
+        if len(dropped) == 0 or len(kept) == 0:
+            return dropped[:0]
+        border = np.quantile(self.score[self.scored], len(dropped) / (len(dropped) + len(kept)))
+        nearest = [
+            rows[np.argsort(np.abs(self.score[rows] - border), kind="stable")[:share]]
+            for rows, share in ((dropped, count - count // 2), (kept, count // 2))
+        ]
+        found = np.concatenate(nearest)
+        return found[np.argsort(self.score[found], kind="stable")]
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,16 @@ def test_page_shows_the_surest_and_the_border(audited: Audited, tmp_path: Path) 
         assert part.count("data:image/webp") == part.count('<svg class="spark"') == 7
     dropped = sum(not pair["kept"] for pair in scored)
     border = np.mean([scored[dropped - 1]["score"], scored[dropped]["score"]])
-    nearest = sorted(abs(pair["score"] - border) for pair in scored)[6]
-    found = [float(part.split("<small>")[1][:5]) for part in shown["Bord"].split('<li class="card')[1:]]
-    assert found == sorted(found) and max(abs(score - border) for score in found) <= nearest + 0.05
+    expected = [
+        pair["score"]
+        for verdict, share in ((False, 4), (True, 3))
+        for pair in sorted(
+            (pair for pair in scored if pair["kept"] == verdict), key=lambda pair: abs(pair["score"] - border)
+        )[:share]
+    ]
+    found = [part.split("<small>")[1][:5] for part in shown["Bord"].split('<li class="card')[1:]]
+    assert found == [f"{score:+.2f}" for score in sorted(expected)]
+    assert shown["Bord"].count("· dropped</small>") == 4 and shown["Bord"].count("· kept</small>") == 3
     assert "without training" in page and "came back" in page
 
 
