@@ -103,6 +103,14 @@ def _parser() -> argparse.ArgumentParser:
     export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
     _add_run(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+
+    audit = command(_audit, "audit", "what ECL did to each pair of a finished run: a table, and a page to judge it by")
+    _add_run(audit)
+    audit.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder of audit.parquet and audit.html (RUN)")
+    audit.add_argument("--top", type=int, default=24, help="pairs of a kind on the page (default: 24)")
+    audit.add_argument("--export", type=Path, metavar="DIR", help="write the kept pairs there, as webdataset shards")
+    audit.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard at most (default: 10000)")
+    audit.add_argument("--shard-gb", type=float, default=1.0, help="gigabytes a shard at most (default: 1)")
     return parser
 
 
@@ -241,6 +249,23 @@ def _export(given: argparse.Namespace) -> None:
 
     opens = export(given.run, given.out)
     print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card, name a licence there")
+
+
+def _audit(given: argparse.Namespace) -> None:
+    for option in ("top", "shard_samples", "shard_gb"):
+        if getattr(given, option) <= 0:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(given, option)}: give more than 0")
+    from .evaluation.audit import open_audit, write_audit
+
+    audit = open_audit(given.run)
+    for file in write_audit(audit, given.out or given.run, given.top):
+        print(file)
+    if given.export is not None:
+        from .evaluation.subset import export_kept
+
+        size = round(given.shard_gb * 1e9)
+        shards, pairs = export_kept(audit, given.export, samples=given.shard_samples, size=size)
+        print(f"{given.export}: {pairs:,} kept pairs in {shards:,} shards; `efficientclip prepare` reads them")
 
 
 def _silence_model_files() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import Confidence
+from .errors import UserError
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -30,6 +31,9 @@ class ConfidenceTable:
         self.kept = np.ones(n_pairs, bool)
         self.dropped_epoch = np.full(n_pairs, -1, np.int32)
         self.drops_done = 0
+        # Of the current epoch alone.
+        self.epoch_sum = np.zeros(n_pairs, np.float32)
+        self.epoch_seen = np.zeros(n_pairs, np.int32)
 
     def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
@@ -39,6 +43,18 @@ class ConfidenceTable:
         z_N = (cosine_N - trained.mean()) / max(float(trained.std()), 1e-12)
         np.add.at(self.score_sum, rows_N, z_N)
         np.add.at(self.times_seen, rows_N, 1)
+        np.add.at(self.epoch_sum, rows_N, z_N.astype(np.float32))
+        np.add.at(self.epoch_seen, rows_N, 1)
+
+    @property
+    def epoch_score(self) -> npt.NDArray[np.float32]:
+        """Average z-score of each pair since `start_epoch`; NaN where it was not scored."""
+        seen = self.epoch_seen > 0
+        return np.divide(self.epoch_sum, self.epoch_seen, out=np.full(len(seen), np.nan, np.float32), where=seen)
+
+    def start_epoch(self) -> None:
+        self.epoch_sum[:] = 0
+        self.epoch_seen[:] = 0
 
     @property
     def mean_score(self) -> FloatArray:
@@ -91,12 +107,17 @@ class ConfidenceTable:
             "kept": self.kept,
             "dropped_epoch": self.dropped_epoch,
             "drops_done": np.int64(self.drops_done),
+            "epoch_sum": self.epoch_sum,
+            "epoch_seen": self.epoch_seen,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.score_sum, self.times_seen = state["score_sum"].copy(), state["times_seen"].copy()
         self.kept, self.dropped_epoch = state["kept"].copy(), state["dropped_epoch"].copy()
         self.drops_done = int(state["drops_done"])
+        if "epoch_sum" not in state:
+            raise UserError("checkpoint: an earlier version wrote it, without the epoch's scores; start a new run")
+        self.epoch_sum, self.epoch_seen = state["epoch_sum"].copy(), state["epoch_seen"].copy()
 
 
 def clean_probability(score: FloatArray, iterations: int = 200) -> FloatArray:

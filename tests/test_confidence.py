@@ -7,6 +7,7 @@ import pytest
 
 from efficientclip.confidence import ConfidenceTable, clean_probability
 from efficientclip.config import Confidence
+from efficientclip.errors import UserError
 
 
 def observed(table: ConfidenceTable, epoch: int, score: Any) -> None:
@@ -97,3 +98,23 @@ def test_state_round_trip() -> None:
     other.restore(table.state())
     for name, value in table.state().items():
         np.testing.assert_array_equal(value, other.state()[name])
+
+
+def test_an_earlier_versions_state_is_refused() -> None:
+    table = ConfidenceTable(10, Confidence())
+    state = table.state()
+    del state["epoch_sum"]
+    with pytest.raises(UserError, match="start a new run"):
+        table.restore(state)
+
+
+def test_an_epochs_scores_are_its_own() -> None:
+    table = ConfidenceTable(3, Confidence(warmup_epochs=0))
+    table.observe(0, np.arange(2), np.array([1.0, 3.0]), np.ones(2, bool))
+    np.testing.assert_array_equal(table.epoch_score, np.array([-1, 1, np.nan], np.float32))
+    table.start_epoch()
+    assert np.isnan(table.epoch_score).all()
+    table.observe(1, np.arange(2), np.array([4.0, 2.0]), np.ones(2, bool))
+    table.observe(1, np.arange(2), np.array([1.0, 2.0]), np.ones(2, bool))
+    np.testing.assert_array_equal(table.epoch_score, np.array([0, 0, np.nan], np.float32))
+    np.testing.assert_allclose(table.mean_score, [-1 / 3, 1 / 3, np.nan])

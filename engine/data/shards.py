@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import UserError
 
 IMAGE_SUFFIXES = {"png", "jpg", "jpeg", "webp"}
+# Content and its first byte in the tar, by suffix.
+Members = dict[str, tuple[bytes, int]]
 
 
 @dataclass
@@ -46,11 +48,18 @@ def list_shards(source: Path) -> list[Path]:
 
 
 def read_shard(shard: Path) -> Iterator[Sample | BadSample]:
-    """Samples of one tar in order; a sample is the run of members that share a name up to the first dot."""
+    """Samples of one tar in order."""
+    for key, members in read_members(shard):
+        yield _sample(shard, key, members)
+
+
+def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
+    """Key and members of each sample of one tar in order; a sample is the run of members that share a name up to the
+    first dot."""
     try:
         with tarfile.open(shard) as tar:
             key = ""
-            members: dict[str, tuple[bytes, int]] = {}
+            members: Members = {}
             for member in tar:
                 if not member.isfile():
                     continue
@@ -58,13 +67,13 @@ def read_shard(shard: Path) -> Iterator[Sample | BadSample]:
                 stem, _, suffix = name.partition(".")
                 this_key = f"{folder}/{stem}" if folder else stem
                 if this_key != key and members:
-                    yield _sample(shard, key, members)
+                    yield key, members
                     members = {}
                 key = this_key
                 stream = tar.extractfile(member)
                 members[suffix.lower()] = (stream.read() if stream else b"", member.offset_data)
             if members:
-                yield _sample(shard, key, members)
+                yield key, members
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"shard {shard}: not a whole tar file ({error}); copy or download it again") from error
 
@@ -81,7 +90,7 @@ def read_picture(shard: Path, offset: int, length: int) -> bytes:
         ) from error
 
 
-def _sample(shard: Path, key: str, members: dict[str, tuple[bytes, int]]) -> Sample | BadSample:
+def _sample(shard: Path, key: str, members: Members) -> Sample | BadSample:
     suffix = next((name for name in members if name in IMAGE_SUFFIXES), None)
     if suffix is None:
         return BadSample(shard.name, key, "caption without image")

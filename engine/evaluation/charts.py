@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import matplotlib as mpl
@@ -99,6 +100,34 @@ def histogram(groups: Mapping[str, Floats], *, x_label: str, bins: int = 60) -> 
         if len(groups) > 1:
             axes.legend(loc="best")
         return _svg(figure)
+
+
+def sparkline(score_E: npt.NDArray[Any], kept_E: npt.NDArray[Any]) -> Markup:
+    """A pair's scores by epoch, from -3 to +3 (NaN: none), over a bar that tells where it was kept."""
+    left, width, middle = 3.0, 94.0, 15.0
+    step = width / max(len(score_E) - 1, 1)
+    points = [
+        (left + step * epoch, middle - 4 * float(np.clip(score, -3, 3)))
+        for epoch, score in enumerate(score_E)
+        if np.isfinite(score)
+    ]
+    told = "; ".join(
+        f"epoch {epoch}: {f'{score:+.2f}' if np.isfinite(score) else 'no score'}, {'kept' if kept else 'dropped'}"
+        for epoch, (score, kept) in enumerate(zip(score_E.tolist(), kept_E.tolist(), strict=True))
+    )
+    band = 100 / len(kept_E)
+    changes = [0, *(np.flatnonzero(np.diff(kept_E)) + 1).tolist(), len(kept_E)]
+    bars = "".join(
+        f'<rect class="{"kept" if kept_E[first] else "dropped"}" x="{band * first:.1f}" y="31"'
+        f' width="{band * (last - first):.1f}" height="3"></rect>'
+        for first, last in pairwise(changes)
+    )
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.6"></circle>' for x, y in points)
+    return Markup(
+        f'<svg class="spark" viewBox="0 0 100 35" role="img"><title>{told}</title>'
+        f'<path d="M0 {middle}H100"></path><polyline points="{line}"></polyline>{dots}{bars}</svg>'
+    )
 
 
 def _canvas() -> tuple[Figure, Axes]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
+from markupsafe import Markup
 from PIL import Image
 
 from ..data.store import Store
@@ -35,6 +36,7 @@ class Card:
     text: str
     note: str
     right: bool | None
+    history: Markup | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,17 @@ def free_queries(run: Run, store: Store) -> list[Answers]:
 def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
     """The pairs that ECL is surest to keep, or to drop."""
     rows = verdicts.surest(kept=kept, count=SUREST)
-    cards = []
-    for row, pair in zip(rows, store.pairs().take(rows).to_pylist(), strict=True):
-        note, right = f"{verdicts.score[row]:+.2f}", None
-        if verdicts.noise is not None:
-            note += " · wrong" if verdicts.noise[row] else " · right"
-            right = bool(verdicts.noise[row]) != kept
-        cards.append(Card(_data_uri(pair) if pair["length"] else None, pair["caption"], note, right))
-    return cards
+    pairs = store.pairs().take(rows).to_pylist()
+    return [judged_card(pair, verdicts, row) for row, pair in zip(rows.tolist(), pairs, strict=True)]
+
+
+def judged_card(pair: dict[str, Any], verdicts: Verdicts, row: int, history: Markup | None = None) -> Card:
+    """A row of the pair table and its score; `right` is False where the store's label says that ECL was mistaken."""
+    note, right = f"{verdicts.score[row]:+.2f}", None
+    if verdicts.noise is not None:
+        note += " · wrong" if verdicts.noise[row] else " · right"
+        right = bool(verdicts.noise[row] != verdicts.kept[row])
+    return Card(_data_uri(pair) if pair["length"] else None, pair["caption"], note, right, history)
 
 
 def _found(

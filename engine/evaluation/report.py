@@ -58,7 +58,7 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
     verdicts = read_verdicts(run, trained_on)
     detected = None if verdicts is None else detection(verdicts)
     data_arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
-    page = _template().render(
+    page = template("report.html").render(
         run=opened,
         store=trained_on.manifest,
         parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
@@ -74,7 +74,7 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         command=shlex.join(["efficientclip", "report", str(run), *data_arguments]),
         written=datetime.now().astimezone(),
-        hardware=_hardware(),
+        hardware=hardware(),
         versions=f"efficientclip {__version__}, torch {torch.__version__}",
     )
     file = run / "report.html"
@@ -82,7 +82,8 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
     return file
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template; all of them extend page.html."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -90,7 +91,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _figures(
@@ -156,7 +157,7 @@ def _curve(steps: Sequence[dict[str, Any]], key: str, factor: float = 1) -> Line
     return Line(key, [line["visits"] for line in steps], [line[key] * factor for line in steps])
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """The machine that writes the report."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 from ..data.store import Store
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
+
+FEATURES_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,22 @@ class Verdicts:
         order = np.argsort(self.score[rows] * (-1 if kept else 1), kind="stable")
         return rows[order[:count]]
 
+    def borderline(self, count: int) -> npt.NDArray[np.int64]:
+        """Rows nearest to the score below which as many pairs lie as were dropped, ascending; none without a drop.
+
+        Half of them were dropped, half kept.
+        """
+        dropped, kept = (np.flatnonzero(self.scored & (self.kept == verdict)) for verdict in (False, True))
+        if len(dropped) == 0 or len(kept) == 0:
+            return dropped[:0]
+        border = np.quantile(self.score[self.scored], len(dropped) / (len(dropped) + len(kept)))
+        nearest = [
+            rows[np.argsort(np.abs(self.score[rows] - border), kind="stable")[:share]]
+            for rows, share in ((dropped, count - count // 2), (kept, count // 2))
+        ]
+        found = np.concatenate(nearest)
+        return found[np.argsort(self.score[found], kind="stable")]
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -52,7 +72,7 @@ def read_verdicts(run: Path, store: Store) -> Verdicts | None:
     if not file.is_file():
         return None
     table = pq.read_table(file).sort_by("row")
-    noise = store.pairs()["noise"]
+    noise = pq.read_table(store.path / "pairs.parquet", columns=["noise"])["noise"]
     verdicts = Verdicts(
         score=table["score"].to_numpy(),
         kept=table["kept"].to_numpy(),
@@ -73,6 +93,46 @@ def detection(verdicts: Verdicts) -> Detection | None:
         clean_lost=float(dropped[~noise].mean()),
         auc=separation(verdicts.score[scored & ~noise], verdicts.score[scored & noise]),
     )
+
+
+def caption_centroid_scores(store: Store) -> npt.NDArray[np.float32]:
+    """What no training knows: cosine [pairs] of each pair's image feature with the mean of its caption's other images.
+
+    A picture never vouches for itself. NaN where the caption has no other image.
+    """
+    counts = np.diff(store.caption_edges[0])
+    rows = np.argsort(store.caption_ids, kind="stable")[np.repeat(counts > 1, counts)]
+    counts = counts[counts > 1]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    score_N = np.full(len(store), np.nan, np.float32)
+    # Whole captions, as many as fit into a part; a caption of more images is a part of its own.
+    cuts = np.unique(np.searchsorted(starts, np.arange(0, len(rows) + FEATURES_AT_ONCE, FEATURES_AT_ONCE)))
+    parts = tqdm(list(pairwise(cuts.clip(max=len(counts)).tolist())), desc="centroids of captions", unit="part")
+    for first, last in parts:
+        part = rows[starts[first] : starts[last]]
+        image_PD = store.features[store.image_ids[part]].astype(np.float32)
+        total_CD = np.add.reduceat(image_PD, starts[first:last] - starts[first])
+        others_PD = np.repeat(total_CD, counts[first:last], axis=0) - image_PD
+        norms_P = np.linalg.norm(image_PD, axis=1) * np.linalg.norm(others_PD, axis=1)
+        np.divide((image_PD * others_PD).sum(1), norms_P, out=norms_P, where=norms_P > 0)
+        score_N[part] = norms_P
+    return score_N
+
+
+def beside_baseline(verdicts: Verdicts, baseline_N: npt.NDArray[np.float32]) -> tuple[Detection, Detection] | None:
+    """Noise found by ECL, and by the baseline if it dropped as many, both on the pairs that both of them judge.
+
+    None without labels of both kinds among these.
+    """
+    if verdicts.noise is None:
+        return None
+    both = verdicts.scored & np.isfinite(baseline_N)
+    score, kept, noise = baseline_N[both].astype(np.float64), verdicts.kept[both], verdicts.noise[both]
+    keeps = np.ones(len(score), bool)
+    keeps[np.argsort(score, kind="stable")[: np.count_nonzero(~kept)]] = False
+    found = detection(Verdicts(verdicts.score[both], kept, noise))
+    other = detection(Verdicts(score, keeps, noise))
+    return None if found is None or other is None else (found, other)
 
 
 def separation(upper: Floats, lower: Floats) -> float:

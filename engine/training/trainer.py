@@ -31,6 +31,7 @@ from ..model.encode import to_device
 from ..objectives.losses import Losses, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model
 from .distributed import deepspeed_config
+from .history import forget_from, write_epoch
 from .optimizer import build_optimizer, learning_rate
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
@@ -70,6 +71,8 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
         self._resume()
         self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
+        if self.rank == 0:
+            forget_from(self.run, self.loader.epoch)
 
     @property
     def visits(self) -> int:
@@ -263,6 +266,8 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         self.confidence.select(self.loader.epoch)
+        self._write_history()
+        self.confidence.start_epoch()
         if self.snapshot is not None:
             parameters = list(self.engine.module.parameters())
             sharded = self.engine.zero_optimization_stage() == 3
@@ -352,8 +357,14 @@ class Trainer:
         if self.rank == 0:
             tqdm.write(f"resuming {self.run} at step {self.step} ({self.visits} pair visits)")
 
+    def _write_history(self) -> None:
+        if self.rank == 0:
+            write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
+
     def _finish(self) -> None:
         save_model(self.engine, self.run / "model")
+        if self.loader.epoch_step > 0:
+            self._write_history()
         if self.metrics is not None:
             table = self.confidence
             rows = np.arange(len(table.kept))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,10 @@ def test_two_ranks_equal_one(folder: Path, alone: Any, stage: int) -> None:
     assert worst_difference(alone[0], gradients) <= 1e-5
     assert len(losses) == len(alone[1]) == 20
     assert max(abs(a - b) / abs(a) for a, b in zip(alone[1], losses, strict=True)) <= 1e-4
+    for epoch in range(3):
+        one, two = (np.load(folder / name / "history" / f"epoch-{epoch:05d}.npy") for name in ("alone", f"zero{stage}"))
+        np.testing.assert_allclose(one["score"], two["score"], atol=1e-2)
+        np.testing.assert_array_equal(one["kept"], two["kept"])
 
 
 def test_micro_batches_equal_the_whole_batch(folder: Path, alone: Any) -> None:

@@ -78,6 +78,11 @@ def test_killed_run_resumes_bit_identically(folder: Path) -> None:
     assert len(figures(folder / "killed")) == 40
     one, other = ((folder / name / "confidence.parquet").read_bytes() for name in ("killed", "undisturbed"))
     assert one == other
+    histories = [
+        {file.name: file.read_bytes() for file in (folder / name / "history").iterdir()}
+        for name in ("killed", "undisturbed")
+    ]
+    assert histories[0] == histories[1] and len(histories[0]) > 5
 
 
 def test_sigterm_saves_and_stops(folder: Path) -> None:

@@ -1,0 +1,279 @@
+"""`efficientclip audit RUN`: what ECL did to each pair, as a table, and as a page on which a person judges it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from .. import __version__
+from ..config import Config, load_config
+from ..data.store import Store, write_atomically
+from ..errors import UserError
+from ..training.history import epoch_files, open_epoch
+from .charts import histogram, sparkline
+from .gallery import Card, judged_card
+from .report import Chart, Figure, hardware, template
+from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
+
+ROWS = 1 << 16
+SOURCES = 30
+PAIR_COLUMNS = ["key", "caption", "source", "shard", "image_id", "noise", "offset", "length"]
+SCORE_COLUMNS = ["score", "times_seen", "kept", "dropped_epoch"]
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+        ("shard", pa.string()),
+        ("image_id", pa.int32()),
+        ("noise", pa.bool_()),
+        ("score", pa.float64()),
+        ("times_seen", pa.int32()),
+        ("kept", pa.bool_()),
+        ("dropped_epoch", pa.int32()),
+        ("epoch_score", pa.list_(pa.float32())),
+        ("epoch_kept", pa.list_(pa.bool_())),
+        ("centroid_score", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A finished run beside the store it trained on; `centroid` is the training-free score by pair row."""
+
+    folder: Path
+    config: Config
+    store: Store
+    verdicts: Verdicts
+    epochs: list[Path]
+    centroid: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Counts of one epoch: pairs that it scored, and at its end those kept, just dropped, and just come back."""
+
+    scored: int
+    kept: int
+    dropped: int
+    returned: int
+
+
+@dataclass(frozen=True)
+class Table:
+    """What one pass over the pairs found: some rows of the pair table, by row, and counts."""
+
+    shown: dict[int, dict[str, Any]]
+    sources: list[dict[str, Any]]
+    epochs: list[Epoch]
+
+
+def open_audit(run: Path) -> Audit:
+    """UserError when the folder is no finished text run, or its store or history are not those it trained with."""
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"run {run}: no config.yaml; give the folder that `efficientclip train` wrote")
+    config = load_config(run / "config.yaml")
+    if config.training.tower == "image" or config.data.store is None:
+        raise UserError(f"run {run}: trained an image tower on pictures alone; ECL's verdicts are on a store's pairs")
+    file = run / "confidence.parquet"
+    if not file.is_file():
+        raise UserError(f"run {run}: not finished, so confidence.parquet is not there; train it to its end first")
+    if not config.data.store.is_dir():
+        raise UserError(
+            f"run {run}: trained on the store {config.data.store}, which is not there now; put it back, link it there,"
+            " or, if the path is relative, call from the folder where the run was trained"
+        )
+    store = Store(config.data.store)
+    epochs = epoch_files(run)
+    counts = {file: pq.read_metadata(file).num_rows} | {epoch: len(open_epoch(epoch)) for epoch in epochs}
+    for told, count in counts.items():
+        if count != len(store):
+            raise UserError(
+                f"run {run}: {told.relative_to(run)} tells of {count} pairs, but store {store.path} holds {len(store)}"
+                " now; put the store that the run trained on back, or train anew"
+            )
+    if not epochs:
+        raise UserError(f"run {run}: has no history/, an earlier version trained it; train it anew")
+    verdicts = read_verdicts(run, store)
+    if verdicts is None:
+        raise UserError(
+            f"run {run}: no pair was scored, all epochs were warm-up; raise training.pair_visits or lower"
+            " confidence.warmup_epochs"
+        )
+    return Audit(run, config, store, verdicts, epochs, caption_centroid_scores(store))
+
+
+def write_audit(audit: Audit, out: Path, count: int) -> tuple[Path, Path]:
+    """Write OUT/audit.parquet and OUT/audit.html, `count` pairs of a kind on the page; returns both."""
+    verdicts = audit.verdicts
+    # Where nothing is dropped, the lowest scores of all are the surest noise.
+    judged = replace(verdicts, kept=verdicts.kept & ~verdicts.kept.all())
+    kinds = {
+        "noise": judged.surest(kept=False, count=count),
+        "borderline": verdicts.borderline(count),
+        "clean": verdicts.surest(kept=True, count=count),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    made = _write_table(audit, out / "audit.parquet", np.concatenate(list(kinds.values())))
+    cards = {kind: [_card(made.shown[row], verdicts) for row in rows.tolist()] for kind, rows in kinds.items()}
+    compared = beside_baseline(verdicts, audit.centroid)
+    page = template("audit.html").render(
+        run=audit.folder,
+        store=audit.store.manifest,
+        selection=audit.config.confidence.selection,
+        figures=list(_figures(verdicts, made.epochs, compared)),
+        compared=compared,
+        charts=list(_charts(verdicts)),
+        cards=cards,
+        epochs=made.epochs,
+        sources=made.sources[:SOURCES],
+        more_sources=len(made.sources[SOURCES:]),
+        labelled=verdicts.noise is not None,
+        config=(audit.folder / "config.yaml").read_text(encoding="utf-8"),
+        command=shlex.join(["efficientclip", "audit", str(audit.folder), str(out), "--top", str(count)]),
+        written=datetime.now().astimezone(),
+        hardware=hardware(),
+        versions=f"efficientclip {__version__}",
+    )
+    write_atomically(out / "audit.html", page.encode())
+    return out / "audit.parquet", out / "audit.html"
+
+
+def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Table:
+    """One pass: the table goes to `file` in row groups, the rows `shown` and the counts are handed back."""
+    found: dict[int, dict[str, Any]] = {}
+    sources: pa.Table | None = None
+    counts = np.zeros((len(audit.epochs), 4), np.int64)
+    temporary = file.with_name(file.name + ".tmp")
+    with (
+        pq.ParquetWriter(temporary, SCHEMA) as writer,
+        tqdm(total=len(audit.store), desc=file.name, unit="pair", unit_scale=True) as bar,
+    ):
+        for first, pairs, scores in _chunks(audit):
+            history = [open_epoch(epoch)[first : first + len(pairs)] for epoch in audit.epochs]
+            epoch_score = np.stack([records["score"] for records in history], axis=1).astype(np.float32)
+            epoch_kept = np.stack([records["kept"] for records in history], axis=1)
+            counts += _epoch_counts(epoch_score, epoch_kept)
+            chunk = pa.table(
+                {
+                    "row": np.arange(first, first + len(pairs)),
+                    **{name: pairs[name] for name in PAIR_COLUMNS},
+                    **{name: scores[name] for name in SCORE_COLUMNS},
+                    "epoch_score": _lists(epoch_score),
+                    "epoch_kept": _lists(epoch_kept),
+                    "centroid_score": audit.centroid[first : first + len(pairs)],
+                }
+            )
+            writer.write_table(chunk.select(SCHEMA.names).cast(SCHEMA))
+            wanted = shown[(shown >= first) & (shown < first + len(pairs))]
+            found |= {pair["row"]: pair for pair in chunk.take(wanted - first).to_pylist()}
+            sources = _add_sources(sources, chunk)
+            bar.update(len(pairs))
+    os.replace(temporary, file)
+    listed = [] if sources is None else sources.sort_by([("pairs", "descending")]).to_pylist()
+    return Table(found, listed, [Epoch(*row) for row in counts.tolist()])
+
+
+def _chunks(audit: Audit) -> Iterator[tuple[int, pa.Table, pa.Table]]:
+    """First row, pairs and their scores, ROWS at a time."""
+    tables = (
+        tables_of(audit.store.path / "pairs.parquet", PAIR_COLUMNS),
+        tables_of(audit.folder / "confidence.parquet", SCORE_COLUMNS),
+    )
+    first = 0
+    for pairs, scores in zip(*tables, strict=True):
+        yield first, pairs, scores
+        first += len(pairs)
+
+
+def tables_of(file: Path, columns: list[str]) -> Iterator[pa.Table]:
+    """The file's rows, ROWS at a time whatever its row groups are; text columns are plain strings."""
+    held: pa.Table | None = None
+    for batch in pq.ParquetFile(file, memory_map=True).iter_batches(ROWS, columns=columns):
+        table = pa.Table.from_batches([batch])
+        for at, field in enumerate(table.schema):
+            if pa.types.is_dictionary(field.type):
+                table = table.set_column(at, field.name, table[field.name].cast(pa.string()))
+        held = table if held is None else pa.concat_tables([held, table])
+        while len(held) >= ROWS:
+            yield held.slice(0, ROWS)
+            held = held.slice(ROWS)
+    if held is not None and len(held):
+        yield held
+
+
+def _lists(values_NE: npt.NDArray[Any]) -> pa.ListArray:
+    n, epochs = values_NE.shape
+    return pa.ListArray.from_arrays(np.arange(n + 1, dtype=np.int32) * epochs, pa.array(values_NE.ravel()))
+
+
+def _epoch_counts(score_NE: npt.NDArray[np.float32], kept_NE: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    before_NE = np.concatenate([np.ones((len(kept_NE), 1), bool), kept_NE[:, :-1]], axis=1)
+    counts = [np.isfinite(score_NE), kept_NE, before_NE & ~kept_NE, ~before_NE & kept_NE]
+    return np.stack([count.sum(0) for count in counts], axis=1)
+
+
+def _add_sources(known: pa.Table | None, chunk: pa.Table) -> pa.Table:
+    scored = pc.is_finite(chunk["score"])
+    counted = pa.table(
+        {
+            "source": chunk["source"],
+            "pairs": np.ones(len(chunk), np.int64),
+            "dropped": pc.cast(pc.invert(chunk["kept"]), pa.int64()),
+            "noise": pc.cast(pc.fill_null(chunk["noise"], False), pa.int64()),
+            "scored": pc.cast(scored, pa.int64()),
+            "score_sum": pc.if_else(scored, chunk["score"], 0.0),
+        }
+    )
+    columns = counted.column_names[1:]
+    both = counted if known is None else pa.concat_tables([known, counted])
+    grouped = both.group_by("source").aggregate([(name, "sum") for name in columns])
+    return pa.table({"source": grouped["source"], **{name: grouped[f"{name}_sum"] for name in columns}})
+
+
+def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
+    history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
+    card = judged_card(pair, verdicts, pair["row"], history)
+    return replace(card, note=f"{card.note} · {'kept' if pair['kept'] else 'dropped'}")
+
+
+def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:
+    kept, scored = int(verdicts.kept.sum()), int(verdicts.scored.sum())
+    yield Figure(f"{len(verdicts.kept):,}", "pairs", f"{scored:,} of them scored")
+    yield Figure(f"{1 - kept / len(verdicts.kept):.1%}", "dropped", f"{kept:,} pairs are kept")
+    back = sum(epoch.returned for epoch in epochs)
+    yield Figure(f"{back:,}", "returns", "of dropped pairs, after a re-audition or as others fell lower")
+    found = detection(verdicts)
+    if found is not None:
+        yield Figure(f"{found.noise_dropped:.1%}", "of the noise dropped", f"of {found.noisy:,} wrong captions")
+        yield Figure(f"{found.clean_lost:.1%}", "of the clean pairs lost", f"of {found.clean:,} right captions")
+        note = "no baseline: no caption of both kinds has two pictures"
+        if compared is not None:
+            note = f"without training: {compared[1].auc:.3f} (ECL {compared[0].auc:.3f} on the same pairs)"
+        yield Figure(f"{found.auc:.3f}", "AUC of the ECL score", note)
+
+
+def _charts(verdicts: Verdicts) -> Iterator[Chart]:
+    scored, kept, noise = verdicts.scored, verdicts.kept, verdicts.noise
+    groups = {"kept": verdicts.score[scored & kept], "dropped": verdicts.score[scored & ~kept]}
+    label = "mean score, in standard deviations of the batch"
+    yield Chart("Kept and dropped", "scores at the end of training", histogram(groups, x_label=label))
+    if noise is not None:
+        groups = {"right caption": verdicts.score[scored & ~noise], "wrong caption": verdicts.score[scored & noise]}
+        yield Chart(
+            "Right and wrong captions", "the same scores, by the store's labels", histogram(groups, x_label=label)
+        )

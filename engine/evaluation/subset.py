@@ -1,0 +1,219 @@
+"""`efficientclip audit RUN --export DIR`: the pairs that ECL kept, as webdataset shards that `prepare` reads again.
+
+DIR/00000.tar, 00001.tar, …    samples as they lay in the original shards, without the captions that were dropped
+DIR/export.json                what the export is of, its finished shards, and where the next one begins
+
+A tar appears whole or not at all; an interrupted export goes on after its last whole tar.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from ..data.shards import Members, caption_entries, read_members, read_record
+from ..data.store import Store, sync_folder, write_atomically
+from ..errors import UserError
+from .audit import Audit, tables_of
+
+# A header, and content rounded up, in bytes.
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Position:
+    """Behind `samples` kept samples of the shard whose first kept pair is `row`."""
+
+    row: int = 0
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class KeptSample:
+    """A sample with `pairs` kept pairs; `end` is the position behind it."""
+
+    key: str
+    members: dict[str, bytes]
+    pairs: int
+    end: Position
+
+    @property
+    def size(self) -> int:
+        """Bytes in a tar."""
+        return sum(BLOCK + -(-len(content) // BLOCK) * BLOCK for content in self.members.values())
+
+
+@dataclass
+class KeptPairs:
+    """Kept pairs of one shard, from pair row `row` on: by the byte where a picture starts, its length and captions."""
+
+    row: int
+    shard: Path
+    pictures: dict[int, tuple[int, set[str]]] = field(default_factory=dict)
+
+
+def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple[int, int]:
+    """Write the kept pairs to shards of at most `samples` samples and `size` bytes; returns how many shards and pairs.
+
+    A picture keeps the captions that were kept, and goes with the last of them. Keys stay; one that a shard holds
+    already begins the next. UserError when pictures are gone or changed, or `folder` holds another export.
+    """
+    store, kept = audit.store, audit.verdicts.kept
+    _check_shards(store)
+    identity = {
+        "pairs": store.manifest["files"]["pairs.parquet"]["sha256"],
+        "kept": hashlib.sha256(np.packbits(kept).tobytes()).hexdigest(),
+        "samples": samples,
+        "bytes": size,
+    }
+    record = _open(folder, identity)
+    shards: list[dict[str, Any]] = record["shards"]
+    done = sum(shard["pairs"] for shard in shards)
+    with tqdm(total=int(kept.sum()), initial=done, desc=f"kept pairs to {folder}", unit="pair", unit_scale=True) as bar:
+        if not record["finished"]:
+            stream = iter(_kept_samples(audit, Position(**record["next"])))
+            sample = next(stream, None)
+            while sample is not None:
+                file = folder / f"{len(shards):05d}.tar"
+                made, end, sample = _write_shard(file, sample, stream, bar, samples=samples, size=size)
+                shards.append(made)
+                record |= {"next": vars(end), "finished": sample is None}
+                write_atomically(folder / "export.json", json.dumps(record, indent=1).encode())
+    return len(shards), sum(shard["pairs"] for shard in shards)
+
+
+def _check_shards(store: Store) -> None:
+    named: set[str] = set()
+    for batch in pq.ParquetFile(store.path / "pairs.parquet").iter_batches(columns=["shard", "length"]):
+        named |= set(batch["shard"].filter(pc.greater(batch["length"], 0)).unique().to_pylist())
+    if not named:
+        raise UserError(f"store {store.path}: holds only text, so there is no picture to export")
+    missing = sorted(shard for shard in named if not Path(shard).is_file())
+    if missing:
+        raise UserError(
+            f"shard {missing[0]}: no such file ({len(missing)} of the {len(named)} shards of {store.path} are gone);"
+            " put them back, or link them there"
+        )
+
+
+def _open(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """export.json of an export that is to go on, or a new one."""
+    file = folder / "export.json"
+    if not file.is_file():
+        if list(folder.glob("*.tar")):
+            raise UserError(f"--export {folder}: holds tars of something else; choose an empty folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        record = {"identity": identity, "shards": [], "next": vars(Position()), "finished": False}
+        write_atomically(file, json.dumps(record, indent=1).encode())
+        return record
+    record = json.loads(file.read_text(encoding="utf-8"))
+    if record["identity"] != identity:
+        differing = ", ".join(name for name, value in identity.items() if record["identity"].get(name) != value)
+        raise UserError(f"--export {folder}: holds another export ({differing} differ); choose another folder")
+    for shard in record["shards"]:
+        tar = folder / shard["name"]
+        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
+            raise UserError(f"--export {tar}: gone or changed since it was written; remove {folder} and export anew")
+    return record
+
+
+def _write_shard(
+    file: Path, sample: KeptSample | None, stream: Iterator[KeptSample], bar: tqdm[Any], *, samples: int, size: int
+) -> tuple[dict[str, Any], Position, KeptSample | None]:
+    """Write one shard, from `sample` on; returns its record, the position behind it and the next one's first sample."""
+    temporary = file.with_name(file.name + ".partial")
+    keys: set[str] = set()
+    pairs, end = 0, Position()
+    with temporary.open("wb") as raw:
+        with tarfile.open(fileobj=raw, mode="w") as tar:
+            held = 0
+            while sample is not None and sample.key not in keys and len(keys) < samples:
+                held += sample.size
+                if keys and held > size:
+                    break
+                for suffix, content in sample.members.items():
+                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                keys.add(sample.key)
+                pairs, end = pairs + sample.pairs, sample.end
+                bar.update(sample.pairs)
+                sample = next(stream, None)
+        raw.flush()
+        os.fsync(raw.fileno())
+    os.replace(temporary, file)
+    sync_folder(file.parent)
+    made = {"name": file.name, "samples": len(keys), "pairs": pairs, "bytes": file.stat().st_size}
+    return made, end, sample
+
+
+def _kept_samples(audit: Audit, start: Position) -> Iterator[KeptSample]:
+    """What is left of each sample with a kept pair, from `start` on, in the order of the store."""
+    for group in _by_shard(audit, start.row):
+        skipped = start.samples if group.row == start.row else 0
+        found = 0
+        for key, members in read_members(group.shard):
+            at = next((at for _, at in members.values() if at in group.pictures), None)
+            if at is None:
+                continue
+            found += 1
+            length, captions = group.pictures[at]
+            if all(len(content) != length for content, offset in members.values() if offset == at):
+                break
+            if found > skipped:
+                left = _without_dropped(members, captions)
+                yield KeptSample(key, left, len(captions), Position(group.row, found))
+        if found < len(group.pictures):
+            raise UserError(
+                f"shard {group.shard}: {len(group.pictures)} pictures of the store are kept, {found} are where it says;"
+                f" the shard changed, put back the one that {audit.store.path} was prepared from"
+            )
+
+
+def _by_shard(audit: Audit, start: int) -> Iterator[KeptPairs]:
+    """Kept pairs from row `start` on, a run of rows of one shard at a time."""
+    group: KeptPairs | None = None
+    first = 0
+    for table in tables_of(audit.store.path / "pairs.parquet", ["shard", "offset", "length", "caption"]):
+        kept = np.flatnonzero(audit.verdicts.kept[first : first + len(table)])
+        kept = kept[kept + first >= start]
+        for row, pair in zip((kept + first).tolist(), table.take(kept).to_pylist(), strict=True):
+            if group is None or str(group.shard) != pair["shard"]:
+                if group is not None:
+                    yield group
+                group = KeptPairs(row, Path(pair["shard"]))
+            group.pictures.setdefault(pair["offset"], (pair["length"], set()))[1].add(pair["caption"])
+        first += len(table)
+    if group is not None:
+        yield group
+
+
+def _without_dropped(members: Members, captions: set[str]) -> dict[str, bytes]:
+    """The members of a sample with `captions` alone; where one caption stands for all, a kept one takes its place."""
+    left = {suffix: content for suffix, (content, _) in members.items()}
+    record = read_record(left.get("json"))
+    if not isinstance(record.get("captions"), list):
+        # Its only caption, or it would not be here.
+        return left
+    entries = caption_entries(None, record)
+    keeps = [str(entry["text"]).strip() in captions for entry in entries]
+    record["captions"] = [entry for entry, keep in zip(record["captions"], keeps, strict=True) if keep]
+    first = next(str(entry["text"]).strip() for entry, keep in zip(entries, keeps, strict=True) if keep)
+    if "caption" in record and str(record["caption"]).strip() not in captions:
+        record["caption"] = first
+    if "txt" in left and left["txt"].decode().strip() not in captions:
+        left["txt"] = first.encode()
+    left["json"] = json.dumps(record, ensure_ascii=False).encode()
+    return left
