@@ -109,8 +109,8 @@ class ImagePairLoader:
         """Go on behind the batch that was consumed last when `state` was taken."""
         if len(state["consumed"]) != self.world_size:
             raise UserError(
-                f"loader state: of {len(state['consumed'])} ranks, these are {self.world_size}; training.tower=both goes"
-                " on with as many ranks as it began with"
+                f"loader state: of {len(state['consumed'])} ranks, these are {self.world_size}; a run of both towers"
+                " goes on with as many ranks as it began with"
             )
         self.step = int(state["step"])
         self._go_to(int(state["epoch"]), int(state["epoch_step"]), int(state["consumed"][self.rank]))

@@ -24,7 +24,7 @@ from ..data.pictures import decode_square
 from ..data.shards import BadSample
 from ..data.sources import Source, SourceSample
 from ..data.store import Store, Texts, TextStore, read_manifest
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP, load_model
 from ..model.encode import encode_store
@@ -37,13 +37,16 @@ PICTURES_AT_ONCE = 256
 
 @dataclass
 class Run:
-    """`store` is the path of the store that the run trained on, `manifest` that store's manifest."""
+    """`store` is the path of the store that the run trained on, `manifest` that store's manifest.
+
+    A run that trained both towers from shards has no store: its manifest names tower and tokenizer alone.
+    """
 
     folder: Path
     config: Config
     model: EfficientCLIP
     tokenizer: PreTrainedTokenizerBase
-    store: Path
+    store: Path | None
     manifest: dict[str, Any]
 
     @cached_property
@@ -125,13 +128,20 @@ def open_run(folder: Path) -> Run:
     if torch.cuda.is_available():
         # On GPUs the packed attention takes half precision alone.
         torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    store = None if both else config.data.store
+    tokenizer = load_tokenizer(config.data.tokenizer if store is None else store / "tokenizer")
+    if both and config.model.image_tower is not None:
+        tower = config.model.image_tower.model_copy(update={"pretrained": str(trained), "architecture": None})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"image_tower": tower})})
     return Run(
         folder=folder,
         config=config,
         model=model,
-        tokenizer=load_tokenizer(config.data.store / "tokenizer"),
-        store=config.data.store,
-        manifest=read_manifest(config.data.store),
+        tokenizer=tokenizer,
+        store=store,
+        manifest=read_manifest(store)
+        if store is not None
+        else {"tower": frozen_name(config), "tokenizer": fingerprint(tokenizer)},
     )
 
 
@@ -158,11 +168,13 @@ def _trained(folder: Path) -> Path:
 
 
 @contextmanager
-def open_data(run: Run, data: Path) -> Iterator[Store]:
+def open_data(run: Run, data: Path | None) -> Iterator[Store]:
     """The store at `data`; a tar, or a folder of tars, becomes a store that lasts as long as the context.
 
-    UserError when the store's features or tokens are not those that the run was trained with.
+    UserError when there is none, or the store's features or tokens are not those that the run was trained with.
     """
+    if data is None:
+        raise UserError(f"run {run.folder}: trained from shards, it has no store; name the data to look at")
     expected, remedy = run.manifest["tower"], f"prepare it with --config {run.folder / 'config.yaml'}"
     if (data / "manifest.json").is_file():
         store = Store(data)
@@ -174,8 +186,11 @@ def open_data(run: Run, data: Path) -> Iterator[Store]:
         yield store
         return
     run.require_frozen()
-    tokenizer = run.config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
+    config = run.config
+    if run.store is not None:
+        tokenizer = config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
+        config = config.model_copy(update={"data": tokenizer})
     with TemporaryDirectory(prefix="efficientclip-") as folder:
         path = Path(folder) / data.stem
-        prepare(data, path, run.config.model_copy(update={"data": tokenizer}))
+        prepare(data, path, config)
         yield Store(path)
