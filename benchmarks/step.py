@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--pairs 64] [--rounds 3]
 
-The published stack (20 GEGLU layers under CLIP's 12), captions of 20 tokens on average, unpaired texts of 20 or 64, 40 of
-them to 256 pairs, 20,000 queued image features, fp32 on CPUs and bf16 on CUDA, AdamW.
+The published stack (20 GEGLU layers under CLIP's 12), captions of 20 tokens on average, unpaired texts of 20 or 64, 40
+of them to 256 pairs, 20,000 queued image features, fp32 on CPUs and bf16 on CUDA, AdamW.
 
 - paper: every text padded to 77 tokens; a second forward by the scoring copy; the vocabulary head on every position of
   the unpaired texts; logits of batch x (batch + queue) kept whole for both softmaxes.
@@ -49,9 +49,7 @@ Texts = list[Tensor]
 
 
 def tower() -> EfficientCLIP:
-    text = TextTower(
-        pretrained=None, architecture={"model_type": "efficientclip_text"}, pooling="last", clip_layers=None
-    )
+    text = TextTower.model_validate({"architecture": {"model_type": "efficientclip_text"}, "pooling": "last"})
     return build_model(Model(width=WIDTH, text_tower=text), seed=0, vocabulary=VOCABULARY, sides=("text",))
 
 
@@ -102,7 +100,7 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return float(loss)
+        return loss.item()
 
     def loss(self) -> Tensor:
         raise NotImplementedError
@@ -145,9 +143,8 @@ class Paper(Step):
         captions, unpaired = self.inputs(padded(self.captions)), self.inputs(padded(holed))
         ends = torch.tensor([len(text) - 1 for text in self.captions], device=self.device)
         ends = ends + CONTEXT * torch.arange(len(ends), device=self.device)
-        labels = torch.cat(
-            padded([text.where(place, -100) for text, place in zip(self.unpaired, places, strict=True)], -100)
-        )
+        wanted = [torch.where(place, text, -100) for text, place in zip(self.unpaired, places, strict=True)]
+        labels = torch.cat(padded(wanted, -100))
         with self.autocast():
             with torch.no_grad():
                 (self.features(self.scoring, captions, ends) * self.images_MD).sum(1)
@@ -176,17 +173,14 @@ def padded(texts: Texts, filler: int = PAD) -> Texts:
 
 
 def named(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "input_ids_T": inputs["input_ids"],
-        "position_ids_T": inputs["position_ids"],
-        "segments": inputs["segments"],
-    }
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
+    return {"input_ids_T": ids, "position_ids_T": positions, "segments": inputs["segments"]}
 
 
 def check_same_work(device: torch.device) -> None:
     """Texts that fill the context need no padding: there both steps have one loss."""
     captions, unpaired = texts_of(8, 500, 3), texts_of(2, 500, 4)
-    ours, paper = (float(step(captions, unpaired, device).loss()) for step in (Ours, Paper))
+    ours, paper = (step(captions, unpaired, device).loss().item() for step in (Ours, Paper))
     if abs(ours - paper) > (2e-2 if device.type == "cuda" else 1e-4) * abs(paper):
         raise RuntimeError(f"the steps differ: loss {ours} here, {paper} as the paper's code computes it")
 

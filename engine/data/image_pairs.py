@@ -167,10 +167,11 @@ class HeldOutImages:
     def __init__(self, path: Path, tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
         loader = ImageLoader(path, batch_size=256, size=tower.size, train=False, dtype=torch.uint8, channels_last=True)
         text_of: dict[str, int] = {}
-        pixels, text_ids, image_ids = [], [], []
+        pixels: list[torch.Tensor] = []
+        text_ids, image_ids = [], []
         with loader:
             for batch in loader:
-                for image, captions in enumerate(batch.captions, sum(map(len, pixels))):
+                for image, captions in enumerate(batch.captions, sum(len(part) for part in pixels)):
                     text_ids += [text_of.setdefault(caption, len(text_of)) for caption in captions]
                     image_ids += [image] * len(captions)
                 pixels.append(batch.images.permute(0, 2, 3, 1).clone())

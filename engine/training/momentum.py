@@ -19,7 +19,8 @@ class MomentumCopies:
     """Towers that follow the trained ones slowly, and what they made of the last `size` pairs, alike on all ranks."""
 
     def __init__(self, model: EfficientCLIP, momentum: float, size: int, seed: int, device: torch.device) -> None:
-        self.model = copy.deepcopy(model).to(device).requires_grad_(False)
+        self.model = copy.deepcopy(model).train().requires_grad_(False)
+        torch.nn.Module.to(self.model, device)
         self.momentum, self.cursor = momentum, 0
         generator = torch.Generator().manual_seed(seed)
         # As in MoCo, the queues begin with random directions.

@@ -242,7 +242,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
         cosine_M = losses.cosine_M
-        if self.snapshot is not None:
+        if self.snapshot is not None and batch.frozen_MD is not None:
             with torch.no_grad(), self._autocast():
                 features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
             cosine_M = (features * batch.frozen_MD).sum(1)

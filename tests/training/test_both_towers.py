@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from efficientclip.config import load_config
+from efficientclip.config import Config, load_config
 from efficientclip.data.image_pairs import ImagePairs
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
@@ -96,6 +96,12 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
     return tiny.config(folder, **(settings | changes))
 
 
+def pairs(given: Config) -> ImagePairs:
+    tower = given.model.image_tower
+    assert tower is not None
+    return ImagePairs(given.data.shards, tower, load_tokenizer(given.data.tokenizer))
+
+
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder)]
 
@@ -136,9 +142,7 @@ def test_two_ranks_resume_as_if_never_stopped(folder: Path) -> None:
 
 def test_every_sample_is_seen_once_an_epoch_by_two_ranks(folder: Path) -> None:
     given = load_config(config(folder, "order"))
-    tower = given.model.image_tower
-    assert tower is not None
-    source = ImagePairs(given.data.shards, tower, load_tokenizer(given.data.tokenizer))
+    source = pairs(given)
     seen: list[str] = []
     for rank in range(2):
         loader = source.batches(given, rank, 2)
@@ -165,5 +169,6 @@ def test_what_needs_frozen_rows_is_refused(folder: Path, changes: dict[str, Any]
 
 
 def test_too_few_pictures_name_the_batch_size(folder: Path) -> None:
-    said = run(1, str(config(folder, "few", training__batch_size=512, training__pair_visits=1024)), code=1)
-    assert "training.batch_size: 512" in said
+    given = load_config(config(folder, "few", training__batch_size=512))
+    with pytest.raises(UserError, match=r"training\.batch_size: 512"):
+        next(pairs(given).batches(given, 0, 1))
