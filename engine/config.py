@@ -97,7 +97,10 @@ class Objective(Section):
     direction_weights: tuple[float, float] = Field((0.5, 0.5), description="trained->frozen, frozen->trained")
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     exchange: Literal["gather", "ring"] = Field("gather", description="ring: the loss never holds all ranks' features")
-    bank_size: int = Field(20_000, ge=0, description="frozen rows beyond the batch; 0 turns the bank off")
+    bank_size: int = Field(
+        20_000, ge=0, description="frozen rows beyond the batch, or keys in each of momentum's queues; 0 turns it off"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="of slow copies whose features are the keys; 0: no copies")
 
 
 class Confidence(Section):
@@ -139,7 +142,9 @@ class Augmentation(Section):
 
 
 class Training(Section):
-    tower: Literal["text", "image"] = Field("text", description="which tower trains; the other side is frozen rows")
+    tower: Literal["text", "image", "both"] = Field(
+        "text", description="what trains; beside text or image alone the other side is frozen rows"
+    )
     pair_visits: int = Field(..., ge=1, description="the budget: pairs that pass through the trained tower")
     batch_size: int = Field(..., ge=1, description="pairs in a global batch, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="pairs a rank forwards at once; exact accumulation")
@@ -188,6 +193,26 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     training: Training
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON: owns ZeRO, precision, communication, offload")
+
+    @model_validator(mode="after")
+    def _frozen_side(self) -> Config:
+        """What rests on frozen rows, or on their absence."""
+        both, objective = self.training.tower == "both", self.objective
+        if objective.momentum > 0 and not both:
+            raise ValueError("`objective.momentum` copies towers that train: set `training.tower: both`, or remove it")
+        if not both:
+            return self
+        wrong = {
+            "objective.bank_size": objective.bank_size > 0 and objective.momentum == 0,
+            "objective.regression_weight": objective.regression_weight > 0,
+            "mlm.texts_per_batch": self.mlm.texts_per_batch > 0,
+            "confidence.selection": self.confidence.selection != "none",
+            "confidence.score": self.confidence.score != "online",
+            "training.tokens_per_micro_batch": self.training.tokens_per_micro_batch is not None,
+        }
+        if found := [name for name, is_set in wrong.items() if is_set]:
+            raise ValueError(f"`training.tower: both` trains no frozen rows and no unpaired text: remove {found[0]}")
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

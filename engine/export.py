@@ -172,7 +172,7 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
         "## Intended use",
         "",
         "Research on retrieval between Chinese texts and pictures, and zero-shot classification of pictures. The model",
-        "has the biases of its captions, and of the image tower, which was not trained here. Measure it on your own",
+        "has the biases of its captions, and of the data that its image tower saw. Measure it on your own",
         "data before you rely on it; it is not meant for the identification or surveillance of people.",
         "",
     ]
@@ -181,6 +181,9 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
 
 def _data(opened: Run) -> Iterator[str]:
     manifest = opened.manifest
+    if opened.store is None:
+        yield f"- images and captions of {', '.join(shard.name for shard in opened.config.data.shards)}"
+        return
     source = Path(str(manifest["source"])).name if "source" in manifest else opened.store.name
     pairs, images, captions = (manifest[kind] for kind in ("pairs", "images", "captions"))
     yield f"- {pairs:,} pairs of {images:,} images and {captions:,} captions: {source}"

@@ -16,6 +16,7 @@ import torch.utils.deterministic
 from transformers.utils import logging
 
 from .config import Augmentation, Config, load_config
+from .data.image_pairs import HeldOutImages, ImagePairs
 from .data.pairs import CaptionPairs, MaskedTexts, PairSource
 from .data.pixels import PicturePairs, load_pictures
 from .data.store import Store, TextStore, edges
@@ -54,11 +55,13 @@ def train(config: Config) -> None:
     rank, world_size = join_process_group()
     try:
         started = time.time()
-        source, vocabulary, validate = _image_start(config) if config.training.tower == "image" else _text_run(config)
+        start = {"text": _text_run, "image": _image_start, "both": _both_towers}[config.training.tower]
+        source, vocabulary, validate = start(config)
         if rank == 0:
             config.run.mkdir(parents=True, exist_ok=True)
         dist.barrier()
-        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
+        sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
+        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
         trainer = Trainer(config, model, source, validate)
         finished = trainer.train()
         if rank == 0 and finished:
@@ -164,6 +167,27 @@ def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, An
     names_KD = held.table.rows(np.arange(len(held.table))).numpy()
     to_image = edges(held.frozen_ids, held.trained_ids, len(names_KD))
     return retrieval_report(names_KD, images_ND, to_image, held.edges)
+
+
+def _both_towers(config: Config) -> tuple[PairSource, int, Validate]:
+    tower = config.model.image_tower
+    if tower is None or config.model.text_tower is None:
+        raise UserError("model: training.tower=both needs image_tower and text_tower")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
+
+    def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
+        return {
+            name: retrieval_report(
+                encode_store(module, held.texts, config.training.max_caption_tokens),
+                encode_pictures(module, held.pixels, tower),
+                held.to_images,
+                held.to_texts,
+            )
+            for name, held in held_out.items()
+        }
+
+    return ImagePairs(config.data.shards, tower, tokenizer), len(tokenizer), validate
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -61,14 +62,15 @@ def pack(texts: TextStore, ids: IntArray, max_tokens: int) -> PackedTexts:
 class Batch:
     """One rank's share of a step: M pairs here, N on all ranks, Q bank rows, D width.
 
-    `inputs` are the model's arguments for one micro-batch each. `weights_N` are 0 for re-auditioned pairs.
+    `inputs` are the model's arguments for one micro-batch each. `weights_N` are 0 for re-auditioned pairs. Where both
+    sides train there are no frozen rows, and no pair has a row in a store: those arrays are empty.
     """
 
     rows_N: IntArray
     weights_N: npt.NDArray[np.float32]
     frozen_ids_N: IntArray
     trained_ids_M: IntArray
-    frozen_MD: torch.Tensor  # fp16 as loaded
+    frozen_MD: torch.Tensor | None  # fp16 as loaded; None where both sides train
     weights_M: torch.Tensor
     inputs: list[dict[str, Any]]
     masked: int  # masked positions on this rank
@@ -77,6 +79,34 @@ class Batch:
     bank_QD: torch.Tensor | None = None
     # (row, column) pairs that are no negatives; columns count over the N images of all ranks and then the bank.
     excluded: tuple[torch.Tensor, torch.Tensor] | None = None
+    # int64 [M], where no store links pairs: equal captions are no negatives of each other.
+    caption_ids_M: torch.Tensor | None = None
+    keys: Sequence[str] = ()
+
+
+class BatchLoader(Protocol):
+    """What the trainer asks of the loader of its batches; an iterator of them, by epochs."""
+
+    epoch: int
+    epoch_step: int
+
+    @property
+    def kept_share(self) -> float:
+        """Of the pairs, those that the epoch trains on."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether this rank has no batch left in the epoch."""
+
+    def __next__(self) -> Batch: ...
+
+    def next_epoch(self) -> None: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class FrozenTable:

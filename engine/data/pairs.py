@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 from .. import _loader
+from ..config import Config
 from ..errors import UserError
-from .batches import Batch, FrozenTable, IntArray, Segments
+from .batches import Batch, BatchLoader, FrozenTable, IntArray, Segments
 from .store import Edges, Store, TextStore
 from .threaded import ThreadedLoader
 
@@ -95,6 +96,21 @@ class PairSource:
     def inputs(self, trained_ids_M: IntArray, step: int, rank: int, world_size: int) -> dict[str, Any]:
         """The model's arguments, where the trained side is no text."""
         raise NotImplementedError
+
+    def batches(self, config: Config, rank: int, world_size: int) -> BatchLoader:
+        """The loader of a run."""
+        training = config.training
+        return PairLoader(
+            self,
+            batch_size=training.batch_size,
+            reaudition_share=config.confidence.reaudition_share,
+            max_tokens=training.max_caption_tokens,
+            micro_batch_size=training.micro_batch_size,
+            tokens_per_micro_batch=training.tokens_per_micro_batch,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 class CaptionPairs(PairSource):
@@ -207,8 +223,17 @@ class PairLoader(ThreadedLoader):
                 " lower it, or let confidence.selection drop less"
             )
 
+    @property
+    def kept_share(self) -> float:
+        return self.kept_count / len(self.source)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the epoch has no batch left."""
+        return self.epoch_step == self.steps
+
     def __next__(self) -> Batch:
-        if self.epoch_step == self.steps:
+        if self.ended:
             self.next_epoch()
             raise StopIteration
         started = time.perf_counter()

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ class TextStore:
         shape = (-1,) if width is None else (-1, width)
         flat: npt.NDArray[Any] = np.memmap(file, dtype, mode="r") if expected else np.empty(0, dtype)
         return flat.reshape(shape)
+
+
+class Texts(TextStore):
+    """Texts at hand, or some of a store's, in the shape of a store."""
+
+    def __init__(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
+        self.tokens, self.offsets = tokens, offsets
+
+    @classmethod
+    def of(cls, token_lists: Sequence[Sequence[int]]) -> Texts:
+        offsets = np.zeros(len(token_lists) + 1, np.int64)
+        np.cumsum([len(tokens) for tokens in token_lists], out=offsets[1:])
+        return cls(np.fromiter(chain.from_iterable(token_lists), np.int32, int(offsets[-1])), offsets)
 
 
 class Store(TextStore):

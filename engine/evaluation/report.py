@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..data.store import Store, write_atomically
+from ..errors import UserError
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
 from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
@@ -45,6 +46,8 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
     The gallery shows the first set. ECL's part needs confidence.parquet, which the end of training writes.
     """
     opened = open_run(run)
+    if opened.store is None:
+        raise UserError(f"run {run}: trained from shards, without a store to report on; use `efficientclip evaluate`")
     results: dict[str, Any] = {}
     gallery: dict[str, list[Answers]] = {}
     for name, path in tables.items():

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,8 +23,8 @@ from ..config import Config, load_config
 from ..data.pictures import decode_square
 from ..data.shards import BadSample
 from ..data.sources import Source, SourceSample
-from ..data.store import Store, TextStore, read_manifest
-from ..data.tokenizer import load_tokenizer
+from ..data.store import Store, Texts, TextStore, read_manifest
+from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP, load_model
 from ..model.encode import encode_store
@@ -37,13 +37,16 @@ PICTURES_AT_ONCE = 256
 
 @dataclass
 class Run:
-    """`store` is the path of the store that the run trained on, `manifest` that store's manifest."""
+    """`store` is the path of the store that the run trained on, `manifest` that store's manifest.
+
+    A run that trained both towers from shards has no store: its manifest names tower and tokenizer alone.
+    """
 
     folder: Path
     config: Config
     model: EfficientCLIP
     tokenizer: PreTrainedTokenizerBase
-    store: Path
+    store: Path | None
     manifest: dict[str, Any]
 
     @cached_property
@@ -63,10 +66,7 @@ class Run:
 
     def encode_texts(self, texts: list[str], *, progress: bool = False) -> npt.NDArray[np.float32]:
         """L2-normalised features float32 [len(texts), D]; `progress` shows a bar with the rate."""
-        token_lists = self.tokenizer(texts)["input_ids"]
-        offsets = np.cumsum([0, *map(len, token_lists)], dtype=np.int64)
-        tokens = np.fromiter(chain.from_iterable(token_lists), np.int32, int(offsets[-1]))
-        return self.encode_store(_Texts(tokens, offsets), progress=progress)
+        return self.encode_store(Texts.of(self.tokenizer(texts)["input_ids"]), progress=progress)
 
     def encode_store(self, texts: TextStore, *, progress: bool = False) -> npt.NDArray[np.float32]:
         """L2-normalised features float32 [captions, D] of a store; `progress` shows a bar with the rate."""
@@ -74,7 +74,7 @@ class Run:
         features = []
         with tqdm(total=n, desc="texts", unit="text", disable=not progress) as bar:
             for start in range(0, n, TEXTS_AT_ONCE):
-                part = _Texts(texts.tokens, texts.offsets[start : start + TEXTS_AT_ONCE + 1])
+                part = Texts(texts.tokens, texts.offsets[start : start + TEXTS_AT_ONCE + 1])
                 features.append(encode_store(self.model, part, self.config.training.max_caption_tokens))
                 bar.update(len(features[-1]))
         return np.concatenate(features)
@@ -95,13 +95,6 @@ class Run:
                 pixels = list(pool.map(partial(_decoded, size=size, source=source.path), good))
                 yield from zip(good, self.frozen.encode(pixels), strict=True)
                 bar.update(len(batch))
-
-
-class _Texts(TextStore):
-    """Texts at hand, or some of a store's, in the shape of a store: one path encodes all."""
-
-    def __init__(self, tokens: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> None:
-        self.tokens, self.offsets = tokens, offsets
 
 
 def _good(sample: SourceSample | BadSample) -> SourceSample:
@@ -127,19 +120,28 @@ def open_run(folder: Path) -> Run:
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
     config = load_config(folder / "config.yaml")
-    if config.training.tower == "image" or config.data.store is None:
+    both = config.training.tower == "both"
+    if config.training.tower == "image" or (config.data.store is None and not both):
         raise UserError(f"run {folder}: trained an image tower, not a text tower; give a text run that builds on it")
-    model = load_model(_trained(folder))
+    trained = _trained(folder)
+    model = load_model(trained)
     if torch.cuda.is_available():
         # On GPUs the packed attention takes half precision alone.
         torch.nn.Module.to(model, "cuda", torch.bfloat16)
+    store = None if both else config.data.store
+    tokenizer = load_tokenizer(config.data.tokenizer if store is None else store / "tokenizer")
+    if both and config.model.image_tower is not None:
+        tower = config.model.image_tower.model_copy(update={"pretrained": str(trained), "architecture": None})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"image_tower": tower})})
     return Run(
         folder=folder,
         config=config,
         model=model,
-        tokenizer=load_tokenizer(config.data.store / "tokenizer"),
-        store=config.data.store,
-        manifest=read_manifest(config.data.store),
+        tokenizer=tokenizer,
+        store=store,
+        manifest=read_manifest(store)
+        if store is not None
+        else {"tower": frozen_name(config), "tokenizer": fingerprint(tokenizer)},
     )
 
 
@@ -166,11 +168,13 @@ def _trained(folder: Path) -> Path:
 
 
 @contextmanager
-def open_data(run: Run, data: Path) -> Iterator[Store]:
+def open_data(run: Run, data: Path | None) -> Iterator[Store]:
     """The store at `data`; a tar, or a folder of tars, becomes a store that lasts as long as the context.
 
-    UserError when the store's features or tokens are not those that the run was trained with.
+    UserError when there is none, or the store's features or tokens are not those that the run was trained with.
     """
+    if data is None:
+        raise UserError(f"run {run.folder}: trained from shards, it has no store; name the data to look at")
     expected, remedy = run.manifest["tower"], f"prepare it with --config {run.folder / 'config.yaml'}"
     if (data / "manifest.json").is_file():
         store = Store(data)
@@ -182,8 +186,11 @@ def open_data(run: Run, data: Path) -> Iterator[Store]:
         yield store
         return
     run.require_frozen()
-    tokenizer = run.config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
+    config = run.config
+    if run.store is not None:
+        tokenizer = config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
+        config = config.model_copy(update={"data": tokenizer})
     with TemporaryDirectory(prefix="efficientclip-") as folder:
         path = Path(folder) / data.stem
-        prepare(data, path, run.config.model_copy(update={"data": tokenizer}))
+        prepare(data, path, config)
         yield Store(path)

@@ -81,18 +81,23 @@ class EfficientCLIP(PreTrainedModel):
         """Features of the trained side [M, width], the clamped logit scale (1,), and the MLM loss summed over masks.
 
         Text: packed `input_ids` and `position_ids` int64 [T], `segments`, and `texts` int64 [M], the segment numbers of
-        the captions in pair order. Image: `pixels` float [M, 3, S, S].
+        the captions in pair order. Image: `pixels` float [M, 3, S, S]. With both, "features" are the texts' and
+        "image_features" the images'.
         """
         # The clamp lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3.
         scale = self.logit_scale.float().clamp(max=math.log(self.config.logit_scale_max)).exp()
         if pixels is not None:
             if self.image is None:
                 raise UserError("model: pixels were given but model.image_tower is not set")
-            return {"features": self.image(pixels), "logit_scale": scale}
+            images_MD = self.image(pixels)
+            if input_ids is None:
+                return {"features": images_MD, "logit_scale": scale}
         if self.text is None or input_ids is None or position_ids is None or segments is None or texts is None:
             raise UserError("model: a text batch needs model.text_tower, input_ids, position_ids, segments and texts")
         states_TH = self.text.states(input_ids, position_ids, segments)
         output = {"features": self.text.pool(states_TH, segments, texts), "logit_scale": scale}
+        if pixels is not None:
+            output["image_features"] = images_MD
         if masked_positions is not None and masked_labels is not None:
             logits = self.text.vocabulary_logits(states_TH, masked_positions)
             output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")

@@ -6,6 +6,7 @@ Data parallelism averages gradients over W ranks, so every mean here is global s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
     world_size = dist.get_world_size()
     zero = features_MD.sum() * 0
     frozen_MD = batch.frozen_MD
+    if frozen_MD is None:
+        raise ValueError("this batch has no frozen rows: both_sides_loss is its loss")
     contrastive, cosine_M = zero, (features_MD.detach() * frozen_MD).sum(1)
     if objective.contrastive_weight > 0:
         contrastive = contrastive_loss(
@@ -50,6 +53,52 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
     regression = distance_M.sum() * (world_size / max(float(batch.weights_N.sum()), 1.0))
     total = objective.contrastive_weight * contrastive + objective.regression_weight * regression
     return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M)
+
+
+@dataclass
+class Keys:
+    """What momentum copies (WenLan's BriVL, arXiv 2103.06561) make of a batch [M, D], and queues of it [Q, D]."""
+
+    text_MD: torch.Tensor
+    image_MD: torch.Tensor
+    text_queue_QD: torch.Tensor
+    image_queue_QD: torch.Tensor
+
+
+def both_sides_loss(
+    text_MD: torch.Tensor,
+    image_MD: torch.Tensor,
+    logit_scale: torch.Tensor,
+    batch: Batch,
+    objective: Objective,
+    keys: Keys | None = None,
+) -> Losses:
+    """Loss where both towers train: CLIP's, symmetric over the union batch of all ranks; or, with `keys`, BriVL's.
+
+    There each side is told from the keys of the other: the batch's and, as further negatives, the queue's.
+    """
+    shared: dict[str, Any] = {
+        "logit_scale": logit_scale,
+        "caption_ids": batch.caption_ids_M,
+        "label_smoothing": objective.label_smoothing,
+        "group": dist.group.WORLD,
+        "exchange": objective.exchange,
+    }
+    if keys is None:
+        loss = contrastive_loss(text_MD, image_MD, direction_weights=objective.direction_weights, **shared).loss
+    else:
+        to_image, to_text = objective.direction_weights
+        loss = contrastive_loss(
+            text_MD, keys.image_MD, keys.image_queue_QD, direction_weights=(to_image, 0.0), **shared
+        ).loss
+        loss = (
+            loss
+            + contrastive_loss(
+                image_MD, keys.text_MD, keys.text_queue_QD, direction_weights=(to_text, 0.0), **shared
+            ).loss
+        )
+    cosine_M = (text_MD.detach() * image_MD.detach()).sum(1)
+    return Losses(objective.contrastive_weight * loss, loss.detach(), loss.new_zeros(()), cosine_M)
 
 
 def mlm_loss(mlm_loss_sum: torch.Tensor, masked_everywhere: int, mlm: MaskedLanguageModelling) -> torch.Tensor:

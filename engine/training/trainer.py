@@ -28,10 +28,11 @@ from ..data.pairs import PairLoader, PairSource
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import to_device
-from ..objectives.losses import Losses, mlm_loss, pair_losses
+from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model
 from .distributed import deepspeed_config
 from .history import forget_from, write_epoch
+from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
@@ -52,17 +53,9 @@ class Trainer:
         self.confidence = ConfidenceTable(len(source), config.confidence)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
-        self.loader = PairLoader(
-            source,
-            batch_size=config.training.batch_size,
-            reaudition_share=config.confidence.reaudition_share,
-            max_tokens=config.training.max_caption_tokens,
-            micro_batch_size=config.training.micro_batch_size,
-            tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-            seed=config.seed,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        momentum, queue = config.objective.momentum, config.objective.bank_size
+        self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
+        self.loader = source.batches(config, self.rank, self.world_size)
         self.step = 0
         self.best = -math.inf
         self.grad_norm = 0.0
@@ -78,10 +71,6 @@ class Trainer:
     def visits(self) -> int:
         """Pairs that passed through the trained tower so far, over all ranks."""
         return self.step * self.config.training.batch_size
-
-    @property
-    def kept_share(self) -> float:
-        return self.loader.kept_count / len(self.source)
 
     def train(self) -> bool:
         """Spend the rest of the budget; False when a SIGTERM ended it early, after saving."""
@@ -111,7 +100,8 @@ class Trainer:
         while self.step < self.total_steps:
             started = time.perf_counter()
             batch = next(self.loader)
-            self.bank.add_to(batch, self.source.edges)
+            if batch.frozen_MD is not None:
+                self.bank.add_to(batch, self.source.edges)
             waited = time.perf_counter() - started
             values = self._train_step(batch)
             self.step += 1
@@ -122,17 +112,17 @@ class Trainer:
             step_seconds += values["step_seconds"]
             bar.set_postfix(
                 loss=f"{values['loss']:.3f}",
-                kept=f"{self.kept_share:.0%}",
+                kept=f"{self.loader.kept_share:.0%}",
                 data_wait=f"{waited_seconds / step_seconds:.1%}",
                 refresh=False,
             )
             best = False
-            if self.loader.epoch_step == self.loader.steps or self.step == self.total_steps:
-                if self.loader.epoch_step == self.loader.steps:
-                    self._end_epoch()
-                if self.loader.epoch % training.validate_every == 0 or self.step == self.total_steps:
-                    best = self._validate()
-            stop = self._stop_everywhere()
+            stop, ended = self._anywhere(self.stop_requested, self.loader.ended)
+            if ended:
+                self._end_epoch()
+            last = self.step == self.total_steps
+            if last or (ended and self.loader.epoch % training.validate_every == 0):
+                best = self._validate()
             if stop or best or self.step % training.checkpoint_every == 0 or self.step == self.total_steps:
                 self.checkpoints.save(self.engine, self.step, self._state(), best)
                 saved_step = self.step
@@ -151,19 +141,29 @@ class Trainer:
         rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        batch.frozen_MD = batch.frozen_MD.to(self.device).float()
+        if batch.frozen_MD is not None:
+            batch.frozen_MD = batch.frozen_MD.to(self.device).float()
+        if batch.caption_ids_M is not None:
+            batch.caption_ids_M = batch.caption_ids_M.to(self.device)
         batch.weights_M = batch.weights_M.to(self.device)
         if batch.excluded is not None:
             batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
         masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
         dist.all_reduce(masked)
+        keys = None
+        if self.copies is not None:
+            with self._autocast():
+                keys = self.copies.keys(inputs)
         if len(inputs) == 1:
-            losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, int(masked))
+            losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, keys, int(masked))
         else:
-            losses, scale, mlm_sum = self._cached_batch(inputs, batch, int(masked))
+            losses, scale, mlm_sum = self._cached_batch(inputs, batch, keys, int(masked))
+        if self.copies is not None and keys is not None:
+            self.copies.follow(self.engine, keys)
         cosine_N = self._observe(losses, inputs, batch, mlm_sum)
-        self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
+        if batch.frozen_MD is not None:
+            self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
         values = {
             "loss": config.objective.contrastive_weight * float(losses.contrastive)
             + config.objective.regression_weight * cosine_N["regression"]
@@ -179,18 +179,24 @@ class Trainer:
         self._check_finite(values, batch)
         return values
 
+    def _losses(self, output: dict[str, torch.Tensor], scale: torch.Tensor, batch: Batch, keys: Keys | None) -> Losses:
+        objective = self.config.objective
+        if "image_features" in output:
+            return both_sides_loss(output["features"], output["image_features"], scale, batch, objective, keys)
+        return pair_losses(output["features"], scale, batch, objective)
+
     def _whole_batch(
-        self, inputs: dict[str, Any], batch: Batch, masked: int
+        self, inputs: dict[str, Any], batch: Batch, keys: Keys | None, masked: int
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
         self.engine.set_gradient_accumulation_boundary(True)
         output = self.engine(**inputs)
-        losses = pair_losses(output["features"], output["logit_scale"], batch, self.config.objective)
+        losses = self._losses(output, output["logit_scale"], batch, keys)
         mlm_sum = output.get("mlm_loss_sum", losses.total.new_zeros(()))
         self._backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
         return losses, output["logit_scale"].detach(), mlm_sum.detach()
 
     def _cached_batch(
-        self, inputs: list[dict[str, Any]], batch: Batch, masked: int
+        self, inputs: list[dict[str, Any]], batch: Batch, keys: Keys | None, masked: int
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
         """k micro-batches give exactly the gradients of one batch k times as large (GradCache, arXiv 2101.06983).
 
@@ -199,16 +205,18 @@ class Trainer:
         """
         with torch.no_grad():
             outputs = [self.engine(**_without_masks(arguments)) for arguments in inputs]
-        features_MD = torch.cat([output["features"] for output in outputs]).requires_grad_()
+        sides = [name for name in ("features", "image_features") if name in outputs[0]]
+        features = {name: torch.cat([output[name] for output in outputs]).requires_grad_() for name in sides}
         scale = outputs[0]["logit_scale"].detach().requires_grad_()
-        losses = pair_losses(features_MD, scale, batch, self.config.objective)
+        losses = self._losses(features, scale, batch, keys)
         losses.total.backward()
-        slopes = torch.split(_gradient(features_MD), [len(output["features"]) for output in outputs])
-        mlm_total = features_MD.new_zeros(())
-        for number, (arguments, slope) in enumerate(zip(inputs, slopes, strict=True)):
+        sizes = [len(output["features"]) for output in outputs]
+        slopes = {name: torch.split(_gradient(whole_MD), sizes) for name, whole_MD in features.items()}
+        mlm_total = scale.new_zeros(())
+        for number, arguments in enumerate(inputs):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(inputs))
             output = self.engine(**arguments)
-            surrogate = (output["features"] * slope).sum()
+            surrogate = torch.stack([(output[name] * slopes[name][number]).sum() for name in sides]).sum()
             if number == 0:
                 surrogate = surrogate + (output["logit_scale"] * _gradient(scale)).sum()
             if "mlm_loss_sum" in output:
@@ -237,8 +245,8 @@ class Trainer:
     ) -> dict[str, float]:
         """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
         cosine_M = losses.cosine_M
-        if self.snapshot is not None:
-            with torch.no_grad():
+        if self.snapshot is not None and batch.frozen_MD is not None:
+            with torch.no_grad(), self._autocast():
                 features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
             cosine_M = (features * batch.frozen_MD).sum(1)
         m = len(cosine_M)
@@ -247,7 +255,8 @@ class Trainer:
         dist.all_gather(gathered, mine)
         everywhere = torch.stack(gathered).cpu().numpy()
         cosine_N, counted_N = everywhere[:, :m].reshape(-1), batch.weights_N > 0
-        self.confidence.observe(self.loader.epoch, batch.rows_N, cosine_N, counted_N)
+        if batch.frozen_MD is not None:
+            self.confidence.observe(self.loader.epoch, batch.rows_N, cosine_N, counted_N)
         return {
             "cosine": float(cosine_N[counted_N].mean()),
             "mlm": float(everywhere[:, m].sum()),
@@ -257,7 +266,7 @@ class Trainer:
     def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
         wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]
         if wrong:
-            keys = ", ".join(self.source.names(batch.rows_N[:8]))
+            keys = ", ".join(batch.keys[:8] or self.source.names(batch.rows_N[:8]))
             raise UserError(
                 f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; the batch's pairs begin with {keys}. The last"
                 f" checkpoint in {self.checkpoints.folder} is sound. Lower optimizer.lr, set optimizer.clip, or look at"
@@ -274,7 +283,8 @@ class Trainer:
             with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
         self.loader.next_epoch()
-        self.loader.kept = self.confidence.kept
+        if isinstance(self.loader, PairLoader):
+            self.loader.kept = self.confidence.kept
 
     def _validate(self) -> bool:
         """Measure the validation sets; True when the mean text->image recall@10 is the best so far."""
@@ -285,7 +295,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.validation(self.step, self.visits, self.loader.epoch, reports)
             shown = ", ".join(f"{name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
-            tqdm.write(f"epoch {self.loader.epoch}, {self.visits} visits: {shown}, kept {self.kept_share:.1%}")
+            tqdm.write(f"epoch {self.loader.epoch}, {self.visits} visits: {shown}, kept {self.loader.kept_share:.1%}")
         best = mean > self.best
         self.best = max(self.best, mean)
         return best
@@ -299,17 +309,23 @@ class Trainer:
                     self.visits,
                     self.loader.epoch,
                     self.config.training.batch_size,
-                    self.kept_share,
+                    self.loader.kept_share,
                 )
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
         self.stop_requested = True
 
-    def _stop_everywhere(self) -> bool:
-        """Ranks agree to stop together, whichever got the signal."""
-        flag = torch.tensor([int(self.stop_requested)], device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def _anywhere(self, *mine: bool) -> list[bool]:
+        """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""
+        flags = torch.tensor(mine, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def _autocast(self) -> torch.autocast:
+        """The precision that DeepSpeed gives the trained towers, for copies of them."""
+        engine = self.engine
+        enabled = engine.torch_autocast_enabled()
+        return torch.autocast(self.device.type, engine.torch_autocast_dtype() if enabled else None, enabled=enabled)
 
     def _freeze_unused(self, model: EfficientCLIP) -> None:
         """Parameters without a gradient would desynchronise ZeRO: they do not train."""
@@ -328,6 +344,8 @@ class Trainer:
         state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
         state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
         state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
+        if self.copies is not None:
+            state |= {f"copies.{name}": value for name, value in self.copies.state().items()}
         if self.snapshot is not None:
             state |= {f"snapshot.{name}": value.cpu().numpy() for name, value in self.snapshot.state_dict().items()}
         return state
@@ -350,6 +368,8 @@ class Trainer:
         self.loader.restore(_under(state, "loader."))
         self.confidence.restore(_under(state, "confidence."))
         self.bank.restore(_under(state, "bank."))
+        if self.copies is not None:
+            self.copies.restore(_under(state, "copies."))
         if self.snapshot is not None:
             self.snapshot.load_state_dict(
                 {name: torch.from_numpy(value) for name, value in _under(state, "snapshot.").items()}
@@ -358,14 +378,14 @@ class Trainer:
             tqdm.write(f"resuming {self.run} at step {self.step} ({self.visits} pair visits)")
 
     def _write_history(self) -> None:
-        if self.rank == 0:
+        if self.rank == 0 and len(self.source):
             write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
 
     def _finish(self) -> None:
         save_model(self.engine, self.run / "model")
         if self.loader.epoch_step > 0:
             self._write_history()
-        if self.metrics is not None:
+        if self.metrics is not None and len(self.source):
             table = self.confidence
             rows = np.arange(len(table.kept))
             pq.write_table(
