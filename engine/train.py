@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ from .objectives.retrieval import retrieval_report
 from .training.distributed import end_process, join_process_group
 from .training.trainer import Trainer, Validate
 
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
@@ -42,6 +46,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def train(config: Config) -> None:
     """Run `config` to its end, or on from its newest checkpoint."""
+    started = time.time()
+    with set_up(config, Trainer) as trainer:
+        finished = trainer.train()
+        if trainer.rank > 0:
+            return
+        if finished:
+            spent, ranks = time.time() - started, trainer.world_size
+            print(f"{config.run}: {trainer.visits} pair visits on {ranks} rank(s) in {spent:.0f} s")
+        else:
+            print(f"stopped by SIGTERM; checkpoint of step {trainer.step} saved; the same command goes on")
+
+
+@contextmanager
+def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
+    """A trainer of `config`, within the process group of all ranks."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -51,20 +70,14 @@ def train(config: Config) -> None:
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    rank, world_size = join_process_group()
+    rank, _ = join_process_group()
     try:
-        started = time.time()
         source, vocabulary, validate = _image_start(config) if config.training.tower == "image" else _text_run(config)
         if rank == 0:
             config.run.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
-        trainer = Trainer(config, model, source, validate)
-        finished = trainer.train()
-        if rank == 0 and finished:
-            print(
-                f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s"
-            )
+        yield kind(config, model, source, validate)
     finally:
         dist.destroy_process_group()
 
