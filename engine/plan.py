@@ -6,7 +6,8 @@ The cost model. Work is counted on the towers themselves, built without memory o
   row of texts of the mean length, so attention is in it;
 - a masked position adds the vocabulary head; a pair adds its projection and the loss, 6 D (N + Q) operations for a
   batch of N and a bank of Q: three products, of which one is the recompute, since images are frozen;
-- activations are the bytes that autograd keeps of that row, without parameters, for each token of a micro-batch;
+- activations are the bytes that autograd keeps of that row, without parameters, for each token of a micro-batch, with
+  their gradients for a layer at a time;
 - a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, not overlapped with compute;
   AdamW moves 16 bytes a parameter, master weights 12 more;
 - the image tower encodes every picture once.
@@ -115,6 +116,7 @@ class Profile(Section):
     device: str
     memory_bytes: float = Field(gt=0, description="of a device, or of the machine divided by its ranks")
     world_size: int = Field(ge=1)
+    autocast: Literal["bfloat16", "float16"] | None = Field(description="what it ran in, whatever the JSON asks for")
     steps_warm_up: int
     steps_measured: int
     steps_traced: int
@@ -372,9 +374,10 @@ def plan(config: Config, settings: Settings) -> Plan:
     training, device, W = config.training, settings.device, settings.world_size
     precision = _precision(config)
     zero, narrow = precision.zero, precision.narrow
-    work = measure_work(
-        config, settings.caption_tokens, torch.bfloat16 if narrow else torch.float32, precision.autocast
-    )
+    autocast = precision.autocast
+    if settings.profile is not None:
+        autocast = getattr(torch, settings.profile.autocast) if settings.profile.autocast else None
+    work = measure_work(config, settings.caption_tokens, torch.bfloat16 if narrow else torch.float32, autocast)
     N, Q, D = training.batch_size, config.objective.bank_size, config.model.width
     visits, steps = training.pair_visits, -(-training.pair_visits // training.batch_size)
     texts = config.mlm.texts_per_batch / N
@@ -410,6 +413,7 @@ def plan(config: Config, settings: Settings) -> Plan:
         "gradients of activations": tokens * work.kept_by_token / work.layers,
         "vocabulary logits": M * masked * work.vocabulary * 10,
         "features of the batch": (N + 2 * M) * D * 4,
+        "scoring copy": P * width * (config.confidence.score == "snapshot"),
         # The rows that a batch may see are a copy.
         "bank": 2 * min(Q, settings.images) * D * 4,
         "loss workspace": M * D * 4 + 100 * 2**20,
@@ -543,7 +547,9 @@ def _profiled(made: Plan, config: Config, profile: Profile) -> list[str]:
         made.settings, pairs=profile.pairs, images=profile.images, caption_tokens=profile.caption_tokens,
         text_tokens=profile.text_tokens, world_size=profile.world_size,
     )  # fmt: skip
-    counted = sum(plan(profile.settings, own).memory.values())
+    # torch's allocator does not see CUDA's context.
+    beyond = 0 if profile.base_bytes else CONTEXT_BYTES
+    counted = sum(plan(profile.settings, own).memory.values()) - beyond
     notes.append(
         f"measured: {profile.peak_bytes / GIB:.2f} GiB at most in the profile, {counted / GIB:.2f} counted for it"
     )
