@@ -28,7 +28,7 @@ from efficientclip.plan import DAY, GIB, Plan, plan, read_profile, settings_of
 
 COLUMNS = (
     "date", "hardware", "torch", "command", "ranks", "pair_visits", "batch_size", "planned_s", "measured_s",
-    "time_error", "planned_after_s", "planned_gib", "measured_gib", "memory_error", "others_cores",
+    "time_error", "planned_after_s", "planned_gib", "measured_gib", "memory_error", "others_cores", "note",
 )  # fmt: skip
 KEY = ("date", "hardware", "torch", "command", "ranks")
 
@@ -115,11 +115,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a profile")
     parser.add_argument("--warm-up", type=int, default=10)
+    parser.add_argument("--note", default="", help="for the row: what a reader must know of data or machine")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of plan.csv")
     given = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as folder:
         row = compare(given.config, given.overrides, given.ranks, given.steps, given.warm_up, Path(folder))
-    record([row], given.results / "plan.csv", KEY, COLUMNS)
+    record([row | {"note": given.note}], given.results / "plan.csv", KEY, COLUMNS)
     for name, value in row.items():
         print(f"{name:>16}  {value}")
 

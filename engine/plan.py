@@ -616,11 +616,13 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             f" {device.bandwidth / 1e12:.2f} TB/s, {device.link / 1e9:.0f} GB/s to its neighbours, by the data sheet",
             "gradients are exchanged without overlap; data, validation and checkpoints cost no time",
         )
+    resident = ("malloc gives nothing back between steps, so the resident set grows beyond these parts",)
     mixture = ("as much as no pair dropped, since a mixture's drops are not known before",)
     return (
         data,
         f"rates and seconds as on {profile.world_size} rank(s) of {profile.hardware.get('machine', profile.device)},"
         f" {profile.steps_measured} steps of {profile.config}",
         "every validation is the best so far, and so saves a checkpoint; pictures run at the text tower's rate",
+        *(resident if profile.base_bytes else ()),
         *(mixture if config.confidence.selection == "mixture" else ()),
     )

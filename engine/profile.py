@@ -165,7 +165,7 @@ class ProfiledTrainer(Trainer):
         self.span = self.recorder.span
         # This rank's captions, their tokens, unpaired texts, their tokens, masked positions: a row for each step.
         self.counts: list[list[int]] = []
-        self.trace = trace
+        self.peak_bytes, self.trace = 0, trace
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         self.profiler = torch_profile(
             activities=activities,
@@ -192,8 +192,11 @@ class ProfiledTrainer(Trainer):
         self.recorder.end_step()
         if self.rank == 0 and self.step > self.warm_up + self.measured:
             self.profiler.step()
-        elif self.rank == 0 and self.step == self.warm_up + self.measured:
-            self.profiler.start()
+        elif self.step == self.warm_up + self.measured:
+            # torch's profiler holds memory of its own.
+            self.peak_bytes = _peak_bytes(self.device)
+            if self.rank == 0:
+                self.profiler.start()
         if self.step == self.last_step:
             if self.rank == 0:
                 self.profiler.stop()
@@ -229,7 +232,8 @@ def profile(
     )
     join_process_group()
     with _scratch(config.run) as folder, set_up(config.model_copy(update={"run": folder}), make) as trainer:
-        start_seconds, base = time.perf_counter() - started, _peak_bytes() - _known_bytes(trainer)
+        start_seconds = time.perf_counter() - started
+        base = _peak_bytes(trainer.device) - _known_bytes(trainer)
         with communication_in(trainer.recorder):
             trainer.train()
         if trainer.step < trainer.last_step:
@@ -260,8 +264,10 @@ def _known_bytes(trainer: Trainer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in known)
 
 
-def _peak_bytes() -> int:
-    """Greatest resident set of this process so far."""
+def _peak_bytes(device: torch.device) -> int:
+    """The most so far that torch's allocator gave of a CUDA device; on CPUs, the greatest resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -276,7 +282,7 @@ def _gathered(trainer: ProfiledTrainer, base: int, start_seconds: float) -> list
         "steps": [{part: seconds[part] for part in PARTS} for seconds in steps],
         "once": {part: whole[part] / max(recorder.times_entered[part], 1) for part in ONCE} | {"start": start_seconds},
         "counts": np.sum(trainer.counts[chosen], axis=0).tolist(),
-        "peak": torch.cuda.max_memory_allocated() if cuda else _peak_bytes(),
+        "peak": trainer.peak_bytes,
         "base": 0 if cuda else base,
     }
     everywhere: list[Any] = [None] * trainer.world_size
