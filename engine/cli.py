@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efficientclip",
         description="Trains a Chinese CLIP text tower against frozen image features.",
-        epilog="On several devices: deepspeed --module efficientclip.train CONFIG [key=value …]",
+        epilog="On several devices: deepspeed --module efficientclip.train (or .profile) CONFIG [key=value …]",
     )
     parser.add_argument("--version", action="version", version=f"efficientclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -54,12 +54,30 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(_plan, "plan", "what a run will cost: time, memory by part, storage, and what limits it")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    plan.add_argument("--pairs", required=True, metavar="N", help="pairs in the store: 100M, 30k or a number")
+    plan.add_argument("--pairs", metavar="N", help="pairs in the store: 100M, 30k or a number (default: the profile's)")
     plan.add_argument("--images", metavar="N", help="pictures in the store (default: as many as pairs)")
-    plan.add_argument("--gpus", required=True, metavar="WxDEVICE", help="for instance 8xH100")
+    plan.add_argument("--gpus", metavar="WxDEVICE", help="for instance 8xH100 (default: the machine of the profile)")
+    plan.add_argument(
+        "--calibrated-by",
+        type=Path,
+        metavar="FILE",
+        help="a profile's JSON: its measured rates instead of assumed ones",
+    )
     plan.add_argument("--epochs", type=float, help="pair visits as passes over the pairs (default: the config's)")
-    plan.add_argument("--caption-tokens", type=float, default=20, help="mean length of captions (default: 20)")
-    plan.add_argument("--text-tokens", type=float, default=32, help="mean length of unpaired texts (default: 32)")
+    plan.add_argument("--caption-tokens", type=float, help="mean length of captions (default: the profile's, or 20)")
+    plan.add_argument("--text-tokens", type=float, help="mean length of unpaired texts (default: the profile's, or 32)")
+
+    profile = command(_profile, "profile", "run some steps of a config and tell where their time goes")
+    profile.add_argument("config", type=Path, metavar="CONFIG")
+    profile.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    profile.add_argument("--warm-up", type=int, default=10, metavar="N", help="steps before the measured (default: 10)")
+    profile.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps (default: 20)")
+    profile.add_argument("--traced", type=int, default=3, metavar="N", help="steps in the trace (default: 3)")
+    profile.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="figures; the trace lies beside it (default: RUN-profile.json)"
+    )
+    # The `deepspeed` launcher sets it.
+    profile.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     evaluate = command(_evaluate, "evaluate", "measure a run: retrieval, zero-shot classes, or classification of texts")
     _add_run(evaluate)
@@ -163,19 +181,45 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     from rich.console import Console
 
-    from .plan import Settings, advice, assumptions, parse_count, parse_devices, plan, plan_tables
+    from .plan import advice, assumptions, parse_count, parse_devices, plan, plan_tables, read_profile, settings_of
 
-    pairs = parse_count(given.pairs)
+    settings = settings_of(
+        None if given.calibrated_by is None else read_profile(given.calibrated_by),
+        pairs=None if given.pairs is None else parse_count(given.pairs),
+        images=None if given.images is None else parse_count(given.images),
+        caption_tokens=given.caption_tokens,
+        text_tokens=given.text_tokens,
+        machine=None if given.gpus is None else parse_devices(given.gpus),
+    )
     if given.epochs is not None:
-        budget = {"pair_visits": max(1, round(given.epochs * pairs))}
+        budget = {"pair_visits": max(1, round(given.epochs * settings.pairs))}
         config = config.model_copy(update={"training": config.training.model_copy(update=budget)})
-    images = pairs if given.images is None else parse_count(given.images)
-    settings = Settings(pairs, images, given.caption_tokens, given.text_tokens, *parse_devices(given.gpus))
     made, console = plan(config, settings), Console()
     for table in plan_tables(made):
         console.print(table)
-    for line in (*advice(made, config), *(f"assumed: {line}" for line in assumptions(settings))):
+    for line in (*advice(made, config), *(f"assumed: {line}" for line in assumptions(settings, config))):
         console.print(f"- {line}", highlight=False)
+
+
+def _profile(given: argparse.Namespace) -> None:
+    from .config import load_config
+
+    config = load_config(given.config, given.overrides)
+    from .profile import profile
+    from .training.distributed import end_process
+
+    def run() -> None:
+        profile(
+            config,
+            given.config,
+            given.overrides,
+            output=given.output,
+            warm_up=given.warm_up,
+            measured=given.steps,
+            traced=given.traced,
+        )
+
+    end_process(reported(run))
 
 
 def _evaluate(given: argparse.Namespace) -> None:

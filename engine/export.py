@@ -26,6 +26,7 @@ from transformers import (
 from . import config as settings
 from .errors import UserError
 from .evaluation.run import Run, open_run, read_metrics
+from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
 
@@ -204,7 +205,7 @@ def _resources(opened: Run, steps: list[dict[str, Any]]) -> Iterator[str]:
     seconds = sum(n / line["pairs_per_s"] for n, line in zip(visits, steps, strict=True))
     if seconds:
         yield f"- {seconds / 3600:.2g} hours of training steps, {training.pair_visits / seconds:,.0f} pairs a second"
-    yield "- hardware: the run does not record it; name it here"
+    yield f"- hardware: {in_words(read_hardware(opened.folder / 'hardware.json'))}"
 
 
 def _recall(results: Path, validation: dict[str, Any]) -> Iterator[str]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ from .objectives.retrieval import retrieval_report
 from .training.distributed import end_process, join_process_group
 from .training.trainer import Trainer, Validate
 
+AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
+
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
@@ -43,6 +47,21 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def train(config: Config) -> None:
     """Run `config` to its end, or on from its newest checkpoint."""
+    started = time.time()
+    with set_up(config, Trainer) as trainer:
+        finished = trainer.train()
+        if trainer.rank > 0:
+            return
+        if finished:
+            spent, ranks = time.time() - started, trainer.world_size
+            print(f"{config.run}: {trainer.visits} pair visits on {ranks} rank(s) in {spent:.0f} s")
+        else:
+            print(f"stopped by SIGTERM; checkpoint of step {trainer.step} saved; the same command goes on")
+
+
+@contextmanager
+def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
+    """A trainer of `config`, within the process group of all ranks."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -52,9 +71,8 @@ def train(config: Config) -> None:
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    rank, world_size = join_process_group()
+    rank, _ = join_process_group()
     try:
-        started = time.time()
         start = {"text": _text_run, "image": _image_start, "both": _both_towers}[config.training.tower]
         source, vocabulary, validate = start(config)
         if rank == 0:
@@ -62,12 +80,7 @@ def train(config: Config) -> None:
         dist.barrier()
         sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
         model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
-        trainer = Trainer(config, model, source, validate)
-        finished = trainer.train()
-        if rank == 0 and finished:
-            print(
-                f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s"
-            )
+        yield kind(config, model, source, validate)
     finally:
         dist.destroy_process_group()
 

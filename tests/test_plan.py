@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from efficientclip import cli
-from efficientclip.config import Config
+from efficientclip.config import Confidence, Config, load_config
+from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
 from efficientclip.plan import DEVICES, GIB, Settings, advice, measure_work, parse_count, parse_devices, plan
+from tests import tiny
 
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
 
@@ -53,6 +55,29 @@ def test_operations_of_a_token_are_those_of_its_products() -> None:
     half = measure_work(config(), LENGTH, torch.bfloat16)
     # Token numbers and the statistics of layer norms keep their width.
     assert work.kept_by_token / 2 < half.kept_by_token < 0.7 * work.kept_by_token
+    assert work.kept_once == 0
+    cast = measure_work(config(), LENGTH, torch.float32, torch.bfloat16)
+    assert cast.token == work.token
+    assert cast.kept_by_token < work.kept_by_token
+    # Backward needs the narrow copy of each product's weights.
+    assert cast.kept_once == LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER) * 2
+
+
+def test_a_store_tells_the_vocabulary_that_the_config_leaves_open(tmp_path: Path) -> None:
+    store = tiny.pair_store(tmp_path / "store")
+    described = load_config(tiny.config(tmp_path))
+    assert measure_work(described, 5).vocabulary == read_manifest(store)["vocabulary"]
+    assert measure_work(config(), 5).vocabulary == VOCABULARY
+
+
+def test_accumulation_and_the_scoring_copy_are_counted() -> None:
+    whole = plan(config(), SETTINGS)
+    work = measure_work(config(), LENGTH)
+    again = plan(config(micro_batch_size=16), SETTINGS).flop
+    assert again["captions once more, to accumulate"] == pytest.approx(whole.flop["captions"] / 3)
+    assert plan(config(micro_batch_size=128), SETTINGS).flop == whole.flop
+    changed = config().model_copy(update={"confidence": Confidence(score="snapshot")})
+    assert plan(changed, SETTINGS).flop["scoring copy"] == pytest.approx(1e6 * LENGTH * work.token)
 
 
 def test_a_plan_adds_up() -> None:
@@ -61,10 +86,13 @@ def test_a_plan_adds_up() -> None:
     assert made.flop["captions"] == pytest.approx(3e6 * (LENGTH * work.token + 2 * HIDDEN * 32))
     assert made.flop["contrastive loss"] == pytest.approx(1e6 * 6 * 32 * (1024 + 20_000))
     assert made.flop["pictures through the frozen tower"] == pytest.approx(500_000 * work.picture)
-    assert made.memory["bank"] == 20_000 * 32 * 4
+    # The bank, and the rows of it that a batch sees.
+    assert made.memory["bank"] == 2 * 20_000 * 32 * 4
     assert made.storage["features"] == 500_000 * 32 * 2
     fixed = sum(made.seconds.values()) / 86_400
-    assert made.days(0.1) - fixed == pytest.approx(4 * (made.days(0.4) - fixed))
+    assert list(made.rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
+    assert made.days(1e13) - fixed == pytest.approx(4 * (made.days(4e13) - fixed))
+    assert made.days(1e13) - made.days(1e13, preparing=False) == pytest.approx(500_000 * work.picture / 8e13 / 86_400)
 
 
 def test_zero_shards_memory(tmp_path: Path) -> None:

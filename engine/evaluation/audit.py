@@ -21,10 +21,11 @@ from .. import __version__
 from ..config import Config, load_config
 from ..data.store import Store, write_atomically
 from ..errors import UserError
+from ..hardware import in_words, machine_name, read_hardware
 from ..training.history import epoch_files, open_epoch
 from .charts import histogram, sparkline
 from .gallery import Card, judged_card
-from .report import Chart, Figure, hardware, template
+from .report import Chart, Figure, template
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 ROWS = 1 << 16
@@ -146,7 +147,8 @@ def write_audit(audit: Audit, out: Path, count: int) -> tuple[Path, Path]:
         config=(audit.folder / "config.yaml").read_text(encoding="utf-8"),
         command=shlex.join(["efficientclip", "audit", str(audit.folder), str(out), "--top", str(count)]),
         written=datetime.now().astimezone(),
-        hardware=hardware(),
+        machine=in_words(read_hardware(audit.folder / "hardware.json")),
+        hardware=machine_name(),
         versions=f"efficientclip {__version__}",
     )
     write_atomically(out / "audit.html", page.encode())

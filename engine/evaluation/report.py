@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..data.store import Store, write_atomically
 from ..errors import UserError
+from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
 from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
@@ -77,7 +76,8 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         command=shlex.join(["efficientclip", "report", str(run), *data_arguments]),
         written=datetime.now().astimezone(),
-        hardware=hardware(),
+        machine=in_words(read_hardware(run / "hardware.json")),
+        hardware=machine_name(),
         versions=f"efficientclip {__version__}, torch {torch.__version__}",
     )
     file = run / "report.html"
@@ -158,14 +158,3 @@ def _ecl_charts(steps: Sequence[dict[str, Any]], verdicts: Verdicts, detected: D
 
 def _curve(steps: Sequence[dict[str, Any]], key: str, factor: float = 1) -> Line:
     return Line(key, [line["visits"] for line in steps], [line[key] * factor for line in steps])
-
-
-def hardware() -> str:
-    """The machine that writes the report."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    parts = [models[0] if models else platform.machine(), f"{os.cpu_count()} cores"]
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}")
-    return ", ".join(parts)

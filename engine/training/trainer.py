@@ -8,6 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from ..config import Config, differing_keys, load_config, save_config
 from ..data.batches import Bank, Batch
 from ..data.pairs import PairLoader, PairSource
 from ..errors import UserError
+from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import to_device
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
@@ -39,7 +42,12 @@ Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
 
 
 class Trainer:
-    """Trains `model` on `source` as `config` says. `validate` measures recall on held-out stores, by name."""
+    """Trains `model` on `source` as `config` says. `validate` measures recall on held-out stores, by name.
+
+    `span` names the parts of a step for whatever profiler watches.
+    """
+
+    span: Callable[[str], AbstractContextManager[Any]] = staticmethod(record_function)
 
     def __init__(self, config: Config, model: EfficientCLIP, source: PairSource, validate: Validate) -> None:
         self.config, self.source, self.validate = config, source, validate
@@ -63,6 +71,8 @@ class Trainer:
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
         self._resume()
+        if self.rank == 0:
+            record_hardware(self.run / "hardware.json", self.step, self.world_size)
         self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
         if self.rank == 0:
             forget_from(self.run, self.loader.epoch)
@@ -95,11 +105,11 @@ class Trainer:
             disable=self.rank != 0,
             mininterval=1.0,
         )
-        saved_step = self.step
         waited_seconds = step_seconds = 0.0
         while self.step < self.total_steps:
             started = time.perf_counter()
-            batch = next(self.loader)
+            with self.span("data wait"):
+                batch = next(self.loader)
             if batch.frozen_MD is not None:
                 self.bank.add_to(batch, self.source.edges)
             waited = time.perf_counter() - started
@@ -119,17 +129,17 @@ class Trainer:
             best = False
             stop, ended = self._anywhere(self.stop_requested, self.loader.ended)
             if ended:
-                self._end_epoch()
+                with self.span("confidence"):
+                    self._end_epoch()
             last = self.step == self.total_steps
             if last or (ended and self.loader.epoch % training.validate_every == 0):
-                best = self._validate()
+                with self.span("validation"):
+                    best = self._validate()
             if stop or best or self.step % training.checkpoint_every == 0 or self.step == self.total_steps:
-                self.checkpoints.save(self.engine, self.step, self._state(), best)
-                saved_step = self.step
+                with self.span("checkpoint"):
+                    self.checkpoints.save(self.engine, self.step, self._state(), best)
             if stop:
                 bar.close()
-                if self.rank == 0:
-                    tqdm.write(f"stopped by SIGTERM; checkpoint of step {saved_step} saved; the same command goes on")
                 return False
         bar.close()
         self._finish()
@@ -153,15 +163,17 @@ class Trainer:
         dist.all_reduce(masked)
         keys = None
         if self.copies is not None:
-            with self._autocast():
+            with self.span("forward"), self._autocast():
                 keys = self.copies.keys(inputs)
         if len(inputs) == 1:
             losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, keys, int(masked))
         else:
             losses, scale, mlm_sum = self._cached_batch(inputs, batch, keys, int(masked))
         if self.copies is not None and keys is not None:
-            self.copies.follow(self.engine, keys)
-        cosine_N = self._observe(losses, inputs, batch, mlm_sum)
+            with self.span("optimiser"):
+                self.copies.follow(self.engine, keys)
+        with self.span("confidence"):
+            cosine_N = self._observe(losses, inputs, batch, mlm_sum)
         if batch.frozen_MD is not None:
             self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
         values = {
@@ -189,8 +201,10 @@ class Trainer:
         self, inputs: dict[str, Any], batch: Batch, keys: Keys | None, masked: int
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
         self.engine.set_gradient_accumulation_boundary(True)
-        output = self.engine(**inputs)
-        losses = self._losses(output, output["logit_scale"], batch, keys)
+        with self.span("forward"):
+            output = self.engine(**inputs)
+        with self.span("loss"):
+            losses = self._losses(output, output["logit_scale"], batch, keys)
         mlm_sum = output.get("mlm_loss_sum", losses.total.new_zeros(()))
         self._backward(losses.total + mlm_loss(mlm_sum, masked, self.config.mlm))
         return losses, output["logit_scale"].detach(), mlm_sum.detach()
@@ -203,19 +217,21 @@ class Trainer:
         Features of all micro-batches first, without graph; the loss's gradient at the features; then each micro-batch
         again, with graph, against its share of that gradient.
         """
-        with torch.no_grad():
+        with self.span("forward"), torch.no_grad():
             outputs = [self.engine(**_without_masks(arguments)) for arguments in inputs]
         sides = [name for name in ("features", "image_features") if name in outputs[0]]
         features = {name: torch.cat([output[name] for output in outputs]).requires_grad_() for name in sides}
         scale = outputs[0]["logit_scale"].detach().requires_grad_()
-        losses = self._losses(features, scale, batch, keys)
-        losses.total.backward()
+        with self.span("loss"):
+            losses = self._losses(features, scale, batch, keys)
+            losses.total.backward()
         sizes = [len(output["features"]) for output in outputs]
         slopes = {name: torch.split(_gradient(whole_MD), sizes) for name, whole_MD in features.items()}
         mlm_total = scale.new_zeros(())
         for number, arguments in enumerate(inputs):
             self.engine.set_gradient_accumulation_boundary(number + 1 == len(inputs))
-            output = self.engine(**arguments)
+            with self.span("forward"):
+                output = self.engine(**arguments)
             surrogate = torch.stack([(output[name] * slopes[name][number]).sum() for name in sides]).sum()
             if number == 0:
                 surrogate = surrogate + (output["logit_scale"] * _gradient(scale)).sum()
@@ -227,8 +243,10 @@ class Trainer:
 
     def _backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed divides by the number of micro-batches that it was told.
-        self.engine.backward(loss * self.engine.gradient_accumulation_steps())
-        self._step()
+        with self.span("backward"):
+            self.engine.backward(loss * self.engine.gradient_accumulation_steps())
+        with self.span("optimiser"):
+            self._step()
 
     def _step(self) -> None:
         """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here."""
