@@ -59,6 +59,8 @@ def train(config: Config) -> None:
             config.run.mkdir(parents=True, exist_ok=True)
         dist.barrier()
         model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
+        if model.text is not None:
+            _check_positions(config, model.text.positions)
         trainer = Trainer(config, model, source, validate)
         finished = trainer.train()
         if rank == 0 and finished:
@@ -135,6 +137,17 @@ def _check_store(config: Config, store: Store) -> None:
         tokenizer = fingerprint(load_tokenizer(config.data.tokenizer))
         if tokenizer != store.manifest["tokenizer"]:
             raise UserError(f"data.tokenizer: not the one that made {store.path}; prepare the store anew")
+
+
+def _check_positions(config: Config, positions: int | None) -> None:
+    longest = {"training.max_caption_tokens": config.training.max_caption_tokens}
+    if config.mlm.texts_per_batch:
+        longest["data.max_text_tokens"] = config.data.max_text_tokens
+    for field, tokens in longest.items():
+        if positions is not None and tokens > positions:
+            raise UserError(
+                f"{field}: {tokens}, but model.text_tower has {positions} positions; set it to {positions} or less"
+            )
 
 
 def _image_start(config: Config) -> tuple[PairSource, None, Validate]:

@@ -27,7 +27,7 @@ from ..data.batches import Bank, Batch
 from ..data.pairs import PairLoader, PairSource
 from ..errors import UserError
 from ..model.efficientclip import EfficientCLIP
-from ..model.encode import to_device
+from ..model.encode import moved, to_device
 from ..objectives.losses import Losses, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model
 from .distributed import deepspeed_config
@@ -148,10 +148,10 @@ class Trainer:
         rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
-        batch.frozen_MD = batch.frozen_MD.to(self.device).float()
-        batch.weights_M = batch.weights_M.to(self.device)
+        batch.frozen_MD = moved(batch.frozen_MD, self.device).float()
+        batch.weights_M = moved(batch.weights_M, self.device)
         if batch.excluded is not None:
-            batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
+            batch.excluded = (moved(batch.excluded[0], self.device), moved(batch.excluded[1], self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
         masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
         dist.all_reduce(masked)
