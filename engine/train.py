@@ -60,7 +60,7 @@ def train(config: Config) -> None:
         dist.barrier()
         model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
         if model.text is not None:
-            _check_positions(config, model.text.positions)
+            check_positions(config, model.text.positions)
         trainer = Trainer(config, model, source, validate)
         finished = trainer.train()
         if rank == 0 and finished:
@@ -139,7 +139,8 @@ def _check_store(config: Config, store: Store) -> None:
             raise UserError(f"data.tokenizer: not the one that made {store.path}; prepare the store anew")
 
 
-def _check_positions(config: Config, positions: int | None) -> None:
+def check_positions(config: Config, positions: int | None) -> None:
+    """UserError when texts may be longer than the text tower's `positions`; None: it has no such limit."""
     longest = {"training.max_caption_tokens": config.training.max_caption_tokens}
     if config.mlm.texts_per_batch:
         longest["data.max_text_tokens"] = config.data.max_text_tokens
