@@ -9,6 +9,11 @@ from pathlib import Path
 from . import __version__
 from .errors import UserError, reported
 
+PICTURES = (
+    ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
+    " picture paths and captions"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
@@ -32,8 +37,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"efficientclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], None], name: str, help: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
+    def command(
+        run: Callable[[argparse.Namespace], None], name: str, help: str, aliases: Sequence[str] = ()
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", aliases=aliases)
         added.set_defaults(command=run)
         return added
 
@@ -41,9 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     demo_data.add_argument("directory", type=Path, metavar="DIR")
     demo_data.add_argument("--config", type=Path, required=True, help="its demo_data section says how")
 
-    prepare = command(_prepare, "prepare", "make a store of pictures (.tar), parallel text (.tsv) or plain text (.txt)")
-    prepare.add_argument("source", type=Path, metavar="SOURCE", help="a file, or a folder of .tar files")
+    prepare = command(
+        _prepare, "prepare", "make a store: frozen features of pictures or parallel text, or plain text", ["features"]
+    )
+    prepare.add_argument(
+        "source", type=Path, metavar="SOURCE", help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt)"
+    )
     prepare.add_argument("store", type=Path, metavar="STORE", help="folder to write")
+    prepare.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in SOURCE start")
     prepare.add_argument("--config", type=Path, required=True, help="names the frozen tower and the tokenizer")
     prepare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
@@ -86,8 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         type=Path,
         metavar="DATA",
-        help="a store, .tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), or a .csv,"
-        " .tsv or .parquet of picture paths and captions",
+        help=f"a store, {PICTURES}",
     )
     evaluate.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in DATA start")
     evaluate.add_argument(
@@ -104,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     search = command(_search, "search", "find pictures for a text and write them as one picture")
     _add_run(search)
     search.add_argument("query", metavar="QUERY", help="for instance 一只戴帽子的猫")
-    search.add_argument("--data", type=Path, help="store or .tar to search (default: what the run trained on)")
+    search.add_argument("--data", type=Path, help="a store or pictures to search (default: what the run trained on)")
     search.add_argument("--top", type=int, default=10, help="number of pictures (default: 10)")
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
 
@@ -156,7 +167,7 @@ def _prepare(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .prepare import prepare
 
-    manifest = prepare(given.source, given.store, config)
+    manifest = prepare(given.source, given.store, config, given.images)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
     print(

@@ -1,25 +1,31 @@
-"""`efficientclip prepare`: shards, parallel text or plain text become a store, once, resumably and atomically."""
+"""`efficientclip prepare`: pictures, parallel text or plain text become a store, once, resumably and atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from .config import Config
 from .data.images import ImageBatch, ImageLoader
-from .data.shards import BadSample, list_shards
+from .data.shards import BadSample, Sample
+from .data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
 from .data.store import (
     FORMAT,
     PAIR_FILES,
@@ -73,8 +79,21 @@ class Item:
 Part = tuple[list[Item], list[BadSample]]
 
 
-def prepare(source: Path, path: Path, config: Config) -> dict[str, Any]:
-    """Make a store at `path` from tars (through the image tower), a zh<TAB>en `.tsv` (teacher) or a `.txt` (no tower).
+@dataclass(frozen=True)
+class Recipe:
+    """What a pair store is made of, in parts that an interrupted call keeps; `samples` is their number, if known."""
+
+    files: Sequence[Path]
+    tower: str
+    parts: Sequence[Callable[[Any], Part]]
+    samples: int | None
+
+
+def prepare(source: Path, path: Path, config: Config, images: Path | None = None) -> dict[str, Any]:
+    """Make a store at `path`: of whatever `open_source` reads, a zh<TAB>en `.tsv` or a `.txt`.
+
+    Pictures go through the image tower, the English side through the teacher, and a `.txt` needs no tower. `images` is
+    where the picture paths in `source` start, as for `open_source`.
 
     Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest.
     """
@@ -82,100 +101,151 @@ def prepare(source: Path, path: Path, config: Config) -> dict[str, Any]:
         raise UserError(f"source {source}: no such file or folder")
     if source.suffix == ".txt":
         return _prepare_texts(source, path, config)
-    return _prepare_pairs(source, path, config)
+    return _prepare_pairs(source, path, config, images)
 
 
-def _prepare_pairs(source: Path, path: Path, config: Config) -> dict[str, Any]:
+def _prepare_pairs(source: Path, path: Path, config: Config, images: Path | None) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.data.tokenizer)
-    parts, tower = _parallel_parts(source, config) if source.suffix == ".tsv" else _image_parts(source, config)
+    recipe = _parallel_recipe(source, config) if is_parallel(source) else _picture_recipe(source, config, images)
     identity = {
         "kind": "pairs",
         "source": str(source),
-        "source_fingerprint": _source_fingerprint(source),
-        "tower": tower,
+        "source_fingerprint": _fingerprint(recipe.files),
+        "tower": recipe.tower,
         "tokenizer": fingerprint(tokenizer),
     }
+    if images is not None:
+        identity["images"] = str(images)
     if (made := _up_to_date(path, identity)) is not None:
         return made
     folder = _open_staging(path, identity)
-    files, bad_total, seen_total = [], Counter[str](), 0
-    for number, make in enumerate(tqdm(parts, desc=f"parts of {path.name}", unit="part")):
-        file = folder / f"part-{number:05d}.parquet"
-        if not file.exists():
-            items, bad = make()
-            _write_part(file, items, bad)
-        metadata = pq.read_schema(file).metadata
-        causes = Counter(entry["cause"] for entry in json.loads(metadata[b"bad"]))
-        bad_total += causes
-        seen_total += pq.read_metadata(file).num_rows + sum(causes.values())
-        files.append(file)
-    if seen_total == 0:
+    files: list[Path] = []
+    listed: list[dict[str, str]] = []
+    causes, seen = Counter[str](), 0
+    with tqdm(total=recipe.samples, unit="sample") as bar:
+        for number, make in enumerate(recipe.parts):
+            bar.set_description(f"{path.name}, part {number + 1} of {len(recipe.parts)}")
+            file = folder / f"part-{number:05d}.parquet"
+            before, kept = bar.n, file.exists()
+            if not kept:
+                _write_part(file, *make(bar))
+            bad = json.loads(pq.read_schema(file).metadata[b"bad"])
+            causes.update(entry["cause"] for entry in bad)
+            listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
+            found = pq.read_metadata(file).num_rows + len(bad)
+            seen += found
+            bar.update(found - (bar.n - before))
+            if kept:
+                # The rate is that of the parts made now.
+                bar.initial += found
+            if recipe.samples is None:
+                bar.total = seen * len(recipe.parts) // (number + 1)
+            files.append(file)
+    if seen == 0:
         raise UserError(f"source {source}: empty, no sample found")
-    share = sum(bad_total.values()) / seen_total
-    if share > config.data.max_bad_share or sum(bad_total.values()) == seen_total:
-        listed = ", ".join(f"{count} × {cause}" for cause, count in bad_total.most_common())
-        first = next(entry for file in files for entry in json.loads(pq.read_schema(file).metadata[b"bad"]))
+    share = causes.total() / seen
+    if share > config.data.max_bad_share or causes.total() == seen:
+        counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
         raise UserError(
-            f"source {source}: {share:.1%} of {seen_total} samples are bad ({listed}; first: {first['key']} in"
-            f" {first['shard']}), data.max_bad_share is {config.data.max_bad_share:.1%}; mend the source or"
+            f"source {source}: {share:.1%} of {seen} samples are bad ({counts}; first: {listed[0]['key']} in"
+            f" {listed[0]['shard']}), data.max_bad_share is {config.data.max_bad_share:.1%}; mend the source or"
             " raise the limit"
         )
-    manifest = _merge(folder, files, tokenizer, identity)
+    merged = _merge(folder, files, tokenizer)
+    manifest = {**identity, **merged, "bad_counts": dict(causes), "bad_samples": listed}
     for file in files:
         file.unlink()
     finish(folder, path, manifest, PAIR_FILES)
     return manifest
 
 
-def _image_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:
+def _picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
     encoder = FrozenImages(config)
-    tower = encoder.tower
-
-    def part(shard: Path) -> Part:
-        items: list[Item] = []
-        with (
-            ImageLoader(
-                shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std,
-                keep_encoded=True,
-            ) as loader,
-            tqdm(desc=shard.name, unit="picture", leave=False) as bar,
-        ):  # fmt: skip
-            for batch in loader:
-                items += _items(shard, batch, _fp16_rows(encoder.encode_pixels(batch.images)))
-                bar.update(len(batch))
-                waited = loader.waited_seconds / max(bar.format_dict["elapsed"], 1e-9)
-                bar.set_postfix(waited_for_data=f"{waited:.0%}", refresh=False)
-            return items, loader.bad_samples
-
-    return [partial(part, shard) for shard in list_shards(source)], encoder.name
+    opened = open_source(source, images)
+    make = partial(_shard_part, encoder) if is_tars(source) else partial(_source_part, encoder)
+    pieces: Sequence[Any] = opened.files if is_tars(source) else opened.parts
+    return Recipe(opened.files, encoder.name, [partial(make, piece) for piece in pieces], opened.pictures)
 
 
-def _items(shard: Path, batch: ImageBatch, features: list[bytes]) -> list[Item]:
-    items = []
-    for at, feature in enumerate(features):
-        items.append(
-            Item(
-                hash=hashlib.blake2b(batch.encoded[at] or b"", digest_size=16).digest(),
-                feature=feature,
-                key=batch.keys[at],
-                source=str((batch.records[at] or {}).get("source", "")),
-                shard=str(shard.resolve()),
-                offset=batch.offsets[at],
-                length=batch.lengths[at],
-                captions=batch.captions[at],
-                noise=[entry.get("noise") for entry in batch.entries[at]],
-            )
+def _shard_part(encoder: FrozenImages, shard: Path, bar: Any) -> Part:
+    items: list[Item] = []
+    tower, started = encoder.tower, time.perf_counter()
+    with ImageLoader(
+        shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
+    ) as loader:
+        for batch in loader:
+            features = _fp16_rows(encoder.encode_pixels(batch.images))
+            items += map(_item, _samples(shard, batch), features)
+            bar.update(len(batch))
+            _show_wait(bar, loader.waited_seconds, started)
+        return items, loader.bad_samples
+
+
+def _samples(shard: Path, batch: ImageBatch) -> Iterator[Sample]:
+    for at, key in enumerate(batch.keys):
+        yield Sample(
+            key=key,
+            image=batch.encoded[at] or b"",
+            shard=shard,
+            offset=batch.offsets[at],
+            length=batch.lengths[at],
+            captions=batch.captions[at],
+            noise=[entry.get("noise") for entry in batch.entries[at]],
+            source=str((batch.records[at] or {}).get("source", "")),
         )
-    return items
 
 
-def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Part]], str]:
+def _source_part(encoder: FrozenImages, part: Callable[[], Iterator[Sample | BadSample]], bar: Any) -> Part:
+    items: list[Item] = []
+    bad: list[BadSample] = []
+    started, waited = time.perf_counter(), encoder.waited_seconds
+    for found in encoder.encode_samples(map(_captioned, part())):
+        if isinstance(found, BadSample):
+            bad.append(found)
+        else:
+            sample, feature_D = found
+            items += [_item(sample, *_fp16_rows(feature_D[None]))]
+        bar.update()
+        _show_wait(bar, encoder.waited_seconds - waited, started)
+    return items, bad
+
+
+def _captioned(sample: Sample | BadSample) -> Sample | BadSample:
+    if isinstance(sample, Sample) and not sample.captions:
+        return BadSample(sample.shard.name, sample.key, "image without caption")
+    return sample
+
+
+def _item(sample: Sample, feature: bytes) -> Item:
+    return Item(
+        hash=_digest(sample.image),
+        feature=feature,
+        key=sample.key,
+        source=sample.source,
+        shard=str(sample.shard.resolve()),
+        offset=sample.offset,
+        length=sample.length,
+        captions=sample.captions,
+        noise=sample.noise,
+    )
+
+
+def _show_wait(bar: Any, waited_seconds: float, started: float) -> None:
+    share = waited_seconds / max(time.perf_counter() - started, 1e-9)
+    bar.set_postfix(waited_for_data=f"{share:.0%}", refresh=False)
+
+
+def _parallel_recipe(source: Path, config: Config) -> Recipe:
     if config.model.teacher is None:
-        raise UserError("model.teacher: not set; parallel text is encoded by it")
+        raise UserError(
+            f"model.teacher: not set; {source} is taken as parallel text, zh<TAB>en, which it encodes. A table of"
+            f" pictures needs a first line with one of {', '.join(PICTURE_COLUMNS)} and one of"
+            f" {', '.join(CAPTION_COLUMNS)}"
+        )
     teacher = Teacher(config.model.teacher)
     lines = _read_lines(source)
 
-    def part(start: int) -> Part:
+    def part(start: int, bar: Any) -> Part:
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
@@ -187,7 +257,7 @@ def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Par
         features = _fp16_rows(teacher.encode([english for *_, english in good], progress=source.name)) if good else []
         items = [
             Item(
-                hash=hashlib.blake2b(english.encode(), digest_size=16).digest(),
+                hash=_digest(english.encode()),
                 feature=feature,
                 key=f"line {number}",
                 source="parallel",
@@ -201,8 +271,8 @@ def _parallel_parts(source: Path, config: Config) -> tuple[list[Callable[[], Par
         ]
         return items, bad
 
-    makers: list[Callable[[], Part]] = [partial(part, start) for start in range(0, len(lines), PARALLEL_CHUNK)]
-    return makers, teacher_name(config.model.teacher)
+    parts = [partial(part, start) for start in range(0, len(lines), PARALLEL_CHUNK)]
+    return Recipe([source], teacher_name(config.model.teacher), parts, len(lines))
 
 
 def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
@@ -210,7 +280,7 @@ def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
     identity = {
         "kind": "texts",
         "source": str(source),
-        "source_fingerprint": _source_fingerprint(source),
+        "source_fingerprint": _fingerprint([source]),
         "tokenizer": fingerprint(tokenizer),
         "max_text_tokens": config.data.max_text_tokens,
     }
@@ -220,18 +290,20 @@ def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
     if not lines:
         raise UserError(f"source {source}: empty, no text found")
     inner = config.data.max_text_tokens - 2
-    pieces: list[list[int]] = []
-    for batch in tqdm(list(_batches(lines, 1024)), desc=f"tokens of {path.name}", unit="batch"):
-        for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            for start in range(0, len(tokens), inner):
-                pieces.append([tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id])
+
+    def pieces() -> Iterator[list[int]]:
+        for batch in _batches(tqdm(lines, desc=f"tokens of {path.name}", unit="text"), 1024):
+            for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+                for start in range(0, len(tokens), inner):
+                    yield [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]
+
     folder = _open_staging(path, identity)
     dtype = token_dtype(len(tokenizer))
-    write_tokens(folder, pieces, dtype)
+    texts = write_tokens(folder, pieces(), dtype)
     tokenizer.save_pretrained(folder / "tokenizer")
     manifest = {
         **identity,
-        "texts": len(pieces),
+        "texts": texts,
         "token_dtype": dtype.name,
         "vocabulary": len(tokenizer),
         "special_tokens": sorted(tokenizer.all_special_ids),
@@ -267,8 +339,7 @@ def _open_staging(path: Path, identity: dict[str, Any]) -> Path:
     return folder
 
 
-def _source_fingerprint(source: Path) -> str:
-    files = [source] if source.is_file() else sorted(source.glob("*.tar"))
+def _fingerprint(files: Sequence[Path]) -> str:
     described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
@@ -310,49 +381,124 @@ def _write_part(file: Path, items: list[Item], bad: list[BadSample]) -> None:
     write_atomically(file, sink.getvalue().to_pybytes())
 
 
-def _merge(folder: Path, files: list[Path], tokenizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
-    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files."""
-    image_of: dict[bytes, int] = {}
-    caption_of: dict[str, int] = {}
-    seen: set[tuple[int, int]] = set()
-    bad: list[dict[str, str]] = []
-    width = 0
-    pair_file = folder / "pairs.parquet"
-    with (folder / "features.bin").open("wb") as features, pq.ParquetWriter(pair_file, PAIR_SCHEMA) as pairs:
-        for file in files:
-            bad += json.loads(pq.read_schema(file).metadata[b"bad"])
-            rows: list[dict[str, Any]] = []
-            for record in pq.read_table(file).to_pylist():
-                if record["hash"] not in image_of:
-                    image_of[record["hash"]] = len(image_of)
-                    features.write(record["feature"])
-                    width = len(record["feature"]) // 2
-                image_id = image_of[record["hash"]]
-                for caption, noise in zip(record["captions"], record["noise"], strict=True):
-                    caption_id = caption_of.setdefault(caption, len(caption_of))
-                    if (image_id, caption_id) not in seen:
-                        seen.add((image_id, caption_id))
-                        rows.append(
-                            {name: record[name] for name in ("key", "source", "shard", "offset", "length")}
-                            | {"caption": caption, "image_id": image_id, "caption_id": caption_id, "noise": noise}
-                        )
-            pairs.write_table(pa.Table.from_pylist(rows, schema=PAIR_SCHEMA))
-    token_lists: list[list[int]] = []
-    for batch in tqdm(list(_batches(caption_of, 4096)), desc="captions", unit="batch"):
-        token_lists += tokenizer(batch)["input_ids"]
+def _merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
+
+    Ids count in the order of first occurrence. Of all parts together only digests and ids are held, never texts.
+    """
+    row_digests, caption_digests = bytearray(), bytearray()
+    counts = []
+    for file in files:
+        table = pq.read_table(file, columns=["hash", "captions"])
+        row_digests += b"".join(table["hash"].to_pylist())
+        counts.append(pc.list_value_length(table["captions"]).to_numpy())
+        caption_digests += b"".join(_digest(caption.encode()) for caption in _flat(table, "captions").to_pylist())
+    image_of_row, rows = _ids(row_digests)
+    image_ids = np.repeat(image_of_row, np.concatenate(counts))
+    caption_ids, captions = _ids(caption_digests)
+    del row_digests, caption_digests, counts, image_of_row
+    pairs = np.unique(image_ids.astype(np.int64) << 32 | caption_ids, return_index=True)[1]
+    pairs.sort()
+    image_ids, caption_ids = image_ids[pairs], caption_ids[pairs]
+    width = _write_rows(folder, files, rows)
+    _write_pairs(folder, files, pairs, image_ids, caption_ids)
     dtype = token_dtype(len(tokenizer))
-    write_tokens(folder, token_lists, dtype)
-    ids = pq.read_table(pair_file, columns=["image_id", "caption_id"], memory_map=True)
-    write_ids(folder, ids["image_id"].to_numpy(), ids["caption_id"].to_numpy(), len(caption_of))
+    texts = tqdm(_texts(files, captions), desc="captions", unit="text", total=len(captions))
+    batches = (tokenizer(batch)["input_ids"] for batch in _batches(texts, 4096))
+    write_tokens(folder, chain.from_iterable(batches), dtype)
+    write_ids(folder, image_ids, caption_ids, len(captions))
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
-        **identity,
         "width": width,
-        "pairs": len(seen),
-        "images": len(image_of),
-        "captions": len(caption_of),
+        "pairs": len(pairs),
+        "images": len(rows),
+        "captions": len(captions),
         "token_dtype": dtype.name,
         "vocabulary": len(tokenizer),
-        "bad_counts": dict(Counter(entry["cause"] for entry in bad)),
-        "bad_samples": bad[:LISTED_BAD_SAMPLES],
     }
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _ids(digests: bytearray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """An id for each digest of 16 bytes, counted in the order of first occurrence, and where each id occurs first."""
+    high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
+    # Stable: of equal digests the first stands first.
+    order = np.lexsort((low, high))
+    new = np.ones(len(order), bool)
+    new[1:] = _changes(high[order])
+    new[1:] |= _changes(low[order])
+    firsts = order[new]
+    by_occurrence = np.argsort(firsts)
+    rank = np.empty(len(firsts), np.int32)
+    rank[by_occurrence] = np.arange(len(firsts), dtype=np.int32)
+    ids = np.empty(len(order), np.int32)
+    ids[order] = rank[np.cumsum(new, dtype=np.int32) - 1]
+    return ids, firsts[by_occurrence]
+
+
+def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    changed: npt.NDArray[np.bool_] = values[1:] != values[:-1]
+    return changed
+
+
+def _flat(table: pa.Table, column: str) -> pa.Array:
+    flat: pa.Array = pc.list_flatten(table[column]).combine_chunks()
+    return flat
+
+
+def _chosen(chosen: npt.NDArray[np.int64], start: int, count: int) -> npt.NDArray[np.int64]:
+    """Those of the ascending `chosen` that lie in the next `count` from `start`, counted from there."""
+    first, last = np.searchsorted(chosen, (start, start + count))
+    return chosen[first:last] - start
+
+
+def _write_rows(folder: Path, files: list[Path], rows: npt.NDArray[np.int64]) -> int:
+    """features.bin of the parts' `rows`, ascending; returns their width."""
+    start = width = 0
+    with (folder / "features.bin").open("wb") as stream:
+        for file in files:
+            features = pq.read_table(file, columns=["feature"])["feature"]
+            for feature in features.take(_chosen(rows, start, len(features))).to_pylist():
+                stream.write(feature)
+                width = len(feature) // 2
+            start += len(features)
+    return width
+
+
+def _write_pairs(
+    folder: Path,
+    files: list[Path],
+    pairs: npt.NDArray[np.int64],
+    image_ids: npt.NDArray[np.int32],
+    caption_ids: npt.NDArray[np.int32],
+) -> None:
+    """pairs.parquet of the parts' `pairs`, ascending, with the ids of each."""
+    start = done = 0
+    with pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA) as writer:
+        for file in files:
+            table = pq.read_table(file).drop_columns(["hash", "feature"]).combine_chunks()
+            captions, noise = _flat(table, "captions"), _flat(table, "noise")
+            chosen = _chosen(pairs, start, len(captions))
+            rows = table.take(pc.list_parent_indices(table["captions"]).combine_chunks().take(chosen)).combine_chunks()
+            here = slice(done, done + len(chosen))
+            columns = {
+                "caption": captions.take(chosen),
+                "image_id": image_ids[here],
+                "caption_id": caption_ids[here],
+                "noise": noise.take(chosen),
+            }
+            arrays = [columns[name] if name in columns else rows[name] for name in PAIR_SCHEMA.names]
+            writer.write_table(pa.table(arrays, names=PAIR_SCHEMA.names).cast(PAIR_SCHEMA))
+            start, done = start + len(captions), here.stop
+
+
+def _texts(files: list[Path], captions: npt.NDArray[np.int64]) -> Iterator[str]:
+    """The parts' `captions`, ascending."""
+    start = 0
+    for file in files:
+        texts = _flat(pq.read_table(file, columns=["captions"]), "captions")
+        yield from texts.take(_chosen(captions, start, len(texts))).to_pylist()
+        start += len(texts)

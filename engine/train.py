@@ -80,6 +80,8 @@ def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrain
         dist.barrier()
         sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
         model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
+        if model.text is not None:
+            check_positions(config, model.text.positions)
         yield kind(config, model, source, validate)
     finally:
         dist.destroy_process_group()
@@ -151,6 +153,18 @@ def _check_store(config: Config, store: Store) -> None:
         tokenizer = fingerprint(load_tokenizer(config.data.tokenizer))
         if tokenizer != store.manifest["tokenizer"]:
             raise UserError(f"data.tokenizer: not the one that made {store.path}; prepare the store anew")
+
+
+def check_positions(config: Config, positions: int | None) -> None:
+    """UserError when texts may be longer than the text tower's `positions`; None: it has no such limit."""
+    longest = {"training.max_caption_tokens": config.training.max_caption_tokens}
+    if config.mlm.texts_per_batch:
+        longest["data.max_text_tokens"] = config.data.max_text_tokens
+    for field, tokens in longest.items():
+        if positions is not None and tokens > positions:
+            raise UserError(
+                f"{field}: {tokens}, but model.text_tower has {positions} positions; set it to {positions} or less"
+            )
 
 
 def _image_start(config: Config) -> tuple[PairSource, None, Validate]:

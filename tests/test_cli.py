@@ -68,6 +68,17 @@ def test_train_gets_the_config_with_its_overrides(tmp_path: Path, monkeypatch: p
     assert seen == [[config, "optimizer.lr=0.5"]]
 
 
+def test_features_is_another_name_of_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setitem(
+        sys.modules, "efficientclip.prepare", SimpleNamespace(prepare=lambda *given: seen.append(given) or {})
+    )
+    config = str(tiny.config(tmp_path))
+    for name in ("prepare", "features"):
+        assert main([name, "a.csv", "s", "--images", "d", "--config", config, "seed=3"]) == 0
+    assert [(*given[:2], given[2].seed, given[3]) for given in seen] == [(Path("a.csv"), Path("s"), 3, Path("d"))] * 2
+
+
 def test_help_and_version_load_no_torch() -> None:
     code = "import sys, atexit; from efficientclip.cli import main\n"
     code += "atexit.register(lambda: print(sorted({'torch', 'transformers'} & sys.modules.keys())))\n"

@@ -121,6 +121,7 @@ def config(folder: Path, **changes: Any) -> Path:
         "training": {
             "pair_visits": 640,
             "batch_size": 32,
+            "max_caption_tokens": 64,
             "threads": 1,
             "log_every": 1,
             "checkpoint_every": 5,

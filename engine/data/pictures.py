@@ -26,8 +26,18 @@ def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise OSError(str(error)) from error
     if picture.size != (size, size):
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        # The box that torchvision's Resize and CenterCrop leave, as in csrc/transform.cpp.
+        short = min(picture.size)
+        (left, right), (top, bottom) = (_middle(side, short, size) for side in picture.size)
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return np.asarray(picture)
+
+
+def _middle(side: int, short: int, size: int) -> tuple[float, float]:
+    """Where the crop begins and ends on one side of a picture, in its own pixels."""
+    scaled = int(size * side / short)
+    edge = round((scaled - size) / 2)
+    return edge * side / scaled, min((edge + size) * side / scaled, side)
 
 
 def normalise(pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tarfile
 from collections.abc import Iterator
@@ -14,20 +15,27 @@ from ..errors import UserError
 IMAGE_SUFFIXES = {"png", "jpg", "jpeg", "webp"}
 # Content and its first byte in the tar, by suffix.
 Members = dict[str, tuple[bytes, int]]
+# Old data sets' base64 is of the alphabet for URLs.
+PLAIN_BASE64 = bytes.maketrans(b"-_", b"+/")
 
 
 @dataclass
 class Sample:
-    """One picture with its captions, as it lies in a tar."""
+    """One picture with its captions; it lies at `offset` of `shard`, `length` bytes long, in a .tsv as base64.
+
+    `text_ids`, as long as `captions` or empty, tell equal captions apart where the source has ids for them.
+    """
 
     key: str
     image: bytes
+    shard: Path
     offset: int
     length: int
     captions: list[str]
     captions_en: list[str] = field(default_factory=list)
     noise: list[bool | None] = field(default_factory=list)
     source: str = ""
+    text_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,11 +91,20 @@ def read_picture(shard: Path, offset: int, length: int) -> bytes:
     try:
         with shard.open("rb") as file:
             file.seek(offset)
-            return file.read(length)
+            return decoded(shard, file.read(length))
     except OSError as error:
         raise UserError(
             f"shard {shard}: {error.strerror}; the store points to it, put it back or prepare anew"
         ) from error
+    except ValueError as error:
+        raise UserError(
+            f"shard {shard}: no picture at byte {offset} ({error}); the shard changed, prepare the store anew"
+        ) from error
+
+
+def decoded(shard: Path, stored: bytes) -> bytes:
+    """The picture's file that `stored` bytes of `shard` stand for. ValueError where a .tsv holds no base64."""
+    return base64.b64decode(stored.translate(PLAIN_BASE64), validate=True) if shard.suffix == ".tsv" else stored
 
 
 def _sample(shard: Path, key: str, members: Members) -> Sample | BadSample:
@@ -110,6 +127,7 @@ def _sample(shard: Path, key: str, members: Members) -> Sample | BadSample:
     return Sample(
         key=key,
         image=image,
+        shard=shard,
         offset=offset,
         length=len(image),
         captions=captions,

@@ -8,13 +8,13 @@ X_imgs.tsv, X_texts.jsonl   Chinese-CLIP's: id<TAB>base64 picture; {"text_id", "
 
 from __future__ import annotations
 
-import base64
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +22,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError
-from .shards import IMAGE_SUFFIXES, BadSample, Sample, list_shards, read_shard
+from .shards import IMAGE_SUFFIXES, BadSample, Sample, decoded, list_shards, read_shard
 
 PART = 4096
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
 PICTURE_COLUMNS = ("image", "image_path", "path", "filepath", "file_name", "filename")
 CAPTION_COLUMNS = ("caption", "text", "title")
 LABEL_COLUMNS = ("label",)
-# Old data sets' base64 is of the alphabet for URLs.
-PLAIN_BASE64 = bytes.maketrans(b"-_", b"+/")
-
-
-@dataclass
-class SourceSample(Sample):
-    """A sample whose picture lies at `offset` of `shard`, `length` bytes long; in a .tsv these bytes are base64.
-
-    `text_ids`, as long as `captions` or empty, tell equal captions apart where the source has ids for them. A picture
-    without captions stands in the source only to be mistaken for another.
-    """
-
-    shard: Path = Path()
-    text_ids: list[str] = field(default_factory=list)
+BASE64_WORD = re.compile(r"[A-Za-z0-9+/_=-]{200,}")
 
 
 @dataclass(frozen=True)
 class Source:
     """Samples in the order of the source, anew in each iteration, whole or part by part.
 
-    `files` are those whose change makes it another source; `pictures` is their number, None where only reading tells.
+    A picture without captions stands in it only to be mistaken for another. `files` are those whose change makes it
+    another source; `pictures` is their number, None where only reading tells.
     """
 
     path: Path
     files: Sequence[Path]
-    parts: Sequence[Callable[[], Iterator[SourceSample | BadSample]]]
+    parts: Sequence[Callable[[], Iterator[Sample | BadSample]]]
     pictures: int | None
 
-    def __iter__(self) -> Iterator[SourceSample | BadSample]:
+    def __iter__(self) -> Iterator[Sample | BadSample]:
         return chain.from_iterable(part() for part in self.parts)
 
 
@@ -90,7 +78,7 @@ def open_source(path: Path, images: Path | None = None) -> Source:
         path = splits[0]
     if is_tars(path):
         tars = list_shards(path)
-        return Source(path, tars, [partial(_tar_samples, tar) for tar in tars], None)
+        return Source(path, tars, [partial(read_shard, tar) for tar in tars], None)
     if path.name.endswith((IMAGES, TEXTS)):
         return _base64_source(path.with_name(path.name.removesuffix(TEXTS).removesuffix(IMAGES)))
     if path.suffix == ".json":
@@ -118,6 +106,33 @@ def open_labelled(path: Path, images: Path | None = None) -> Source:
 def is_tars(path: Path) -> bool:
     """Whether `path` is a tar or a folder of them."""
     return path.suffix == ".tar" if path.is_file() else any(path.glob("*.tar"))
+
+
+def is_parallel(path: Path) -> bool:
+    """Whether the .tsv at `path` is zh<TAB>en text, and neither a table with a header nor Chinese-CLIP's pictures.
+
+    UserError when it holds pictures, but in no form that is read.
+    """
+    if path.suffix != ".tsv" or not path.is_file() or path.name.endswith(IMAGES):
+        return False
+    first = [[cell.strip() for cell in line.split("\t")] for _, line in islice(_lines(path), 2)]
+    header = [cell.strip('"').lower() for cell in first[0]] if first else []
+    pictured = any(cell in PICTURE_COLUMNS for cell in header)
+    # In parallel text, too, an English side may be the word "image".
+    if pictured and (any(cell in CAPTION_COLUMNS for cell in header) or all(cell.isascii() for cell in header)):
+        return False
+    for number, cells in enumerate(first, 1):
+        if any(Path(cell).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES for cell in cells):
+            raise UserError(
+                f"source {path}, line {number}: names a picture file, but line 1 does not name the columns; let it be"
+                f" a header with one of {', '.join(PICTURE_COLUMNS)} and one of {', '.join(CAPTION_COLUMNS)}"
+            )
+        if any(BASE64_WORD.fullmatch(cell) for cell in cells):
+            raise UserError(
+                f"source {path}, line {number}: holds base64, as Chinese-CLIP's pictures do; name it *{IMAGES} and put"
+                f" *{TEXTS} beside it"
+            )
+    return True
 
 
 def read_table(file: Path, *kinds: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
@@ -306,32 +321,25 @@ def _source(path: Path, files: list[Path], entries: Iterable[_Entry]) -> Source:
     return Source(path, files, parts, len(listed))
 
 
-def _samples(name: str, entries: list[_Entry]) -> Iterator[SourceSample | BadSample]:
+def _samples(name: str, entries: list[_Entry]) -> Iterator[Sample | BadSample]:
     for entry in entries:
         try:
             with entry.file.open("rb") as file:
                 file.seek(entry.offset)
                 stored = file.read(entry.length)
-            image = stored
-            if entry.file.suffix == ".tsv":
-                image = base64.b64decode(stored.translate(PLAIN_BASE64), validate=True)
+            image = decoded(entry.file, stored)
         except OSError as error:
             yield BadSample(name, entry.key, f"picture file: {error.strerror}")
         except ValueError:
             yield BadSample(name, entry.key, "picture is not base64")
         else:
-            yield SourceSample(
+            yield Sample(
                 key=entry.key,
                 image=image,
+                shard=entry.file,
                 offset=entry.offset,
                 length=len(stored),
                 captions=entry.captions,
                 noise=[None] * len(entry.captions),
-                shard=entry.file,
                 text_ids=entry.text_ids,
             )
-
-
-def _tar_samples(tar: Path) -> Iterator[SourceSample | BadSample]:
-    for sample in read_shard(tar):
-        yield sample if isinstance(sample, BadSample) else SourceSample(**vars(sample), shard=tar)

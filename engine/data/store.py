@@ -18,8 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +144,18 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocabulary <= 1 << 16 else np.dtype(np.int32)
 
 
-def write_tokens(folder: Path, token_lists: list[list[int]], dtype: np.dtype[Any]) -> None:
-    """tokens.bin and offsets.bin of `token_lists`."""
-    offsets = np.zeros(len(token_lists) + 1, np.int64)
-    np.cumsum([len(tokens) for tokens in token_lists], out=offsets[1:])
-    tokens = np.fromiter((token for tokens in token_lists for token in tokens), dtype, int(offsets[-1]))
-    tokens.tofile(folder / "tokens.bin")
-    offsets.tofile(folder / "offsets.bin")
+def write_tokens(folder: Path, token_lists: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
+    """tokens.bin and offsets.bin of `token_lists`, which are held a few thousand at a time; returns their number."""
+    remaining = iter(token_lists)
+    texts = end = 0
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "offsets.bin").open("wb") as offsets:
+        np.zeros(1, np.int64).tofile(offsets)
+        while batch := list(islice(remaining, 4096)):
+            ends = end + np.cumsum([len(one) for one in batch], dtype=np.int64)
+            np.fromiter(chain.from_iterable(batch), dtype, int(ends[-1]) - end).tofile(tokens)
+            ends.tofile(offsets)
+            texts, end = texts + len(batch), int(ends[-1])
+    return texts
 
 
 def write_ids(folder: Path, image_ids: npt.NDArray[Any], caption_ids: npt.NDArray[Any], captions: int) -> None:

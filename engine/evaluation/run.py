@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +18,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config, load_config
-from ..data.pictures import decode_square
-from ..data.shards import BadSample
-from ..data.sources import Source, SourceSample
+from ..data.shards import BadSample, Sample
+from ..data.sources import Source
 from ..data.store import Store, Texts, TextStore, read_manifest
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
@@ -32,7 +29,6 @@ from ..model.frozen import FrozenImages, frozen_name
 from ..prepare import prepare
 
 TEXTS_AT_ONCE = 4096
-PICTURES_AT_ONCE = 256
 
 
 @dataclass
@@ -79,37 +75,17 @@ class Run:
                 bar.update(len(features[-1]))
         return np.concatenate(features)
 
-    def encode_source(self, source: Source) -> Iterator[tuple[SourceSample, npt.NDArray[np.float32]]]:
+    def encode_source(self, source: Source) -> Iterator[tuple[Sample, npt.NDArray[np.float32]]]:
         """Each sample with the L2-normalised feature float32 [D] of its picture, under a bar with the rate.
 
         UserError at the first sample that is bad: a result over part of a data set would pass for one over all of it.
         """
-        size = self.frozen.tower.size
-        samples = iter(source)
-        with (
-            ThreadPoolExecutor() as pool,
-            tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar,
-        ):
-            while batch := list(islice(samples, PICTURES_AT_ONCE)):
-                good = [_good(sample) for sample in batch]
-                pixels = list(pool.map(partial(_decoded, size=size, source=source.path), good))
-                yield from zip(good, self.frozen.encode(pixels), strict=True)
-                bar.update(len(batch))
-
-
-def _good(sample: SourceSample | BadSample) -> SourceSample:
-    if isinstance(sample, BadSample):
-        raise UserError(f"source {sample.shard}, {sample.key}: {sample.cause}; mend the sample or take it out")
-    return sample
-
-
-def _decoded(sample: SourceSample, *, size: int, source: Path) -> npt.NDArray[np.uint8]:
-    try:
-        return decode_square(sample.image, size)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"source {source}, {sample.key}: undecodable picture ({error}); mend the sample or take it out"
-        ) from error
+        with tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
+            for found in self.frozen.encode_samples(source):
+                if isinstance(found, BadSample):
+                    raise UserError(f"source {source.path}, {found.key}: {found.cause}; mend the sample or take it out")
+                yield found
+                bar.update()
 
 
 def open_run(folder: Path) -> Run:

@@ -46,4 +46,14 @@ def encode_pictures(model: nn.Module, pixels: torch.Tensor, tower: settings.Imag
 
 def to_device(inputs: dict[str, torch.Tensor | Segments], device: torch.device) -> dict[str, torch.Tensor | Segments]:
     """The model's arguments on `device`."""
-    return {name: value.to(device) for name, value in inputs.items()}
+    return {
+        name: value.to(device) if isinstance(value, Segments) else moved(value, device)
+        for name, value in inputs.items()
+    }
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; to CUDA by way of pinned memory, so that the copy is not waited for."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

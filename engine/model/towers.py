@@ -87,9 +87,14 @@ class TextTower(nn.Module):
         self.mlm_head.register_parameter("bias", None)
         self.mlm_head.decoder.weight = self.backbone.get_input_embeddings().weight  # type: ignore[assignment]
         # RoBERTa counts positions from behind its padding index.
-        positions = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
-        padding = getattr(positions, "padding_idx", None)
+        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
         self.first_position = 0 if padding is None else padding + 1
+        table = getattr(backbone, "position_embedding", table)
+        # The longest text it has positions for; None where they are not learned one by one.
+        self.positions: int | None = (
+            table.num_embeddings - self.first_position if isinstance(table, nn.Embedding) else None
+        )
 
     def states(self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, segments: Segments) -> torch.Tensor:
         """Hidden states [T, hidden] of one packed row."""

@@ -30,7 +30,7 @@ from ..data.pairs import PairLoader, PairSource
 from ..errors import UserError
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
-from ..model.encode import to_device
+from ..model.encode import moved, to_device
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model
 from .distributed import deepspeed_config
@@ -152,12 +152,12 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         if batch.frozen_MD is not None:
-            batch.frozen_MD = batch.frozen_MD.to(self.device).float()
+            batch.frozen_MD = moved(batch.frozen_MD, self.device).float()
         if batch.caption_ids_M is not None:
-            batch.caption_ids_M = batch.caption_ids_M.to(self.device)
-        batch.weights_M = batch.weights_M.to(self.device)
+            batch.caption_ids_M = moved(batch.caption_ids_M, self.device)
+        batch.weights_M = moved(batch.weights_M, self.device)
         if batch.excluded is not None:
-            batch.excluded = (batch.excluded[0].to(self.device), batch.excluded[1].to(self.device))
+            batch.excluded = (moved(batch.excluded[0], self.device), moved(batch.excluded[1], self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
         masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
         dist.all_reduce(masked)

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import ResNetConfig
 
 from efficientclip import prepare as stage
 from efficientclip.config import Config, load_config
-from efficientclip.data.shards import read_picture
-from efficientclip.data.store import Store, TextStore, staging
+from efficientclip.data import sources
+from efficientclip.data.shards import BadSample, read_picture
+from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig
 from efficientclip.prepare import prepare
 from tests import tiny
+from tests.formats import chinese_clip, files
 
 
 def png(seed: int) -> bytes:
@@ -108,7 +114,7 @@ def test_too_many_bad_samples_stop(tmp_path: Path, config: Config) -> None:
     ("source", "message"),
     [
         ("missing.tar", "missing.tar: no such file"),
-        ("folder", "holds no .tar file"),
+        ("folder", r"holds no \.tar and no \*_imgs\.tsv"),
         ("empty.tar", "empty, no sample found"),
         ("cut.tar", "not a whole tar file"),
         ("empty.txt", "empty, no text found"),
@@ -170,3 +176,165 @@ def test_a_damaged_store_is_refused(tmp_path: Path, config: Config) -> None:
         file.write(b"x")
     with pytest.raises(UserError, match=r"features\.bin has 33 bytes, the manifest says 32"):
         Store(tmp_path / "made")
+
+
+CAPTIONS = {0: ["猫", "红鸟"], 1: ["狗"], 2: ["猫"]}
+
+
+def as_chinese_clip(folder: Path, pictures: Mapping[int, bytes]) -> Path:
+    texts = {
+        caption: [n for n in CAPTIONS if caption in CAPTIONS[n]]
+        for captions in CAPTIONS.values()
+        for caption in captions
+    }
+    lines = [{"text_id": n, "text": text, "image_ids": ids} for n, (text, ids) in enumerate(texts.items())]
+    return chinese_clip(folder, "train", pictures, lines)
+
+
+def as_challenger(folder: Path, pictures: Mapping[int, bytes]) -> Path:
+    files(folder / "images", {f"{n}.png": content for n, content in pictures.items()})
+    entries = [{"image_id": f"{n}.png", "caption": captions * 2} for n, captions in CAPTIONS.items()]
+    (folder / "challenger.json").write_text(json.dumps(entries))
+    return folder / "challenger.json"
+
+
+def as_coco(folder: Path, pictures: Mapping[int, bytes]) -> Path:
+    files(folder / "images", {f"{n}.png": content for n, content in pictures.items()})
+    images = [{"id": n, "file_name": f"{n}.png"} for n in pictures]
+    notes = [{"image_id": n, "caption": caption} for n, captions in CAPTIONS.items() for caption in captions]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    return folder / "coco.json"
+
+
+def as_table(folder: Path, pictures: Mapping[int, bytes], suffix: str = ".csv") -> Path:
+    files(folder / "images", {f"{n}.png": content for n, content in pictures.items()})
+    rows = [(f"images/{n}.png", caption) for n, captions in CAPTIONS.items() for caption in captions]
+    file = folder / f"table{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table(dict(zip(("image", "caption"), zip(*rows, strict=True), strict=True))), file)
+    else:
+        separator = "," if suffix == ".csv" else "\t"
+        file.write_text("".join(separator.join(row) + "\n" for row in [("Image", "caption"), *rows]), encoding="utf-8")
+    return file
+
+
+def as_tsv(folder: Path, pictures: Mapping[int, bytes]) -> Path:
+    return as_table(folder, pictures, ".tsv")
+
+
+def as_parquet(folder: Path, pictures: Mapping[int, bytes]) -> Path:
+    return as_table(folder, pictures, ".parquet")
+
+
+@pytest.mark.parametrize("written", [as_chinese_clip, as_challenger, as_coco, as_table, as_tsv, as_parquet])
+def test_every_format_gives_the_store_of_the_same_tar(tmp_path: Path, config: Config, written: Any) -> None:
+    pictures = {number: png(number) for number in CAPTIONS}
+    tar: dict[str, bytes] = {}
+    for number, captions in CAPTIONS.items():
+        tar |= {f"{number}.png": pictures[number], f"{number}.json": json.dumps({"captions": captions}).encode()}
+    prepare(write_tar(tmp_path / "a.tar", tar), tmp_path / "expected", config)
+    made = prepare(written(tmp_path, pictures), tmp_path / "made", config)
+    expected, found = Store(tmp_path / "expected"), Store(tmp_path / "made")
+    assert {name: made[name] for name in ("pairs", "images", "captions")} == {"pairs": 4, "images": 3, "captions": 3}
+    for name in set(PAIR_FILES) - {"features.bin", "pairs.parquet"}:
+        assert (found.path / name).read_bytes() == (expected.path / name).read_bytes(), name
+    # Pictures are decoded by Pillow here, and by the loader there.
+    np.testing.assert_allclose(found.features.astype(np.float32), expected.features.astype(np.float32), atol=2e-3)
+    columns = ["caption", "source", "image_id", "caption_id", "noise"]
+    assert found.pairs().select(columns).to_pylist() == expected.pairs().select(columns).to_pylist()
+    for row in found.pairs().to_pylist():
+        assert read_picture(Path(row["shard"]), row["offset"], row["length"]) == pictures[row["image_id"]]
+
+
+def test_pictures_may_lie_elsewhere(tmp_path: Path, config: Config) -> None:
+    table = as_table(tmp_path, {number: png(number) for number in CAPTIONS})
+    (tmp_path / "images").rename(tmp_path / "moved")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "other" / "images")
+    with pytest.raises(UserError, match=r"100\.0% of 3 samples are bad .*picture file: No such file"):
+        prepare(table, tmp_path / "made", config)
+    manifest = prepare(table, tmp_path / "made", config, tmp_path / "other")
+    assert (manifest["images"], manifest["bad_samples"]) == (3, [])
+
+
+def test_bad_samples_of_other_sources_are_counted_listed_and_left_out(tmp_path: Path, config: Config) -> None:
+    images = as_chinese_clip(tmp_path, {number: png(number) for number in CAPTIONS})
+    extra = {3: png(3), 4: b"no picture", 5: png(5)[:200]}
+    with images.open("a") as stream:
+        for number, content in extra.items():
+            stream.write(f"{number}\t{base64.b64encode(content).decode()}\n")
+        stream.write("6\t!?\n")
+    with (tmp_path / "train_texts.jsonl").open("a") as stream:
+        stream.write(json.dumps({"text_id": 90, "text": "鱼", "image_ids": [4, 5, 6]}) + "\n")
+    manifest = prepare(images, tmp_path / "made", config)
+    causes = ("image without caption", "undecodable image", "truncated image", "picture is not base64")
+    listed = [vars(BadSample(images.name, str(number), cause)) for number, cause in enumerate(causes, 3)]
+    assert (manifest["pairs"], manifest["bad_samples"]) == (4, listed)
+    assert manifest["bad_counts"] == dict.fromkeys(causes, 1)
+    strict = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_share": 0.5})})
+    with pytest.raises(UserError, match=r"57\.1% of 7 samples are bad .*first: 3 in train_imgs\.tsv.*max_bad_share"):
+        prepare(images, tmp_path / "strict", strict)
+
+
+def test_interrupted_call_over_another_source_goes_on(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PART", 1)
+    images = as_chinese_clip(tmp_path, {number: png(number) for number in CAPTIONS})
+    real, encoded = stage.FrozenImages.encode, []
+
+    def failing(self: Any, pictures: Any) -> Any:
+        encoded.append(len(pictures))
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        return real(self, pictures)
+
+    monkeypatch.setattr(stage.FrozenImages, "encode", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(images, tmp_path / "made", config)
+    assert not (tmp_path / "made").exists()
+    assert prepare(images, tmp_path / "made", config)["images"] == 3
+    assert prepare(images, tmp_path / "made", config)["pairs"] == 4
+    assert encoded == [1, 1, 1, 1]
+    with images.open("a") as stream:
+        stream.write(f"3\t{base64.b64encode(png(3)).decode()}\n")
+    assert prepare(images, tmp_path / "made", config)["bad_counts"] == {"image without caption": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.tsv", "a/0.png\t猫\n", r"t\.tsv, line 1: names a picture file, but line 1 .* header with one of image,"),
+        ("t.tsv", "文件\t标题\na/0.JPG\t猫\n", r"t\.tsv, line 2: names a picture file"),
+        ("t.tsv", f"1\t{'/9j+' * 60}\n", r"t\.tsv, line 1: holds base64.* name it \*_imgs\.tsv"),
+        ("t.tsv", "image\tlabel\na.png\t猫\n", r"columns image, label; exactly one must be named caption"),
+        ("t.tsv", "猫\tcat\n", r"model\.teacher: not set; .*t\.tsv is taken as parallel text, .*a table"),
+        ("t.tsv", "图像\timage\n", r"taken as parallel text"),
+        ("x_imgs.tsv", "1\tAAAA\n", r"x_texts\.jsonl: no such file; \*_imgs\.tsv and \*_texts\.jsonl belong together"),
+        ("t.zip", "", r"t\.zip: unknown format"),
+    ],
+)
+def test_what_a_file_is_taken_for_is_told(
+    tmp_path: Path, config: Config, name: str, content: str, message: str
+) -> None:
+    without = config.model_copy(update={"model": config.model.model_copy(update={"teacher": None})})
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="(?i)" + message):
+        prepare(tmp_path / name, tmp_path / "made", without)
+
+
+def test_a_changed_picture_file_is_told_when_it_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "x_imgs.tsv").write_text("1\t!!!!\n")
+    with pytest.raises(UserError, match=r"x_imgs\.tsv: no picture at byte 2 .* prepare the store anew"):
+        read_picture(tmp_path / "x_imgs.tsv", 2, 4)
+
+
+def test_ids_count_in_the_order_of_first_occurrence() -> None:
+    random = np.random.default_rng(0)
+    # Halves of the digests are equal where the whole is not.
+    digests = [b"".join(random.choice([b"a" * 8, b"b" * 8, b"c" * 8], 2).tolist()) for _ in range(200)]
+    known: dict[bytes, int] = {}
+    expected = [known.setdefault(digest, len(known)) for digest in digests]
+    ids, firsts = stage._ids(bytearray(b"".join(digests)))
+    assert ids.tolist() == expected and len(known) == 9
+    assert firsts.tolist() == [digests.index(digest) for digest in known]

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from efficientclip.data import sources
-from efficientclip.data.shards import BadSample
-from efficientclip.data.sources import SourceSample, open_labelled, open_source, read_table
+from efficientclip.data.shards import BadSample, Sample
+from efficientclip.data.sources import open_labelled, open_source, read_table
 from efficientclip.errors import UserError
 from tests.formats import chinese_clip, files, picture
 
@@ -23,18 +23,18 @@ PICTURES = {number: picture(number) for number in range(3)}
 CAT, DOG, BOTH = "一只“猫”, 在睡", "狗", "两只\t动物"
 
 
-def read(source: sources.Source) -> list[SourceSample]:
+def read(source: sources.Source) -> list[Sample]:
     """Samples, each found at the place it says."""
     samples = list(source)
     for sample in samples:
-        assert isinstance(sample, SourceSample)
+        assert isinstance(sample, Sample)
         stored = sample.shard.read_bytes()[sample.offset : sample.offset + sample.length]
         assert sample.image == (base64.b64decode(stored) if sample.shard.suffix == ".tsv" else stored)
         assert len(sample.noise) == len(sample.captions)
-    return [sample for sample in samples if isinstance(sample, SourceSample)]
+    return [sample for sample in samples if isinstance(sample, Sample)]
 
 
-def captions(samples: list[SourceSample]) -> dict[str, list[str]]:
+def captions(samples: list[Sample]) -> dict[str, list[str]]:
     return {sample.key: sample.captions for sample in samples}
 
 
@@ -62,7 +62,7 @@ def test_base64_may_be_of_the_url_alphabet_and_lines_may_end_in_crlf(tmp_path: P
     plain = images.read_bytes()
     assert b"+" in plain and b"/" in plain
     images.write_bytes(plain.translate(bytes.maketrans(b"+/", b"-_")).replace(b"\n", b"\r\n"))
-    assert [sample.image for sample in open_source(images) if isinstance(sample, SourceSample)] == [*PICTURES.values()]
+    assert [sample.image for sample in open_source(images) if isinstance(sample, Sample)] == [*PICTURES.values()]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
@@ -126,7 +126,7 @@ def test_tars_are_read_as_ever(tmp_path: Path) -> None:
 def test_parts_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PART", 2)
     source = open_source(chinese_clip(tmp_path, "t", PICTURES, texts()))
-    assert [[sample.key for sample in part() if isinstance(sample, SourceSample)] for part in source.parts] == [
+    assert [[sample.key for sample in part() if isinstance(sample, Sample)] for part in source.parts] == [
         ["0", "1"],
         ["2"],
     ]

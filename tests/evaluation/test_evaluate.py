@@ -165,8 +165,8 @@ def test_equal_captions_of_a_table_are_one_text_of_all_their_pictures(world: Wor
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("none.png,猫\n", r"source t\.csv, none\.png: picture file: No such file"),
-        ("t.csv,猫\n", r"source .*t\.csv, t\.csv: undecodable picture"),
+        ("none.png,猫\n", r"source .*t\.csv, none\.png: picture file: No such file"),
+        ("t.csv,猫\n", r"source .*t\.csv, t\.csv: undecodable image"),
     ],
 )
 def test_a_picture_that_cannot_be_read_ends_the_evaluation(

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from efficientclip.config import Model
+from efficientclip.config import Model, load_config
 from efficientclip.data.batches import Segments
 from efficientclip.errors import UserError
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
+from efficientclip.train import check_positions
 from tests import tiny
 from tests.model import hub
 
@@ -122,3 +123,27 @@ def test_folders_of_another_kind_are_refused(
         saved(tmp_path / "model")
     with pytest.raises(UserError, match=message):
         build(side, tmp_path / "model", **changes)
+
+
+@pytest.mark.parametrize(("saved", "positions"), [(hub.bert, 64), (hub.chinese_clip, 64), (hub.roberta, 62)])
+def test_texts_longer_than_a_towers_positions_are_refused(
+    tmp_path: Path, saved: Callable[[Path], Any], positions: int
+) -> None:
+    saved(tmp_path / "tower")
+    tower = build("text", tmp_path / "tower").text
+    assert tower is not None
+
+    def reads(tokens: int) -> torch.Tensor:
+        segments = Segments.of(np.array([0, tokens], np.int32))
+        return tower.states(torch.ones(tokens, dtype=torch.int64), torch.arange(tokens), segments)
+
+    assert tower.positions == positions and len(reads(positions)) == positions
+    with pytest.raises(IndexError):
+        reads(positions + 1)
+    fits = {"training__max_caption_tokens": positions, "data__max_text_tokens": positions}
+    check_positions(load_config(tiny.config(tmp_path, **fits)), tower.positions)
+    for field in fits:
+        config = load_config(tiny.config(tmp_path, **fits | {field: positions + 1}))
+        with pytest.raises(UserError, match=rf"{field.replace('__', '.')}: {positions + 1}, .* has {positions} pos"):
+            check_positions(config, tower.positions)
+    check_positions(load_config(tiny.config(tmp_path, **fits | {field: 99}, mlm__texts_per_batch=0)), tower.positions)

@@ -118,6 +118,12 @@ def test_clips_layers_and_projection_come_from_a_folder(tmp_path: Path, seed: in
     torch.testing.assert_close(model.get_text_features(ids, mask), expected, rtol=0, atol=2e-6)
 
 
+def test_the_stack_has_clips_positions() -> None:
+    model = settings(architecture={"model_type": "efficientclip_text", **STACK, "clip": CLIP})
+    tower = build_model(model, seed=0, vocabulary=None, sides=("text",)).text
+    assert tower is not None and tower.positions == CLIP["max_position_embeddings"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

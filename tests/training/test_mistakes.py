@@ -98,8 +98,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"data__store": "nowhere"}, "store nowhere: no manifest.json"),
         ({"mlm__texts": None}, "mlm.texts: not set"),
         ({"training__batch_size": 1000}, "training.batch_size: 1000 pairs, but only 240 are left"),
+        ({"training__max_caption_tokens": 65}, "max_caption_tokens: 65, but model.text_tower has 64 positions"),
     ],
-    ids=["tower", "width", "store", "texts", "batch"],
+    ids=["tower", "width", "store", "texts", "batch", "positions"],
 )
 def test_settings_that_do_not_fit_the_store(folder: Path, changes: dict[str, Any], message: str) -> None:
     output = run(1, str(tiny.config(folder, run=str(folder / "run"), **changes)), code=2)
