@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import Confidence
+from .noise_rate import NEGLIGIBLE, read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -30,6 +31,9 @@ class ConfidenceTable:
         self.kept = np.ones(n_pairs, bool)
         self.dropped_epoch = np.full(n_pairs, -1, np.int32)
         self.drops_done = 0
+        if config.selection == "calibrated" and config.cross_fit is not None:
+            self.cross_fit = read_cross_fit(config.cross_fit)
+            self.kept = self._likely_wrong_dropped()
 
     def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
@@ -53,6 +57,8 @@ class ConfidenceTable:
             return
         if rule == "mixture":
             keep = self._by_mixture()
+        elif rule == "calibrated":
+            keep = self._likely_wrong_dropped()
         elif rule == "schedule" and self.drops_done == self.config.drops:
             keep = self._lowest_dropped(int(self.kept.sum()))
         else:
@@ -83,6 +89,15 @@ class ConfidenceTable:
         keep[scored] = clean_probability(score[scored]) >= 0.5
         return keep
 
+    def _likely_wrong_dropped(self) -> BoolArray:
+        """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
+        the one that does."""
+        keep = np.ones(len(self.kept), bool)
+        if self.cross_fit.rate >= NEGLIGIBLE:
+            total = standardised(self.cross_fit.clean_log_odds) + standardised(self.mean_score)
+            keep[np.argsort(total, kind="stable")[: round(self.cross_fit.rate * len(total))]] = False
+        return keep
+
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as arrays."""
         return {
@@ -97,6 +112,15 @@ class ConfidenceTable:
         self.score_sum, self.times_seen = state["score_sum"].copy(), state["times_seen"].copy()
         self.kept, self.dropped_epoch = state["kept"].copy(), state["dropped_epoch"].copy()
         self.drops_done = int(state["drops_done"])
+
+
+def standardised(score: FloatArray) -> FloatArray:
+    """Mean 0 and deviation 1 over the scored pairs; 0 for pairs without a score (NaN)."""
+    scored = ~np.isnan(score)
+    if not scored.any():
+        return np.zeros(len(score))
+    z = (score - score[scored].mean()) / max(float(score[scored].std()), 1e-12)
+    return np.where(scored, z, 0.0)
 
 
 def clean_probability(score: FloatArray, iterations: int = 200) -> FloatArray:

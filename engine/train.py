@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.utils.deterministic
@@ -25,6 +28,7 @@ from .model.efficientclip import build_model
 from .model.encode import encode_pictures, encode_store
 from .model.frozen import frozen_name
 from .model.teacher import Teacher
+from .noise_rate import read_cross_fit
 from .objectives.retrieval import retrieval_report
 from .training.distributed import end_process, join_process_group
 from .training.trainer import Trainer, Validate
@@ -42,6 +46,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def train(config: Config) -> None:
     """Run `config` to its end, or on from its newest checkpoint."""
+    with process_group(config) as (rank, world_size):
+        started = time.time()
+        source, vocabulary, validate = _image_start(config) if config.training.tower == "image" else text_run(config)
+        if rank == 0:
+            config.run.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
+        trainer = Trainer(config, model, source, validate)
+        finished = trainer.train()
+        if rank == 0 and finished:
+            print(
+                f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s"
+            )
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[tuple[int, int]]:
+    """This process set up for training, as (rank, world size)."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -53,18 +75,7 @@ def train(config: Config) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, world_size = join_process_group()
     try:
-        started = time.time()
-        source, vocabulary, validate = _image_start(config) if config.training.tower == "image" else _text_run(config)
-        if rank == 0:
-            config.run.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=(config.training.tower,))
-        trainer = Trainer(config, model, source, validate)
-        finished = trainer.train()
-        if rank == 0 and finished:
-            print(
-                f"{config.run}: {trainer.visits} pair visits on {world_size} rank(s) in {time.time() - started:.0f} s"
-            )
+        yield rank, world_size
     finally:
         dist.destroy_process_group()
 
@@ -77,7 +88,8 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
+def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> tuple[CaptionPairs, int, Validate]:
+    """Pairs of the store (those of `rows`), its vocabulary, and the measure of the validation stores."""
     if config.data.store is None:
         raise UserError("data.store: not set; make one with `efficientclip prepare SOURCE STORE`")
     store = Store(config.data.store)
@@ -98,7 +110,10 @@ def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
             max_tokens=config.data.max_text_tokens,
             whole_words=config.mlm.whole_word,
         )
-    source = CaptionPairs(store, masked)
+    if config.confidence.selection == "calibrated" and config.confidence.cross_fit is not None:
+        # A run that a file about other pairs would mislead ends here.
+        read_cross_fit(config.confidence.cross_fit, store)
+    source = CaptionPairs(store, masked, rows)
     held_out = {name: Store(path) for name, path in config.data.validation.items()}
     for held in held_out.values():
         _check_store(config, held)

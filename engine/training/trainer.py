@@ -54,6 +54,7 @@ class Trainer:
         self.loader = PairLoader(
             source,
             batch_size=config.training.batch_size,
+            kept=self.confidence.kept,
             reaudition_share=config.confidence.reaudition_share,
             max_tokens=config.training.max_caption_tokens,
             micro_batch_size=config.training.micro_batch_size,

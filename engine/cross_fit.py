@@ -1,0 +1,93 @@
+"""`deepspeed --module efficientclip.cross_fit CONFIG [key=value …]`: two fold towers and what they say about the pairs.
+
+CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumable
+          model/               the mean of the two towers: the joint run's start
+          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rate in its metadata
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from .config import Confidence, Config, load_config
+from .data.store import Store
+from .errors import UserError, reported
+from .model.efficientclip import build_model, load_model
+from .model.encode import encode_store
+from .noise_rate import folds, judge, near, pair_groups, write_cross_fit
+from .train import process_group, text_run
+from .training.distributed import end_process
+from .training.trainer import Trainer
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of the `deepspeed` launcher; ends the process."""
+    parser = argparse.ArgumentParser(prog="efficientclip cross-fit", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    end_process(reported(lambda: cross_fit(load_config(given.config, given.overrides))))
+
+
+def cross_fit(config: Config) -> None:
+    """Train the fold towers that `config` describes, or go on with them, and write what they say."""
+    folder = config.confidence.cross_fit
+    if folder is None:
+        raise UserError("confidence.cross_fit: not set; name the folder that the fold towers are to be written to")
+    if config.data.store is None or config.training.tower != "text":
+        raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
+    with process_group(config) as (rank, _):
+        store = Store(config.data.store)
+        fold = folds(pair_groups(store, near(store.features, config.seed)), config.seed)
+        text_2KD = []
+        for number in range(2):
+            trained = _fold_tower(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
+            if trained is None:
+                return
+            text_2KD.append(encode_store(trained, store, config.training.max_caption_tokens))
+        if rank == 0:
+            found = judge(store, fold, text_2KD, config.seed)
+            save_mean(folder / "model", [folder / f"fold-{number}" for number in range(2)])
+            write_cross_fit(folder, store, found)
+            print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+        dist.barrier()
+
+
+def _fold_tower(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> torch.nn.Module | None:
+    """The text tower trained on the pairs `rows`; None where a SIGTERM ended its training."""
+    visits = max(1, round(config.confidence.cross_fit_epochs * len(rows)))
+    changes = {
+        "run": run,
+        "confidence": Confidence(),
+        "data": config.data.model_copy(update={"validation": {}}),
+        "training": config.training.model_copy(update={"pair_visits": visits}),
+    }
+    fold_config = config.model_copy(update=changes)
+    source, vocabulary, validate = text_run(fold_config, rows)
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=("text",))
+    trainer = Trainer(fold_config, model, source, validate)
+    return trainer.engine.module if trainer.train() else None
+
+
+def save_mean(folder: Path, runs: list[Path]) -> None:
+    """Write the mean of the weights of finished runs."""
+    model, *others = (load_model(run) for run in runs)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.add_(sum(other.state_dict()[name] for other in others)).div_(len(runs))
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()
