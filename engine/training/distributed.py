@@ -81,6 +81,14 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     micro = config.training.micro_batch_size or local
     if local % micro:
         raise UserError(f"training.micro_batch_size: {micro} does not divide the {local} pairs of a rank")
+    autocast = user.get("torch_autocast", {})
+    emulated = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if autocast.get("enabled") and autocast.get("dtype") == "bfloat16" and emulated:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True
+            )
+        user = {**user, "torch_autocast": {"enabled": False}}
     return {
         **user,
         "train_micro_batch_size_per_gpu": micro,

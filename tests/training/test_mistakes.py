@@ -120,3 +120,16 @@ def test_another_config_does_not_resume_a_run(folder: Path) -> None:
     run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=160)))
     output = run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=320)), code=2)
     assert "checkpoints of another config (training.pair_visits differ" in output
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_is_not_emulated_on_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], supported: bool
+) -> None:
+    settings = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    given = config(tmp_path, deepspeed=str(tmp_path / "deepspeed.json"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert deepspeed_config(given, 1)["torch_autocast"]["enabled"] is supported
+    assert ("emulates bfloat16" in capsys.readouterr().out) is not supported
