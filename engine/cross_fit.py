@@ -46,23 +46,25 @@ def cross_fit(config: Config) -> None:
         raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
     with process_group(config) as (rank, _):
         store = Store(config.data.store)
-        fold = folds(pair_groups(store, near(store.features, config.seed)), config.seed)
-        text_2KD = []
+        groups = pair_groups(store, near(store.features, config.seed))
+        fold = folds(groups, config.seed)
+        text_2KD, visits = [], 0
         for number in range(2):
-            trained = _fold_tower(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
-            if trained is None:
+            trainer = _fold_trainer(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
+            if not trainer.train():
                 return
-            text_2KD.append(encode_store(trained, store, config.training.max_caption_tokens))
+            text_2KD.append(encode_store(trainer.engine.module, store, config.training.max_caption_tokens))
+            visits += trainer.visits
         if rank == 0:
-            found = judge(store, fold, text_2KD, config.seed)
+            found = judge(store, groups, fold, text_2KD, visits, config.seed)
             save_mean(folder / "model", [folder / f"fold-{number}" for number in range(2)])
             write_cross_fit(folder, store, found)
             print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
         dist.barrier()
 
 
-def _fold_tower(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> torch.nn.Module | None:
-    """The text tower trained on the pairs `rows`; None where a SIGTERM ended its training."""
+def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Trainer:
+    """The trainer of a text tower on the pairs `rows`."""
     visits = max(1, round(config.confidence.cross_fit_epochs * len(rows)))
     changes = {
         "run": run,
@@ -76,16 +78,16 @@ def _fold_tower(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> torch
         run.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=("text",))
-    trainer = Trainer(fold_config, model, source, validate)
-    return trainer.engine.module if trainer.train() else None
+    return Trainer(fold_config, model, source, validate)
 
 
 def save_mean(folder: Path, runs: list[Path]) -> None:
     """Write the mean of the weights of finished runs."""
     model, *others = (load_model(run) for run in runs)
+    # Parameters, since tied weights stand twice in a state_dict.
     with torch.no_grad():
-        for name, value in model.state_dict().items():
-            value.add_(sum(other.state_dict()[name] for other in others)).div_(len(runs))
+        for parameter, *theirs in zip(model.parameters(), *(other.parameters() for other in others), strict=True):
+            parameter.copy_(torch.stack([parameter, *theirs]).mean(0))
     model.save_pretrained(folder)
 
 

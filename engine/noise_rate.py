@@ -43,9 +43,10 @@ COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Arrays of float64 [pairs], but fold int8. `rate` is the estimated share of wrong pairs."""
+    """Arrays of float64 [pairs], but fold int8. `rate` is the estimated share of wrong pairs, `visits` what it cost."""
 
     rate: float
+    visits: int
     fold: npt.NDArray[np.int8]
     score: Floats  # cosine by the tower that did not train on the pair
     p: Floats
@@ -215,9 +216,16 @@ def clean_log_odds(p: Floats, caption_side: Floats, image_side: Floats, rate: fl
     return odds
 
 
-def judge(store: Store, fold: npt.NDArray[np.int8], text_2KD: Sequence[npt.NDArray[np.float32]], seed: int) -> CrossFit:
+def judge(
+    store: Store,
+    groups: npt.NDArray[np.int64],
+    fold: npt.NDArray[np.int8],
+    text_2KD: Sequence[npt.NDArray[np.float32]],
+    visits: int,
+    seed: int,
+) -> CrossFit:
     """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
-    the pairs of fold f and judges the others."""
+    the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     image_VD = torch.from_numpy(np.array(store.features)).to(device)
     p, score = np.empty(len(store)), np.empty(len(store))
@@ -227,7 +235,6 @@ def judge(store: Store, fold: npt.NDArray[np.int8], text_2KD: Sequence[npt.NDArr
             torch.from_numpy(text_KD).to(device), image_VD, store.caption_ids[rows], store.image_ids[rows],
             store.caption_edges, seed,
         )  # fmt: skip
-    groups = pair_groups(store, near(store.features, seed))
     caption_cell = cells(np.concatenate(text_2KD, axis=1), seed)[store.caption_ids]
     image_cell = cells(store.features, seed)[store.image_ids]
     sides = (
@@ -235,14 +242,14 @@ def judge(store: Store, fold: npt.NDArray[np.int8], text_2KD: Sequence[npt.NDArr
         side_competence(p < HIT, store.image_ids, image_cell, groups),
     )
     rate = noise_rate(p, *sides)
-    return CrossFit(rate, fold, score, p, sides[0] + sides[1], clean_log_odds(p, *sides, rate))
+    return CrossFit(rate, visits, fold, score, p, sides[0] + sides[1], clean_log_odds(p, *sides, rate))
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
     """cross_fit.parquet: a row a pair; the rate and the store's identity in its metadata."""
     columns = {name: getattr(found, name) for name in COLUMNS}
     table = pa.table({"row": np.arange(len(found.p)), **columns})
-    described = {"rate": repr(found.rate), "pairs": _identity(store)}
+    described = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(described), buffer)
     write_atomically(folder / FILE, buffer.getvalue())
@@ -259,7 +266,8 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
             f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; remove the folder and run"
             " `efficientclip cross-fit CONFIG` again"
         )
-    return CrossFit(float(table.schema.metadata[b"rate"]), **{name: table[name].to_numpy() for name in COLUMNS})
+    described, columns = table.schema.metadata, {name: table[name].to_numpy() for name in COLUMNS}
+    return CrossFit(float(described[b"rate"]), int(described[b"visits"]), **columns)
 
 
 def _identity(store: Store) -> str:

@@ -128,7 +128,7 @@ def test_folds_never_split_near_duplicates(tmp_path: Path) -> None:
 def judged(folder: Path, rate: float, odds: Any) -> Confidence:
     """A config whose cross-fit folder holds these verdicts."""
     store = Store(tiny.pair_store(folder / "store"))
-    found = CrossFit(rate, np.zeros(len(store), np.int8), odds, odds, odds, odds)
+    found = CrossFit(rate, 7, np.zeros(len(store), np.int8), odds, odds, odds, odds)
     write_cross_fit(folder, store, found)
     return Confidence(selection="calibrated", cross_fit=folder, warmup_epochs=0)
 
@@ -156,7 +156,7 @@ def test_verdicts_are_read_back_and_only_for_their_store(tmp_path: Path) -> None
     odds = np.random.default_rng(0).standard_normal(240)
     judged(tmp_path, 0.25, odds)
     found = read_cross_fit(tmp_path, Store(tmp_path / "store"))
-    assert found.rate == 0.25
+    assert (found.rate, found.visits) == (0.25, 7)
     np.testing.assert_array_equal(found.clean_log_odds, odds)
     with pytest.raises(UserError, match="judges other pairs"):
         read_cross_fit(tmp_path, Store(tiny.pair_store(tmp_path / "other", seed=1)))

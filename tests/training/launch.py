@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
-def command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:
+def command(ranks: int, *arguments: str, script: Path | None = None, module: str = "train") -> list[str]:
     """One rank runs plain Python, more run under the launcher."""
-    target = [str(script)] if script else ["--module", "efficientclip.train"]
+    target = [str(script)] if script else ["--module", f"efficientclip.{module}"]
     if ranks == 1:
-        return [sys.executable, *(target if script else ["-m", "efficientclip.train"]), *arguments]
+        return [sys.executable, *(target if script else ["-m", f"efficientclip.{module}"]), *arguments]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -28,11 +28,12 @@ def environment(**extra: str) -> dict[str, str]:
     return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "PATH": path} | extra
 
 
-def run(ranks: int, *arguments: str, script: Path | None = None, code: int = 0, **extra: str) -> str:
+def run(
+    ranks: int, *arguments: str, script: Path | None = None, module: str = "train", code: int = 0, **extra: str
+) -> str:
     """Run to the end; the exit code must be `code`. Returns what was printed."""
-    done = subprocess.run(
-        command(ranks, *arguments, script=script), env=environment(**extra), capture_output=True, text=True, timeout=300
-    )
+    started = command(ranks, *arguments, script=script, module=module)
+    done = subprocess.run(started, env=environment(**extra), capture_output=True, text=True, timeout=300)
     output = done.stdout + done.stderr
     if done.returncode != code:
         raise RuntimeError(f"exit code {done.returncode}, expected {code}:\n{output[-6000:]}")
