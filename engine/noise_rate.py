@@ -30,6 +30,7 @@ Integers = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
 
 HIT = 0.05  # a pair with a smaller p shows competence
+FAILED = 0.8  # where towers are competent, right pairs have no larger p
 COMPETENT = 0.2  # share of the pairs that the rate is read from
 NEGLIGIBLE = 0.03  # an estimated rate below it is no ground to drop anything
 NULL_CAPTIONS = 8192
@@ -151,59 +152,75 @@ def cells(features: npt.NDArray[np.floating[Any]], seed: int, size: int = 32, mo
     return np.concatenate([means.predict(np.asarray(features[part], np.float32)) for part in parts])
 
 
-def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers) -> Floats:
-    """Log-odds of a hit around each pair, from other pairs: those of its id, backed by those of its cell.
+def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers | None) -> Floats:
+    """Log-odds of a hit around each pair, from the pairs of its id, backed by those of its cell.
 
-    `ids`, `cell` and `apart` are integers [pairs]; pairs of the same `apart` do not testify for each other.
+    `ids`, `cell` and `apart` are integers [pairs]; pairs of the same `apart` do not testify for each other, and without
+    it all do.
     """
-    overall = (hit.sum() + 0.5) / (len(hit) + 1)
-    hits, total = _others(hit, cell, apart)
-    cell_rate = (hits + BACKING * overall) / (total + BACKING)
-    hits, total = _others(hit, ids, apart)
-    rate = (hits + BACKING * cell_rate) / (total + BACKING)
+    rate = (hit.sum() + 0.5) / (len(hit) + 1)
+    for key in (cell, ids):
+        hits, total = np.bincount(key, hit)[key], np.bincount(key)[key].astype(np.float64)
+        if apart is not None:
+            _, both = np.unique(np.stack([key, apart]), axis=1, return_inverse=True)
+            hits, total = hits - np.bincount(both, hit)[both], total - np.bincount(both)[both]
+        rate = (hits + BACKING * rate) / (total + BACKING)
     return np.log(rate) - np.log1p(-rate)
 
 
-def _others(hit: Bools, key: Integers, apart: Integers) -> tuple[Floats, Floats]:
-    """Hits and number of the pairs with the same `key` and another `apart`."""
-    _, both = np.unique(np.stack([key, apart]), axis=1, return_inverse=True)
-    return (
-        np.bincount(key, hit)[key] - np.bincount(both, hit)[both],
-        (np.bincount(key)[key] - np.bincount(both)[both]).astype(np.float64),
+@dataclass(frozen=True)
+class Competence:
+    """Of each pair, by its caption's and its image's other pairs, and both sides as a random mismatched pair has them.
+
+    Such a pair's caption is tied to foreign images, so all pairs of the caption testify; its image lacks one pair.
+    """
+
+    pair: Floats
+    mismatched_caption: Floats
+    mismatched_image: Floats
+
+    def mismatched_above(self, threshold: float) -> float:
+        """Share of all combinations of a pair's caption with a pair's image that are at least so competent."""
+        ordered = np.sort(self.mismatched_caption)
+        below = np.searchsorted(ordered, threshold - self.mismatched_image, side="left")
+        return float(1 - below.mean() / len(ordered))
+
+
+def competence(
+    hit: Bools, caption_ids: Integers, image_ids: Integers, caption_cell: Integers, image_cell: Integers, groups: Integers
+) -> Competence:
+    """Competence around the pairs; all arguments are [pairs], `hit` tells where p is small."""
+    return Competence(
+        side_competence(hit, caption_ids, caption_cell, groups) + side_competence(hit, image_ids, image_cell, groups),
+        side_competence(hit, caption_ids, caption_cell, None),
+        side_competence(hit, image_ids, image_cell, np.arange(len(hit))),
     )
 
 
-def noise_rate(p: Floats, caption_side: Floats, image_side: Floats) -> float:
-    """The share of wrong pairs, from p and both sides' competence, float64 [pairs] each.
+def noise_rate(p: Floats, found: Competence) -> float:
+    """The share of wrong pairs, from p float64 [pairs] and competence.
 
-    A wrong pair joins a caption's side with a foreign image's: how many of these would be selected is known from all
-    combinations of the two sides, and half of them have p > .5.
+    Among the most competent pairs a p beyond FAILED belongs to a wrong pair; how many wrong pairs are so competent, and
+    what share of their p lies there, is known.
     """
-    competence = caption_side + image_side
-    threshold = float(np.quantile(competence, 1 - COMPETENT))
-    wrong = ((competence >= threshold) & (p > 0.5)).sum() / 0.5
-    return float(min(wrong / max(len(p) * _share_above(caption_side, image_side, threshold), 1e-9), 1.0))
+    threshold = float(np.quantile(found.pair, 1 - COMPETENT))
+    failed = ((found.pair >= threshold) & (p > FAILED)).sum()
+    expected = len(p) * found.mismatched_above(threshold) * (1 - FAILED)
+    return float(min(failed / max(expected, 1e-9), 1.0))
 
 
-def _share_above(caption_side: Floats, image_side: Floats, threshold: float) -> float:
-    """Share of all combinations of the two sides whose sum is at least `threshold`."""
-    ordered = np.sort(caption_side)
-    return float(1 - np.searchsorted(ordered, threshold - image_side, side="left").mean() / len(ordered))
-
-
-def clean_log_odds(p: Floats, caption_side: Floats, image_side: Floats, rate: float) -> Floats:
+def clean_log_odds(p: Floats, found: Competence, rate: float) -> Floats:
     """Log-odds that a pair is right, float64 [pairs].
 
     Pairs of like competence share a mixture: the uniform p of wrong ones, whose weight is known, and the Beta(a, 1) of
     right ones, whose a is fitted. Where the tower is not competent a large p says little.
     """
-    competence = caption_side + image_side
     odds = np.zeros(len(p))
-    bounds = np.quantile(competence, np.linspace(0, 1, STRATA + 1))
+    bounds = np.quantile(found.pair, np.linspace(0, 1, STRATA + 1))
     bounds[0], bounds[-1] = -np.inf, np.inf
-    mismatched = [_share_above(caption_side, image_side, bound) for bound in bounds]
+    mismatched = [found.mismatched_above(bound) for bound in bounds]
     for low, high, more, less in zip(bounds[:-1], bounds[1:], mismatched[:-1], mismatched[1:], strict=True):
-        rows = np.flatnonzero((competence >= low) & (competence < high))
+        rows = np.flatnonzero((found.pair >= low) & (found.pair < high))
         if len(rows) == 0:
             continue
         wrong = float(np.clip(rate * (more - less) * len(p) / len(rows), 1e-3, 1 - 1e-3))
@@ -237,12 +254,9 @@ def judge(
         )  # fmt: skip
     caption_cell = cells(np.concatenate(text_2KD, axis=1), seed)[store.caption_ids]
     image_cell = cells(store.features, seed)[store.image_ids]
-    sides = (
-        side_competence(p < HIT, store.caption_ids, caption_cell, groups),
-        side_competence(p < HIT, store.image_ids, image_cell, groups),
-    )
-    rate = noise_rate(p, *sides)
-    return CrossFit(rate, visits, fold, score, p, sides[0] + sides[1], clean_log_odds(p, *sides, rate))
+    found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
+    rate = noise_rate(p, found)
+    return CrossFit(rate, visits, fold, score, p, found.pair, clean_log_odds(p, found, rate))
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:

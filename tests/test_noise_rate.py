@@ -12,15 +12,16 @@ from efficientclip.config import Confidence
 from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
 from efficientclip.noise_rate import (
+    Competence,
     CrossFit,
     clean_log_odds,
+    competence,
     folds,
     near,
     noise_rate,
     p_values,
     pair_groups,
     read_cross_fit,
-    side_competence,
     write_cross_fit,
 )
 from tests import tiny
@@ -67,39 +68,49 @@ def test_p_of_random_pairs_is_uniform_however_the_tower_scores(monkeypatch: pyte
 def test_competence_is_what_other_pairs_tell() -> None:
     random = np.random.default_rng(2)
     n = 60
-    ids, hit, apart = random.integers(0, 9, n), random.random(n) < 0.6, random.integers(0, 40, n)
-    cell = ids // 3
-    overall = (hit.sum() + 0.5) / (n + 1)
-    for row, found in enumerate(side_competence(hit, ids, cell, apart)):
-        rate = overall
-        for key in (cell, ids):
-            others = [hit[j] for j in range(n) if key[j] == key[row] and apart[j] != apart[row]]
-            rate = (sum(others) + 2 * rate) / (len(others) + 2)
-        assert found == pytest.approx(np.log(rate / (1 - rate)))
+    captions, images = random.integers(0, 9, n), random.integers(0, 11, n)
+    hit, apart = random.random(n) < 0.6, random.integers(0, 40, n)
+
+    def naive(ids: Any, excluded: Any) -> Any:
+        found = []
+        for row in range(n):
+            rate = (hit.sum() + 0.5) / (n + 1)
+            for key in (ids // 3, ids):
+                others = [hit[j] for j in range(n) if key[j] == key[row] and not excluded(j, row)]
+                rate = (sum(others) + 2 * rate) / (len(others) + 2)
+            found.append(np.log(rate / (1 - rate)))
+        return np.array(found)
+
+    found = competence(hit, captions, images, captions // 3, images // 3, apart)
+    grouped = [naive(ids, lambda j, row: apart[j] == apart[row]) for ids in (captions, images)]
+    np.testing.assert_allclose(found.pair, sum(grouped))
+    caption, image = naive(captions, lambda j, row: False), naive(images, lambda j, row: j == row)
+    both = caption[:, None] + image
+    for threshold in (-0.5, 0.0, 0.7):
+        assert found.mismatched_above(threshold) == pytest.approx((both >= threshold).mean())
 
 
-def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Any, Any, Any]:
-    """p, both sides' competence and the truth, where right pairs fail outside of what the tower knows."""
+def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any]:
+    """p, competence and the truth of pairs of which the towers know about a third; right pairs fail elsewhere."""
     random = np.random.default_rng(seed)
-    captions, images = random.integers(0, n // 5, (2, n))
-    known_caption, known_image = random.random(n // 5) < 0.6, random.random(n // 5) < 0.6
+    captions, images = random.integers(0, n // 10, (2, n))
+    known_caption, known_image = random.random(n // 10) < 0.6, random.random(n // 10) < 0.6
     wrong = random.random(n) < rate
     known = known_caption[captions] & known_image[images] & ~wrong
     p = np.where(known, random.beta(0.2, 12, n), np.where(wrong, random.random(n), random.beta(0.7, 1, n)))
-    rows = np.arange(n)
-    sides = (side_competence(p < 0.05, ids, np.zeros(n, int), rows) for ids in (captions, images))
-    return p, *sides, wrong
+    cell = np.zeros(n, int)
+    return p, competence(p < 0.05, captions, images, cell, cell, np.arange(n)), wrong
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5])
-def test_rate_is_found_though_the_tower_knows_a_third(rate: float) -> None:
+def test_rate_is_found_though_the_towers_know_a_third(rate: float) -> None:
     found = []
     for seed in range(3):
-        p, caption_side, image_side, wrong = scored_pairs(rate, seed)
-        found.append(noise_rate(p, caption_side, image_side))
-        odds = clean_log_odds(p, caption_side, image_side, rate or 0.01)
+        p, around, wrong = scored_pairs(rate, seed)
+        found.append(noise_rate(p, around))
         if rate:
-            # What competence adds: among equal p, those of competent towers are the likelier noise.
+            # Where the towers know nothing, a large p is no ground.
+            odds = clean_log_odds(p, around, rate)
             assert separation(odds[~wrong], odds[wrong]) > separation(-p[~wrong], -p[wrong])
     assert abs(np.mean(found) - rate) < 0.05
 
