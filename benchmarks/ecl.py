@@ -2,8 +2,8 @@
 
     python benchmarks/ecl.py configs/demo.yaml --test stores/demo-test_vendor --seeds 5
 
-The oracle trains on the store without its noisy pairs, `none` on all of them. The fold towers of `calibrated` count: its
-joint run has that many visits less, and starts from their mean. The share recovered is
+The oracle trains on the store without its noisy pairs, `none` on all of them. The fold towers of `calibrated`
+count: its joint run has that many visits less, and starts from their mean. The share recovered is
 (R@10 of the arm - none) / (oracle - none), over the seeds; its interval is a paired bootstrap over the queries.
 """
 

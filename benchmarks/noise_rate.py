@@ -2,9 +2,10 @@
 
     python benchmarks/noise_rate.py configs/demo.yaml --shards data/demo/train --seeds 3
 
-Wrong captions are planted in the demo's store, whose features stay: `std` replaces a caption of one picture as the
-demo does, `one` does so with one picture per concept, `cor` puts the same wrong caption on every picture of a concept.
-The labels only judge. The centroid of a caption's other pictures needs no training: it shows what redundancy gives away.
+Rows are KIND-RATE-SEED. Wrong captions are planted in the demo's store; its features stay: `std` replaces a caption of
+one picture as the demo does, `one` does so with one picture per concept, `cor` puts the same wrong caption on every
+picture of a concept. The labels only judge. The centroid of a caption's other pictures needs no training: it shows what
+redundancy gives away.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from efficientclip.config import load_config
-from efficientclip.confidence import standardised
 from efficientclip.data.store import PAIR_FILES, Store, finish, write_ids, write_tokens
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.demo import Concept, Picture, assign_noise
 from efficientclip.evaluation.verdicts import separation
-from efficientclip.noise_rate import NEGLIGIBLE, read_cross_fit
+from efficientclip.noise_rate import NEGLIGIBLE, CrossFit, read_cross_fit
 
 
 def demo_pictures(shards: Path) -> list[Picture]:
@@ -104,7 +104,7 @@ def plant(source: Store, pictures: list[Picture], target: Path) -> Store:
 
 
 def centroid_score(store: Store) -> np.ndarray[Any, Any]:
-    """Cosine of each pair's picture to the mean of its caption's other pictures, float64 [pairs]; their mean for none."""
+    """Cosine of each pair's picture to the mean of its caption's other pictures, float64 [pairs]; average for none."""
     features = store.features[store.image_ids].astype(np.float64)
     total = np.zeros((len(store.offsets) - 1, store.width))
     np.add.at(total, store.caption_ids, features)
@@ -114,3 +114,77 @@ def centroid_score(store: Store) -> np.ndarray[Any, Any]:
     score = (others * features).sum(1) / np.maximum(length, 1e-6)
     score[alone] = score[~alone].mean()
     return score
+
+
+def judged(config: Path, store: Store, folder: Path, seed: int, overrides: list[str]) -> CrossFit:
+    """The verdicts of `efficientclip cross-fit` on one core, unless they are there already."""
+    if not (folder / "cross_fit.parquet").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "efficientclip.cross_fit", str(config), f"seed={seed}", "training.threads=1"]
+        command += [f"data.store={store.path}", f"confidence.cross_fit={folder}", *overrides]
+        with (folder / "log.txt").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return read_cross_fit(folder, store)
+
+
+def dropped(score: np.ndarray[Any, Any], rate: float) -> np.ndarray[Any, Any]:
+    """The lowest `rate` of the pairs, bool [pairs]; none below a negligible rate."""
+    drop = np.zeros(len(score), bool)
+    if rate >= NEGLIGIBLE:
+        drop[np.argsort(score, kind="stable")[: round(rate * len(score))]] = True
+    return drop
+
+
+def figures(store: Store, found: CrossFit) -> dict[str, Any]:
+    """The estimate against the labels; the centroid drops as many pairs as the estimate says."""
+    noise = store.pairs()["noise"].to_numpy(zero_copy_only=False).astype(bool)
+    row: dict[str, Any] = {"pairs": len(store), "visits": found.visits, "true": f"{noise.mean():.3f}"}
+    row["estimated"] = f"{found.rate:.3f}"
+    row["mean p of wrong"] = f"{found.p[noise].mean():.3f}" if noise.any() else ""
+    for name, score in (("cross-fit", found.clean_log_odds), ("centroid", centroid_score(store))):
+        drop = dropped(score, found.rate)
+        row[f"{name} AUC"] = f"{separation(score[~noise], score[noise]):.3f}" if noise.any() else ""
+        row[f"{name} noise dropped"] = f"{drop[noise].mean():.3f}" if noise.any() else ""
+        row[f"{name} clean dropped"] = f"{drop[~noise].mean():.3f}"
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, for the fold towers")
+    parser.add_argument("--shards", type=Path, required=True, help="the demo's training tars: they hold the captions")
+    parser.add_argument("--cases", default="std-0,std-0.1,std-0.3,std-0.5,one-0,one-0.3,cor-0.3", help="KIND-RATE,…")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path("runs/noise-rate"))
+    parser.add_argument("--csv", type=Path)
+    given = parser.parse_args()
+    config = load_config(given.config, given.overrides)
+    if config.data.store is None:
+        parser.error("the config names no data.store")
+    source, pictures = Store(config.data.store), demo_pictures(given.shards)
+    (given.folder / "stores").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for case in given.cases.split(","):
+        kind, rate = case.split("-")
+        for seed in range(given.seeds):
+            name = f"{case}-{seed}"
+            planted = noisy_pictures(pictures, kind, float(rate), seed)
+            store = plant(source, planted, given.folder / "stores" / name)
+            found = judged(given.config, store, given.folder / name, seed, given.overrides)
+            rows.append({"case": name, **figures(store, found), "date": str(date.today())})
+            print(rows[-1], flush=True)
+    table = Table(*rows[0], title="noise rate, estimated without labels")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    Console(width=180).print(table)
+    if given.csv:
+        with given.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

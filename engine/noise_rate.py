@@ -187,7 +187,12 @@ class Competence:
 
 
 def competence(
-    hit: Bools, caption_ids: Integers, image_ids: Integers, caption_cell: Integers, image_cell: Integers, groups: Integers
+    hit: Bools,
+    caption_ids: Integers,
+    image_ids: Integers,
+    caption_cell: Integers,
+    image_cell: Integers,
+    groups: Integers,
 ) -> Competence:
     """Competence around the pairs; all arguments are [pairs], `hit` tells where p is small."""
     return Competence(

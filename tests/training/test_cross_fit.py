@@ -37,7 +37,7 @@ def test_each_tower_trains_on_one_fold_alone(folder: Path) -> None:
     found = read_cross_fit(folder / "judged")
     assert 0 <= found.rate <= 1 and found.visits == 2 * 256
     assert sorted(np.bincount(found.fold)) == pytest.approx([120, 120], abs=12)
-    assert np.isfinite(found.clean_log_odds).all() and (0 < found.p).all() and (found.p < 1).all()
+    assert np.isfinite(found.clean_log_odds).all() and (found.p > 0).all() and (found.p < 1).all()
     towers = [load_model(folder / "judged" / name) for name in ("fold-0", "fold-1", ".")]
     weights = [dict(tower.named_parameters()) for tower in towers]
     for name, mean in weights[2].items():
