@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import Confidence
+from .errors import UserError
 from .noise_rate import NEGLIGIBLE, read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
@@ -33,7 +34,13 @@ class ConfidenceTable:
         self.drops_done = 0
         if config.selection == "calibrated" and config.cross_fit is not None:
             self.cross_fit = read_cross_fit(config.cross_fit)
+            if len(self.cross_fit.p) != n_pairs:
+                raise UserError(
+                    f"confidence.cross_fit: {config.cross_fit} judges {len(self.cross_fit.p)} pairs, this run has"
+                    f" {n_pairs}; run `efficientclip cross-fit CONFIG` for its store"
+                )
             self.kept = self._likely_wrong_dropped()
+            self.dropped_epoch[~self.kept] = 0
 
     def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""

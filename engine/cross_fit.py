@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from .config import Confidence, Config, load_config
+from .config import Confidence, Config, MaskedLanguageModelling, load_config
 from .data.store import Store
 from .errors import UserError, reported
 from .model.efficientclip import build_model, load_model
@@ -65,12 +65,17 @@ def cross_fit(config: Config) -> None:
 
 def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Trainer:
     """The trainer of a text tower on the pairs `rows`."""
-    visits = max(1, round(config.confidence.cross_fit_epochs * len(rows)))
+    training, judging = config.training, config.confidence
+    budget = {
+        "pair_visits": max(1, round(judging.cross_fit_share * training.pair_visits / 2)),
+        "batch_size": judging.cross_fit_batch_size or training.batch_size,
+    }
     changes = {
         "run": run,
         "confidence": Confidence(),
         "data": config.data.model_copy(update={"validation": {}}),
-        "training": config.training.model_copy(update={"pair_visits": visits}),
+        "mlm": MaskedLanguageModelling(),
+        "training": training.model_copy(update=budget),
     }
     fold_config = config.model_copy(update=changes)
     source, vocabulary, validate = text_run(fold_config, rows)

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, name: str, judged: str = "judged", **changes: Any) -> str:
     changes = {"confidence__selection": "calibrated", "confidence__cross_fit": str(folder / judged)} | changes
-    file = tiny.config(folder, run=str(folder / name), confidence__cross_fit_epochs=2, **changes)
+    file = tiny.config(folder, run=str(folder / name), confidence__cross_fit_share=0.8, **changes)
     return str(file.rename(folder / f"{name}.yaml"))
 
 
