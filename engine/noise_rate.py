@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
 
 HIT = 0.05  # a pair with a smaller p shows competence
-FAILED = 0.8  # where towers are competent, right pairs have no larger p
+FAILED = 0.5  # where towers are competent, right pairs hardly have a larger p
 COMPETENT = 0.2  # share of the pairs that the rate is read from
 NEGLIGIBLE = 0.03  # an estimated rate below it is no ground to drop anything
 NULL_CAPTIONS = 8192

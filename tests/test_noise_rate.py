@@ -91,10 +91,10 @@ def test_competence_is_what_other_pairs_tell() -> None:
 
 
 def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any]:
-    """p, competence and the truth of pairs of which the towers know about a third; right pairs fail elsewhere."""
+    """p, competence and the truth of pairs of which the towers know about half; right pairs fail elsewhere."""
     random = np.random.default_rng(seed)
     captions, images = random.integers(0, n // 10, (2, n))
-    known_caption, known_image = random.random(n // 10) < 0.6, random.random(n // 10) < 0.6
+    known_caption, known_image = random.random(n // 10) < 0.7, random.random(n // 10) < 0.7
     wrong = random.random(n) < rate
     known = known_caption[captions] & known_image[images] & ~wrong
     p = np.where(known, random.beta(0.2, 12, n), np.where(wrong, random.random(n), random.beta(0.7, 1, n)))
@@ -103,7 +103,7 @@ def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Competen
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5])
-def test_rate_is_found_though_the_towers_know_a_third(rate: float) -> None:
+def test_rate_is_found_though_the_towers_know_half(rate: float) -> None:
     found = []
     for seed in range(3):
         p, around, wrong = scored_pairs(rate, seed)
