@@ -3,7 +3,7 @@
 Two towers train on half of the pairs each and score the other half. The p of a pair is the share of other captions
 that fit its picture at least as well. A wrong caption is one of these others, so its p is uniform: the null is exact
 however good the tower is. Right pairs have small p only where the tower is competent, which other pairs of the same
-caption and picture tell. Among the most competent pairs every p above one half is noise.
+caption and picture tell. Among the most competent pairs every large p is noise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
 
 HIT = 0.05  # a pair with a smaller p shows competence
-FAILED = 0.5  # where towers are competent, right pairs hardly have a larger p
+FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
 COMPETENT = 0.2  # share of the pairs that the rate is read from
 NEGLIGIBLE = 0.03  # an estimated rate below it is no ground to drop anything
 NULL_CAPTIONS = 8192
