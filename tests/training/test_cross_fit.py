@@ -44,14 +44,16 @@ def test_each_tower_trains_on_one_fold_alone(folder: Path) -> None:
         torch.testing.assert_close(mean, (weights[0][name] + weights[1][name]) / 2)
 
 
-def test_interrupted_fold_training_goes_on(folder: Path) -> None:
-    again = folder / "again"
-    shutil.copytree(folder / "judged", again)
-    for name in ("cross_fit.parquet", "fold-1", "model"):
-        gone = again / name
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-    # fold-0 as a kill after four of its eight steps leaves it.
-    ...
+def test_interrupted_cross_fit_goes_on(folder: Path) -> None:
+    judged = folder / "judged"
+    before = pq.read_table(judged / "cross_fit.parquet")
+    (judged / "cross_fit.parquet").unlink()
+    for name in ("fold-1", "model"):
+        shutil.rmtree(judged / name)
+    written = (judged / "fold-0" / "metrics.jsonl").read_bytes()
+    run(1, str(folder / "judge.yaml"), module="cross_fit")
+    assert (judged / "fold-0" / "metrics.jsonl").read_bytes() == written
+    assert pq.read_table(judged / "cross_fit.parquet").equals(before)
 
 
 def test_two_ranks_judge_as_one(folder: Path) -> None:
