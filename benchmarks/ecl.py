@@ -2,7 +2,8 @@
 
     python benchmarks/ecl.py configs/demo.yaml --test stores/demo-test_vendor --seeds 5
 
-The oracle trains on the store without its noisy pairs, `none` on all of them. The share recovered is
+The oracle trains on the store without its noisy pairs, `none` on all of them. The fold towers of `calibrated`
+count: its joint run has that many visits less, and starts from their mean. The share recovered is
 (R@10 of the arm - none) / (oracle - none), over the seeds; its interval is a paired bootstrap over the queries.
 """
 
@@ -29,6 +30,7 @@ from efficientclip.config import load_config
 from efficientclip.data.store import Store, finish, write_ids
 from efficientclip.model.efficientclip import load_model
 from efficientclip.model.encode import encode_store
+from efficientclip.noise_rate import read_cross_fit
 from efficientclip.objectives.retrieval import best_ranks
 
 ARMS = {
@@ -36,6 +38,7 @@ ARMS = {
     "oracle": ["confidence.selection=none"],
     "schedule": ["confidence.selection=schedule"],
     "mixture": ["confidence.selection=mixture"],
+    "calibrated": ["confidence.selection=calibrated"],
     "published": [
         "confidence.selection=published",
         "confidence.score=snapshot",
@@ -64,12 +67,24 @@ def without_noise(store: Path, target: Path) -> None:
 def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], folder: Path) -> Path:
     """Train one arm on one core unless it is there already; returns its run folder."""
     target = folder / f"{arm}-{seed}"
-    if not (target / "confidence.parquet").is_file():
-        command = [sys.executable, "-m", "efficientclip.train", str(config), f"run={target}", f"seed={seed}"]
-        command += [f"data.store={store}", "training.threads=1", *ARMS[arm], *overrides]
-        with (folder / f"{arm}-{seed}.log").open("w") as log:
+    if (target / "confidence.parquet").is_file():
+        return target
+    arguments = [str(config), f"run={target}", f"seed={seed}", f"data.store={store}", "training.threads=1"]
+    arguments += [*ARMS[arm], *overrides]
+    with (folder / f"{arm}-{seed}.log").open("w") as log:
+
+        def start(module: str) -> None:
+            command = [sys.executable, "-m", f"efficientclip.{module}", *arguments]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+        if arm == "calibrated":
+            judged = folder / f"cross-fit-{seed}"
+            arguments.append(f"confidence.cross_fit={judged}")
+            start("cross_fit")
+            left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
+            arguments += [f"training.pair_visits={left}", f"model.start_from={judged}"]
+        start("train")
     return target
 
 

@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
+    cross_fit = command(_cross_fit, "cross-fit", "estimate which pairs are wrong, by two towers on half of them each")
+    cross_fit.add_argument("config", type=Path, metavar="CONFIG", help="of the run with confidence.cross_fit")
+    cross_fit.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+
     plan = command(_plan, "plan", "what a run will cost: time, memory by part, storage, and what limits it")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
@@ -182,6 +186,15 @@ def _train(given: argparse.Namespace) -> None:
     # A mistake in the config is told before torch is loaded.
     load_config(given.config, given.overrides)
     from .train import main
+
+    main([str(given.config), *given.overrides])
+
+
+def _cross_fit(given: argparse.Namespace) -> None:
+    from .config import load_config
+
+    load_config(given.config, given.overrides)
+    from .cross_fit import main
 
     main([str(given.config), *given.overrides])
 

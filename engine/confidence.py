@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .config import Confidence
 from .errors import UserError
+from .noise_rate import NEGLIGIBLE, read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -34,6 +35,15 @@ class ConfidenceTable:
         # Of the current epoch alone.
         self.epoch_sum = np.zeros(n_pairs, np.float32)
         self.epoch_seen = np.zeros(n_pairs, np.int32)
+        if config.selection == "calibrated" and config.cross_fit is not None:
+            self.cross_fit = read_cross_fit(config.cross_fit)
+            if len(self.cross_fit.p) != n_pairs:
+                raise UserError(
+                    f"confidence.cross_fit: {config.cross_fit} judges {len(self.cross_fit.p)} pairs, this run has"
+                    f" {n_pairs}; run `efficientclip cross-fit CONFIG` for its store"
+                )
+            self.kept = self._likely_wrong_dropped()
+            self.dropped_epoch[~self.kept] = 0
 
     def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
@@ -69,6 +79,8 @@ class ConfidenceTable:
             return
         if rule == "mixture":
             keep = self._by_mixture()
+        elif rule == "calibrated":
+            keep = self._likely_wrong_dropped()
         elif rule == "schedule" and self.drops_done == self.config.drops:
             keep = self._lowest_dropped(int(self.kept.sum()))
         else:
@@ -99,6 +111,15 @@ class ConfidenceTable:
         keep[scored] = clean_probability(score[scored]) >= 0.5
         return keep
 
+    def _likely_wrong_dropped(self) -> BoolArray:
+        """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
+        the one that does."""
+        keep = np.ones(len(self.kept), bool)
+        if self.cross_fit.rate >= NEGLIGIBLE:
+            total = standardised(self.cross_fit.clean_log_odds) + standardised(self.mean_score)
+            keep[np.argsort(total, kind="stable")[: round(self.cross_fit.rate * len(total))]] = False
+        return keep
+
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as arrays."""
         return {
@@ -118,6 +139,15 @@ class ConfidenceTable:
         if "epoch_sum" not in state:
             raise UserError("checkpoint: an earlier version wrote it, without the epoch's scores; start a new run")
         self.epoch_sum, self.epoch_seen = state["epoch_sum"].copy(), state["epoch_seen"].copy()
+
+
+def standardised(score: FloatArray) -> FloatArray:
+    """Mean 0 and deviation 1 over the scored pairs; 0 for pairs without a score (NaN)."""
+    scored = ~np.isnan(score)
+    if not scored.any():
+        return np.zeros(len(score))
+    z = (score - score[scored].mean()) / max(float(score[scored].std()), 1e-12)
+    return np.where(scored, z, 0.0)
 
 
 def clean_probability(score: FloatArray, iterations: int = 200) -> FloatArray:

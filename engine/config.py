@@ -109,11 +109,20 @@ class Confidence(Section):
     score: Literal["online", "snapshot"] = Field(
         "online", description="online: cosine of the training forward; snapshot: a frozen copy's, as published"
     )
-    selection: Literal["none", "published", "schedule", "mixture"] = "none"
+    selection: Literal["none", "published", "schedule", "mixture", "calibrated"] = "none"
     warmup_epochs: int = Field(1, ge=0, description="epochs whose scores are neither kept nor used")
     drop_share: float = Field(0.1, gt=0, lt=1, description="share of the remaining pairs a drop takes")
     drops: int = Field(4, ge=0, description="schedule: number of drops, then stop")
+    cross_fit: Path | None = Field(None, description="calibrated: folder that `efficientclip cross-fit` writes")
+    cross_fit_share: float = Field(0.16, gt=0, description="visits of both fold towers / training.pair_visits, on top")
+    cross_fit_batch_size: int | None = Field(None, ge=1, description="of the fold towers; they want many small steps")
     reaudition_share: float = Field(0.05, ge=0, lt=0.5, description="share of visits given to dropped pairs, weight 0")
+
+    @model_validator(mode="after")
+    def _has_cross_fit(self) -> Confidence:
+        if self.selection == "calibrated" and self.cross_fit is None:
+            raise ValueError("`selection: calibrated` needs `cross_fit`, the folder of `efficientclip cross-fit`")
+        return self
 
 
 class Optimizer(Section):

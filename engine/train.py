@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 import torch.utils.deterministic
@@ -28,6 +29,7 @@ from .model.efficientclip import build_model
 from .model.encode import encode_pictures, encode_store
 from .model.frozen import frozen_name
 from .model.teacher import Teacher
+from .noise_rate import read_cross_fit
 from .objectives.retrieval import retrieval_report
 from .training.distributed import end_process, join_process_group
 from .training.trainer import Trainer, Validate
@@ -62,6 +64,23 @@ def train(config: Config) -> None:
 @contextmanager
 def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
     """A trainer of `config`, within the process group of all ranks."""
+    with process_group(config) as (rank, _):
+        starts: dict[str, Callable[[Config], tuple[PairSource, int | None, Validate]]]
+        starts = {"text": text_run, "image": _image_start, "both": _both_towers}
+        source, vocabulary, validate = starts[config.training.tower](config)
+        if rank == 0:
+            config.run.mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
+        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
+        if model.text is not None:
+            check_positions(config, model.text.positions)
+        yield kind(config, model, source, validate)
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[tuple[int, int]]:
+    """This process set up for training, as (rank, world size)."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -71,18 +90,9 @@ def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrain
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    rank, _ = join_process_group()
+    rank, world_size = join_process_group()
     try:
-        start = {"text": _text_run, "image": _image_start, "both": _both_towers}[config.training.tower]
-        source, vocabulary, validate = start(config)
-        if rank == 0:
-            config.run.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
-        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
-        if model.text is not None:
-            check_positions(config, model.text.positions)
-        yield kind(config, model, source, validate)
+        yield rank, world_size
     finally:
         dist.destroy_process_group()
 
@@ -95,7 +105,8 @@ def _keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
+def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> tuple[CaptionPairs, int, Validate]:
+    """Pairs of the store (those of `rows`), its vocabulary, and the measure of the validation stores."""
     if config.data.store is None:
         raise UserError("data.store: not set; make one with `efficientclip prepare SOURCE STORE`")
     store = Store(config.data.store)
@@ -116,7 +127,10 @@ def _text_run(config: Config) -> tuple[PairSource, int, Validate]:
             max_tokens=config.data.max_text_tokens,
             whole_words=config.mlm.whole_word,
         )
-    source = CaptionPairs(store, masked)
+    if config.confidence.selection == "calibrated" and config.confidence.cross_fit is not None:
+        # A run that a file about other pairs would mislead ends here.
+        read_cross_fit(config.confidence.cross_fit, store)
+    source = CaptionPairs(store, masked, rows)
     held_out = {name: Store(path) for name, path in config.data.validation.items()}
     for held in held_out.values():
         _check_store(config, held)

@@ -107,3 +107,9 @@ def test_gpu_checks_see_right_and_wrong_values(monkeypatch: pytest.MonkeyPatch) 
 def test_without_cuda_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_second_import_from_the_root_is_refused() -> None:
+    code = "import efficientclip.kernels, sys; sys.path.insert(0, sys.argv[1]); import kernels"
+    ran = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1 and "ImportError: this package is efficientclip.kernels" in ran.stderr

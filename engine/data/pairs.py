@@ -18,7 +18,7 @@ from .. import _loader
 from ..config import Config
 from ..errors import UserError
 from .batches import Batch, BatchLoader, FrozenTable, IntArray, Segments
-from .store import Edges, Store, TextStore
+from .store import Edges, Store, TextStore, edges
 from .threaded import ThreadedLoader
 
 SPECIAL, CONTINUING = 1, 2
@@ -114,19 +114,25 @@ class PairSource:
 
 
 class CaptionPairs(PairSource):
-    """Captions against the frozen features of a store, with masked unpaired texts packed behind them."""
+    """Captions against the frozen features of a store, with masked unpaired texts packed behind them.
 
-    def __init__(self, store: Store, masked: MaskedTexts | None = None) -> None:
+    Of `rows` alone, int64 [pairs], where they are given: edges between other rows are unknown then.
+    """
+
+    def __init__(self, store: Store, masked: MaskedTexts | None = None, rows: IntArray | None = None) -> None:
+        captions, images = store.caption_ids, store.image_ids
+        if rows is not None:
+            captions, images = captions[rows], images[rows]
         super().__init__(
-            trained_ids=store.caption_ids,
-            frozen_ids=store.image_ids,
+            trained_ids=captions,
+            frozen_ids=images,
             features=store.features,
-            edges=store.caption_edges,
+            edges=store.caption_edges if rows is None else edges(captions, images, len(store.offsets) - 1),
         )
-        self.captions, self.masked, self.store = store, masked, store
+        self.captions, self.masked, self.store, self.rows = store, masked, store, rows
 
     def names(self, rows: IntArray) -> list[str]:
-        return self.store.pairs()["key"].take(rows).to_pylist()
+        return self.store.pairs()["key"].take(rows if self.rows is None else self.rows[rows]).to_pylist()
 
 
 class PairLoader(ThreadedLoader):

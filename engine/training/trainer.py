@@ -64,6 +64,8 @@ class Trainer:
         momentum, queue = config.objective.momentum, config.objective.bank_size
         self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
         self.loader = source.batches(config, self.rank, self.world_size)
+        if isinstance(self.loader, PairLoader):
+            self.loader.kept = self.confidence.kept
         self.step = 0
         self.best = -math.inf
         self.grad_norm = 0.0

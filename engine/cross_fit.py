@@ -1,0 +1,100 @@
+"""`deepspeed --module efficientclip.cross_fit CONFIG [key=value …]`: two fold towers and what they say about the pairs.
+
+CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumable
+          model/               the mean of the two towers: the joint run's start
+          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rate in its metadata
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from .config import Confidence, Config, MaskedLanguageModelling, load_config
+from .data.store import Store
+from .errors import UserError, reported
+from .model.efficientclip import build_model, load_model
+from .model.encode import encode_store
+from .noise_rate import folds, judge, near, pair_groups, write_cross_fit
+from .train import process_group, text_run
+from .training.distributed import end_process
+from .training.trainer import Trainer
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry of the `deepspeed` launcher; ends the process."""
+    parser = argparse.ArgumentParser(prog="efficientclip cross-fit", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    end_process(reported(lambda: cross_fit(load_config(given.config, given.overrides))))
+
+
+def cross_fit(config: Config) -> None:
+    """Train the fold towers that `config` describes, or go on with them, and write what they say."""
+    folder = config.confidence.cross_fit
+    if folder is None:
+        raise UserError("confidence.cross_fit: not set; name the folder that the fold towers are to be written to")
+    if config.data.store is None or config.training.tower != "text":
+        raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
+    with process_group(config) as (rank, _):
+        store = Store(config.data.store)
+        groups = pair_groups(store, near(store.features, config.seed))
+        fold = folds(groups, config.seed)
+        text_2KD, visits = [], 0
+        for number in range(2):
+            trainer = _fold_trainer(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
+            if not trainer.train():
+                return
+            text_2KD.append(encode_store(trainer.engine.module, store, config.training.max_caption_tokens))
+            visits += trainer.visits
+        if rank == 0:
+            found = judge(store, groups, fold, text_2KD, visits, config.seed)
+            save_mean(folder / "model", [folder / f"fold-{number}" for number in range(2)])
+            write_cross_fit(folder, store, found)
+            print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+        dist.barrier()
+
+
+def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Trainer:
+    """The trainer of a text tower on the pairs `rows`."""
+    training, judging = config.training, config.confidence
+    budget = {
+        "pair_visits": max(1, round(judging.cross_fit_share * training.pair_visits / 2)),
+        "batch_size": judging.cross_fit_batch_size or training.batch_size,
+    }
+    changes = {
+        "run": run,
+        "confidence": Confidence(),
+        "data": config.data.model_copy(update={"validation": {}}),
+        "mlm": MaskedLanguageModelling(),
+        "training": training.model_copy(update=budget),
+    }
+    fold_config = config.model_copy(update=changes)
+    source, vocabulary, validate = text_run(fold_config, rows)
+    if dist.get_rank() == 0:
+        run.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=("text",))
+    return Trainer(fold_config, model, source, validate)
+
+
+def save_mean(folder: Path, runs: list[Path]) -> None:
+    """Write the mean of the weights of finished runs."""
+    model, *others = (load_model(run) for run in runs)
+    # Parameters, since tied weights stand twice in a state_dict.
+    with torch.no_grad():
+        for parameter, *theirs in zip(model.parameters(), *(other.parameters() for other in others), strict=True):
+            parameter.copy_(torch.stack([parameter, *theirs]).mean(0))
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

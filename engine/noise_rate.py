@@ -1,0 +1,293 @@
+"""How many pairs of a store are wrong, and which: read off without labels, from towers that did not train on the pair.
+
+Two towers train on half of the pairs each and score the other half. The p of a pair is the share of other captions
+that fit its picture at least as well. A wrong caption is one of these others, so its p is uniform: the null is exact
+however good the tower is. Right pairs have small p only where the tower is competent, which other pairs of the same
+caption and picture tell. Among the most competent pairs every large p is noise.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import MiniBatchKMeans
+
+from .data.store import Edges, Store, edges, write_atomically
+from .errors import UserError
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.integer[Any]]
+Bools = npt.NDArray[np.bool_]
+
+HIT = 0.05  # a pair with a smaller p shows competence
+FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
+COMPETENT = 0.2  # share of the pairs that the rate is read from
+NEGLIGIBLE = 0.03  # an estimated rate below it is no ground to drop anything
+NULL_CAPTIONS = 8192
+LARGEST_GROUP = 4096
+BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
+STRATA = 10
+ROUNDING = 1e-6
+FILE = "cross_fit.parquet"
+COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
+
+
+@dataclass(frozen=True)
+class CrossFit:
+    """Arrays of float64 [pairs], but fold int8. `rate` is the estimated share of wrong pairs, `visits` what it cost."""
+
+    rate: float
+    visits: int
+    fold: npt.NDArray[np.int8]
+    score: Floats  # cosine by the tower that did not train on the pair
+    p: Floats
+    competence: Floats
+    clean_log_odds: Floats
+
+
+def near(features: npt.NDArray[np.float16], seed: int, samples: int = 1 << 20, chance: float = 0.01) -> float:
+    """Cosine that a random pair of pictures exceeds with probability `chance`: what is nearer may be a duplicate."""
+    random = np.random.default_rng(seed)
+    one, other = random.integers(0, len(features), (2, min(samples, 64 * len(features))))
+    one, other = one[one != other], other[one != other]
+    cosine = np.concatenate(
+        [
+            (features[a].astype(np.float32) * features[b].astype(np.float32)).sum(1)
+            for a, b in zip(np.array_split(one, 64), np.array_split(other, 64), strict=True)
+        ]
+    )
+    return float(np.quantile(cosine, 1 - chance)) if len(cosine) else 1.0
+
+
+def pair_groups(store: Store, threshold: float) -> npt.NDArray[np.int64]:
+    """Group of each pair, int64 [pairs]: one caption on one picture and its near-duplicates (cosine >= `threshold`).
+
+    A caption on more than LARGEST_GROUP pictures is one group.
+    """
+    counts = np.bincount(store.caption_ids, minlength=len(store.offsets) - 1)
+    groups = np.empty(len(store), np.int64)
+    groups[counts[store.caption_ids] == 1] = np.arange((counts == 1).sum())
+    first_free = int((counts == 1).sum())
+    recurring = np.flatnonzero(counts[store.caption_ids] > 1)
+    recurring = recurring[np.argsort(store.caption_ids[recurring], kind="stable")]
+    for rows in np.split(recurring, np.cumsum(counts[counts > 1])[:-1]) if len(recurring) else ():
+        count, labels = 1, np.zeros(len(rows), np.int64)
+        if len(rows) <= LARGEST_GROUP:
+            features = store.features[store.image_ids[rows]].astype(np.float32)
+            count, labels = connected_components(features @ features.T >= threshold, directed=False)
+        groups[rows] = first_free + labels
+        first_free += count
+    return groups
+
+
+def folds(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int8]:
+    """Fold 0 or 1 of each pair; a group is never split, and the folds are as equal as groups allow."""
+    sizes = np.bincount(groups)
+    order = np.random.default_rng([seed, 5]).permutation(len(sizes))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    fold = np.empty(len(sizes), np.int8)
+    fold[order] = before >= len(groups) / 2
+    return fold[groups]
+
+
+@torch.no_grad()
+def p_values(
+    text_KD: torch.Tensor, image_VD: torch.Tensor, caption_ids: Integers, image_ids: Integers, linked: Edges, seed: int
+) -> tuple[Floats, Floats]:
+    """p and cosine of the pairs (caption, image), float64 [pairs] each.
+
+    p is the share of other captions, weighted by how often these pairs hold them, that score higher on the pair's
+    image; equal scores count half, captions that `linked` (caption -> images) ties to the image do not count. Of more
+    than NULL_CAPTIONS distinct captions, as many pairs are drawn.
+    """
+    n, device = len(caption_ids), text_KD.device
+    null, weights = np.unique(caption_ids, return_counts=True)
+    if len(null) > NULL_CAPTIONS:
+        drawn = np.random.default_rng([seed, 6]).integers(0, n, NULL_CAPTIONS)
+        null, weights = np.unique(caption_ids[drawn], return_counts=True)
+    column = np.full(len(text_KD), -1)
+    column[null] = np.arange(len(null))
+    of_captions = np.repeat(np.arange(len(linked[0]) - 1), np.diff(linked[0]))
+    starts, captions_of = edges(linked[1], of_captions, len(image_VD))
+    null_MD = text_KD[torch.from_numpy(null).to(device)].float()
+    weights_M = torch.from_numpy(weights).to(device, torch.float32)
+    order = np.argsort(image_ids, kind="stable")
+    p, cosine = np.empty(n), np.empty(n)
+    for rows in np.array_split(order, max(1, n // 1024)):
+        images, place = np.unique(image_ids[rows], return_inverse=True)
+        image_BD = image_VD[torch.from_numpy(images).to(device)].float()
+        scores_BM = image_BD @ null_MD.T
+        own = (text_KD[torch.from_numpy(caption_ids[rows]).to(device)].float() * image_BD[place]).sum(1)
+        counted_BM = weights_M.repeat(len(images), 1)
+        degree = starts[images + 1] - starts[images]
+        positive = np.concatenate([captions_of[starts[i] : starts[i + 1]] for i in images])
+        at = column[positive]
+        counted_BM[np.repeat(np.arange(len(images)), degree)[at >= 0], at[at >= 0]] = 0
+        gap_PM, counted_PM = scores_BM[place] - own[:, None], counted_BM[place]
+        # Above 1, equal one half; products of one sum differ by their order.
+        beats_PM = (gap_PM > ROUNDING).float() + 0.5 * (gap_PM.abs() <= ROUNDING)
+        above = (counted_PM * beats_PM).sum(1)
+        # The half keeps p above 0: nobody beats a caption by less than one draw.
+        p[rows] = ((above + 0.5) / (counted_PM.sum(1) + 1)).double().cpu().numpy()
+        cosine[rows] = own.double().cpu().numpy()
+    return p, cosine
+
+
+def cells(features: npt.NDArray[np.floating[Any]], seed: int, size: int = 32, most: int = 4096) -> Integers:
+    """Cell int32 [rows] of each row by k-means: about `size` rows a cell, `most` cells at most."""
+    k = min(max(1, len(features) // size), most)
+    means = MiniBatchKMeans(k, batch_size=max(4096, 4 * k), n_init=1, random_state=seed)
+    means.fit(np.asarray(features[:: max(1, len(features) // (64 * k))], np.float32))
+    parts = np.array_split(np.arange(len(features)), max(1, len(features) // 65536))
+    return np.concatenate([means.predict(np.asarray(features[part], np.float32)) for part in parts])
+
+
+def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers | None) -> Floats:
+    """Log-odds of a hit around each pair, from the pairs of its id, backed by those of its cell.
+
+    `ids`, `cell` and `apart` are integers [pairs]; pairs of the same `apart` do not testify for each other, and without
+    it all do.
+    """
+    rate = (hit.sum() + 0.5) / (len(hit) + 1)
+    for key in (cell, ids):
+        hits, total = np.bincount(key, hit)[key], np.bincount(key)[key].astype(np.float64)
+        if apart is not None:
+            _, both = np.unique(np.stack([key, apart]), axis=1, return_inverse=True)
+            hits, total = hits - np.bincount(both, hit)[both], total - np.bincount(both)[both]
+        rate = (hits + BACKING * rate) / (total + BACKING)
+    return np.log(rate) - np.log1p(-rate)
+
+
+@dataclass(frozen=True)
+class Competence:
+    """Of each pair, by its caption's and its image's other pairs, and both sides as a random mismatched pair has them.
+
+    Such a pair's caption is tied to foreign images, so all pairs of the caption testify; its image lacks one pair.
+    """
+
+    pair: Floats
+    mismatched_caption: Floats
+    mismatched_image: Floats
+
+    def mismatched_above(self, threshold: float) -> float:
+        """Share of all combinations of a pair's caption with a pair's image that are at least so competent."""
+        ordered = np.sort(self.mismatched_caption)
+        below = np.searchsorted(ordered, threshold - self.mismatched_image, side="left")
+        return float(1 - below.mean() / len(ordered))
+
+
+def competence(
+    hit: Bools,
+    caption_ids: Integers,
+    image_ids: Integers,
+    caption_cell: Integers,
+    image_cell: Integers,
+    groups: Integers,
+) -> Competence:
+    """Competence around the pairs; all arguments are [pairs], `hit` tells where p is small."""
+    return Competence(
+        side_competence(hit, caption_ids, caption_cell, groups) + side_competence(hit, image_ids, image_cell, groups),
+        side_competence(hit, caption_ids, caption_cell, None),
+        side_competence(hit, image_ids, image_cell, np.arange(len(hit))),
+    )
+
+
+def noise_rate(p: Floats, found: Competence) -> float:
+    """The share of wrong pairs, from p float64 [pairs] and competence.
+
+    Among the most competent pairs a p beyond FAILED belongs to a wrong pair; how many wrong pairs are so competent, and
+    what share of their p lies there, is known.
+    """
+    threshold = float(np.quantile(found.pair, 1 - COMPETENT))
+    failed = ((found.pair >= threshold) & (p > FAILED)).sum()
+    expected = len(p) * found.mismatched_above(threshold) * (1 - FAILED)
+    return float(min(failed / max(expected, 1e-9), 1.0))
+
+
+def clean_log_odds(p: Floats, found: Competence, rate: float) -> Floats:
+    """Log-odds that a pair is right, float64 [pairs].
+
+    Pairs of like competence share a mixture: the uniform p of wrong ones, whose weight is known, and the Beta(a, 1) of
+    right ones, whose a is fitted. Where the tower is not competent a large p says little.
+    """
+    odds = np.zeros(len(p))
+    bounds = np.quantile(found.pair, np.linspace(0, 1, STRATA + 1))
+    bounds[0], bounds[-1] = -np.inf, np.inf
+    mismatched = [found.mismatched_above(bound) for bound in bounds]
+    for low, high, more, less in zip(bounds[:-1], bounds[1:], mismatched[:-1], mismatched[1:], strict=True):
+        rows = np.flatnonzero((found.pair >= low) & (found.pair < high))
+        if len(rows) == 0:
+            continue
+        wrong = float(np.clip(rate * (more - less) * len(p) / len(rows), 1e-3, 1 - 1e-3))
+        log_p, a = np.log(p[rows]), 0.5
+        for _ in range(100):
+            density = (1 - wrong) * a * np.exp((a - 1) * log_p)
+            right = density / (density + wrong)
+            a = min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
+        odds[rows] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p
+    return odds
+
+
+def judge(
+    store: Store,
+    groups: npt.NDArray[np.int64],
+    fold: npt.NDArray[np.int8],
+    text_2KD: Sequence[npt.NDArray[np.float32]],
+    visits: int,
+    seed: int,
+) -> CrossFit:
+    """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
+    the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    image_VD = torch.from_numpy(np.array(store.features)).to(device)
+    p, score = np.empty(len(store)), np.empty(len(store))
+    for tower, text_KD in enumerate(text_2KD):
+        rows = np.flatnonzero(fold != tower)
+        p[rows], score[rows] = p_values(
+            torch.from_numpy(text_KD).to(device), image_VD, store.caption_ids[rows], store.image_ids[rows],
+            store.caption_edges, seed,
+        )  # fmt: skip
+    caption_cell = cells(np.concatenate(text_2KD, axis=1), seed)[store.caption_ids]
+    image_cell = cells(store.features, seed)[store.image_ids]
+    found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
+    rate = noise_rate(p, found)
+    return CrossFit(rate, visits, fold, score, p, found.pair, clean_log_odds(p, found, rate))
+
+
+def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
+    """cross_fit.parquet: a row a pair; the rate and the store's identity in its metadata."""
+    columns = {name: getattr(found, name) for name in COLUMNS}
+    table = pa.table({"row": np.arange(len(found.p)), **columns})
+    described = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
+    buffer = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata(described), buffer)
+    write_atomically(folder / FILE, buffer.getvalue())
+
+
+def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
+    """What `efficientclip cross-fit` left in `folder`; UserError where it is absent or tells of other pairs."""
+    file = folder / FILE
+    if not file.is_file():
+        raise UserError(f"confidence.cross_fit: {file} is missing; run `efficientclip cross-fit CONFIG` first")
+    table = pq.read_table(file)
+    if store is not None and table.schema.metadata[b"pairs"].decode() != _identity(store):
+        raise UserError(
+            f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; remove the folder and run"
+            " `efficientclip cross-fit CONFIG` again"
+        )
+    described, columns = table.schema.metadata, {name: table[name].to_numpy() for name in COLUMNS}
+    return CrossFit(float(described[b"rate"]), int(described[b"visits"]), **columns)
+
+
+def _identity(store: Store) -> str:
+    return "-".join(store.manifest["files"][name]["sha256"] for name in ("image_ids.bin", "caption_ids.bin"))

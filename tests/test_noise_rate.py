@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from efficientclip.confidence import ConfidenceTable
+from efficientclip.config import Confidence
+from efficientclip.data.store import Store, edges
+from efficientclip.errors import UserError
+from efficientclip.noise_rate import (
+    Competence,
+    CrossFit,
+    clean_log_odds,
+    competence,
+    folds,
+    near,
+    noise_rate,
+    p_values,
+    pair_groups,
+    read_cross_fit,
+    write_cross_fit,
+)
+from tests import tiny
+
+
+def unit(random: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(random.standard_normal((rows, width))).float(), dim=1)
+
+
+def test_p_is_the_share_of_other_captions_that_fit_better() -> None:
+    random = np.random.default_rng(0)
+    text, image = unit(random, 30), unit(random, 12)
+    text[7] = text[8]  # equal scores
+    pairs = sorted({(int(random.integers(30)), int(random.integers(12))) for _ in range(90)})
+    captions, images = np.array(pairs).T
+    captions[:2], images[:2] = [7, 8], [3, 3]
+    other_links = [(1, 3), (2, 5)]
+    left, right = np.array([*zip(captions, images, strict=True), *other_links]).T
+    p, cosine = p_values(text, image, captions, images, edges(left, right, 30), seed=0)
+    linked = set(zip(left.tolist(), right.tolist(), strict=True))
+    for row, (caption, picture) in enumerate(zip(captions, images, strict=True)):
+        scores = [float(text[k] @ image[picture]) for k in captions if (k, picture) not in linked]
+        own = float(text[caption] @ image[picture])
+        above = sum(1.0 if score > own + 1e-6 else 0.5 if abs(score - own) <= 1e-6 else 0.0 for score in scores)
+        assert cosine[row] == pytest.approx(own, abs=1e-6)
+        assert p[row] == pytest.approx((above + 0.5) / (len(scores) + 1), abs=1e-6)
+
+
+def test_p_of_random_pairs_is_uniform_however_the_tower_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(1)
+    text, image = unit(random, 400, 4), unit(random, 300, 4)
+    # Captions of unequal frequency and a tower that likes some captions everywhere.
+    text[:40] = torch.nn.functional.normalize(text[:40] * 0.3 + image.mean(0), dim=1)
+    popularity = random.dirichlet(np.full(400, 0.3))
+    for sampled in (False, True):
+        monkeypatch.setattr("efficientclip.noise_rate.NULL_CAPTIONS", 150 if sampled else 8192)
+        captions, images = random.choice(400, 6000, p=popularity), random.integers(0, 300, 6000)
+        p, _ = p_values(text, image, captions, images, edges(captions[:0], images[:0], 400), seed=0)
+        shares = np.histogram(p, 10, (0, 1))[0] / len(p)
+        assert p.mean() == pytest.approx(0.5, abs=0.02)
+        assert np.abs(shares - 0.1).max() < 0.02
+
+
+def test_competence_is_what_other_pairs_tell() -> None:
+    random = np.random.default_rng(2)
+    n = 60
+    captions, images = random.integers(0, 9, n), random.integers(0, 11, n)
+    hit, apart = random.random(n) < 0.6, random.integers(0, 40, n)
+
+    def naive(ids: Any, excluded: Any) -> Any:
+        found = []
+        for row in range(n):
+            rate = (hit.sum() + 0.5) / (n + 1)
+            for key in (ids // 3, ids):
+                others = [hit[j] for j in range(n) if key[j] == key[row] and not excluded(j, row)]
+                rate = (sum(others) + 2 * rate) / (len(others) + 2)
+            found.append(np.log(rate / (1 - rate)))
+        return np.array(found)
+
+    found = competence(hit, captions, images, captions // 3, images // 3, apart)
+    grouped = [naive(ids, lambda j, row: apart[j] == apart[row]) for ids in (captions, images)]
+    np.testing.assert_allclose(found.pair, sum(grouped))
+    caption, image = naive(captions, lambda j, row: False), naive(images, lambda j, row: j == row)
+    both = caption[:, None] + image
+    for threshold in (-0.5, 0.0, 0.7):
+        assert found.mismatched_above(threshold) == pytest.approx((both >= threshold).mean())
+
+
+def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any]:
+    """p, competence and the truth of pairs of which the towers know about half; right pairs fail elsewhere."""
+    random = np.random.default_rng(seed)
+    captions, images = random.integers(0, n // 10, (2, n))
+    known_caption, known_image = random.random(n // 10) < 0.7, random.random(n // 10) < 0.7
+    wrong = random.random(n) < rate
+    known = known_caption[captions] & known_image[images] & ~wrong
+    p = np.where(known, random.beta(0.2, 12, n), np.where(wrong, random.random(n), random.beta(0.7, 1, n)))
+    cell = np.zeros(n, int)
+    return p, competence(p < 0.05, captions, images, cell, cell, np.arange(n)), wrong
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5])
+def test_rate_is_found_though_the_towers_know_half(rate: float) -> None:
+    found = []
+    for seed in range(3):
+        p, around, wrong = scored_pairs(rate, seed)
+        found.append(noise_rate(p, around))
+        if rate:
+            # Where the towers know nothing, a large p is no ground.
+            odds = clean_log_odds(p, around, rate)
+            assert separation(odds[~wrong], odds[wrong]) > separation(-p[~wrong], -p[wrong])
+    assert abs(np.mean(found) - rate) < 0.05
+
+
+def separation(upper: Any, lower: Any) -> float:
+    return float((np.searchsorted(np.sort(lower), upper)).mean() / len(lower))
+
+
+def test_folds_never_split_near_duplicates(tmp_path: Path) -> None:
+    store = Store(tiny.pair_store(tmp_path / "store"))
+    features = store.features.astype(np.float32)
+    for threshold in (near(store.features, 0), 0.3):
+        groups = pair_groups(store, threshold)
+        fold = folds(groups, seed=3)
+        for one in range(len(store)):
+            for other in range(one):
+                if store.caption_ids[one] == store.caption_ids[other]:
+                    cosine = features[store.image_ids[one]] @ features[store.image_ids[other]]
+                    assert cosine < threshold or groups[one] == groups[other]
+                else:
+                    assert groups[one] != groups[other]
+        assert all(len(set(fold[groups == group])) == 1 for group in set(groups))
+        assert abs(fold.mean() - 0.5) < 0.1
+
+
+def judged(folder: Path, rate: float, odds: Any) -> Confidence:
+    """A config whose cross-fit folder holds these verdicts."""
+    store = Store(tiny.pair_store(folder / "store"))
+    found = CrossFit(rate, 7, np.zeros(len(store), np.int8), odds, odds, odds, odds)
+    write_cross_fit(folder, store, found)
+    return Confidence(selection="calibrated", cross_fit=folder, warmup_epochs=0)
+
+
+@pytest.mark.parametrize(("rate", "dropped"), [(0.029, 0), (0.031, 7), (0.3, 72)])
+def test_negligible_noise_drops_nothing(tmp_path: Path, rate: float, dropped: int) -> None:
+    table = ConfidenceTable(240, judged(tmp_path, rate, np.arange(240.0)))
+    assert np.flatnonzero(~table.kept).tolist() == list(range(dropped))
+
+
+def test_later_evidence_clears_and_convicts(tmp_path: Path) -> None:
+    odds = np.random.default_rng(0).standard_normal(240)
+    table = ConfidenceTable(240, judged(tmp_path, 0.25, odds))
+    first = table.kept.copy()
+    score = np.where(np.arange(240) == odds.argmin(), 20.0, np.where(np.arange(240) == odds.argmax(), -20.0, 0.0))
+    for epoch in range(3):
+        table.observe(epoch, np.arange(240), score, np.ones(240, bool))
+        table.select(epoch)
+    assert not first[odds.argmin()] and table.kept[odds.argmin()]
+    assert first[odds.argmax()] and not table.kept[odds.argmax()]
+    assert table.kept.sum() == first.sum() == 180
+
+
+def test_verdicts_are_read_back_and_only_for_their_store(tmp_path: Path) -> None:
+    odds = np.random.default_rng(0).standard_normal(240)
+    judged(tmp_path, 0.25, odds)
+    found = read_cross_fit(tmp_path, Store(tmp_path / "store"))
+    assert (found.rate, found.visits) == (0.25, 7)
+    np.testing.assert_array_equal(found.clean_log_odds, odds)
+    with pytest.raises(UserError, match="judges other pairs"):
+        read_cross_fit(tmp_path, Store(tiny.pair_store(tmp_path / "other", seed=1)))
+    with pytest.raises(UserError, match="run `efficientclip cross-fit CONFIG` first"):
+        read_cross_fit(tmp_path / "nowhere")

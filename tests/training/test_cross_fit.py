@@ -1,0 +1,84 @@
+"""Two fold towers judge a store, and a run takes what they say: resumable, and on two ranks as on one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from efficientclip.model.efficientclip import load_model
+from efficientclip.noise_rate import read_cross_fit
+from tests import tiny
+from tests.training.launch import metrics, run
+from tests.training.test_resume import figures, kill_at, start
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cross-fit")
+    tiny.pair_store(path / "store")
+    tiny.text_store(path / "texts")
+    run(1, config(path, "judge", training__checkpoint_every=2), module="efficientclip.cross_fit")
+    return path
+
+
+def config(folder: Path, name: str, judged: str = "judged", **changes: Any) -> str:
+    changes = {"confidence__selection": "calibrated", "confidence__cross_fit": str(folder / judged)} | changes
+    file = tiny.config(folder, run=str(folder / name), confidence__cross_fit_share=0.8, **changes)
+    return str(file.rename(folder / f"{name}.yaml"))
+
+
+def test_each_tower_trains_on_one_fold_alone(folder: Path) -> None:
+    found = read_cross_fit(folder / "judged")
+    assert 0 <= found.rate <= 1 and found.visits == 2 * 256
+    assert sorted(np.bincount(found.fold)) == pytest.approx([120, 120], abs=12)
+    assert np.isfinite(found.clean_log_odds).all() and (found.p > 0).all() and (found.p < 1).all()
+    towers = [load_model(folder / "judged" / name) for name in ("fold-0", "fold-1", ".")]
+    weights = [dict(tower.named_parameters()) for tower in towers]
+    for name, mean in weights[2].items():
+        torch.testing.assert_close(mean, (weights[0][name] + weights[1][name]) / 2)
+
+
+def test_interrupted_cross_fit_goes_on(folder: Path) -> None:
+    judged = folder / "judged"
+    before = pq.read_table(judged / "cross_fit.parquet")
+    (judged / "cross_fit.parquet").unlink()
+    for name in ("fold-1", "model"):
+        shutil.rmtree(judged / name)
+    written = (judged / "fold-0" / "metrics.jsonl").read_bytes()
+    run(1, str(folder / "judge.yaml"), module="efficientclip.cross_fit")
+    assert (judged / "fold-0" / "metrics.jsonl").read_bytes() == written
+    assert pq.read_table(judged / "cross_fit.parquet").equals(before)
+
+
+def test_two_ranks_judge_as_one(folder: Path) -> None:
+    run(2, config(folder, "ranks", judged="judged-2"), module="efficientclip.cross_fit")
+    one, two = (read_cross_fit(folder / name) for name in ("judged", "judged-2"))
+    np.testing.assert_array_equal(one.fold, two.fold)
+    np.testing.assert_allclose(one.score, two.score, atol=1e-4)
+    assert one.rate == pytest.approx(two.rate, abs=0.05)
+
+
+def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
+    judged = pq.read_table(folder / "judged" / "cross_fit.parquet")
+    shutil.copytree(folder / "judged", folder / "certain")
+    certain = judged.replace_schema_metadata({**judged.schema.metadata, b"rate": b"0.2"})
+    pq.write_table(certain, folder / "certain" / "cross_fit.parquet")
+    run(1, config(folder, "undisturbed", "certain", training__pair_visits=960))
+    again = config(folder, "killed", "certain", training__pair_visits=960)
+    kill_at(start(again), folder / "killed", 11)
+    run(1, again)
+    assert figures(folder / "killed") == figures(folder / "undisturbed") and len(figures(folder / "killed")) == 30
+    one, other = ((folder / name / "confidence.parquet").read_bytes() for name in ("killed", "undisturbed"))
+    assert one == other
+    assert {line["kept_share"] for line in metrics(folder / "undisturbed")} == {0.8}
+
+
+def test_run_without_verdicts_says_what_to_do(folder: Path) -> None:
+    output = run(1, config(folder, "early", judged="nowhere"), code=2)
+    assert "run `efficientclip cross-fit CONFIG` first" in output and "Traceback" not in output
