@@ -61,7 +61,8 @@ def test_two_ranks_judge_as_one(folder: Path) -> None:
     one, two = (read_cross_fit(folder / name) for name in ("judged", "judged-2"))
     np.testing.assert_array_equal(one.fold, two.fold)
     np.testing.assert_allclose(one.score, two.score, atol=1e-4)
-    assert one.rate == pytest.approx(two.rate, abs=0.05)
+    # The rate of so few pairs, none of them competent, turns on a single p: it is not compared.
+    np.testing.assert_allclose(one.p, two.p, atol=0.03)
 
 
 def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
