@@ -59,8 +59,7 @@ class ConfidenceTable:
     @property
     def epoch_score(self) -> npt.NDArray[np.float32]:
         """Average z-score of each pair since `start_epoch`; NaN where it was not scored."""
-        seen = self.epoch_seen > 0
-        return np.divide(self.epoch_sum, self.epoch_seen, out=np.full(len(seen), np.nan, np.float32), where=seen)
+        return _mean(self.epoch_sum, self.epoch_seen)
 
     def start_epoch(self) -> None:
         self.epoch_sum[:] = 0
@@ -69,8 +68,7 @@ class ConfidenceTable:
     @property
     def mean_score(self) -> FloatArray:
         """Average z-score of each pair; NaN where it was never scored."""
-        seen = self.times_seen > 0
-        return np.divide(self.score_sum, self.times_seen, out=np.full(len(seen), np.nan), where=seen)
+        return _mean(self.score_sum, self.times_seen)
 
     def select(self, epoch: int) -> None:
         """Choose the pairs that the epoch after `epoch` trains on."""
@@ -139,6 +137,11 @@ class ConfidenceTable:
         if "epoch_sum" not in state:
             raise UserError("checkpoint: an earlier version wrote it, without the epoch's scores; start a new run")
         self.epoch_sum, self.epoch_seen = state["epoch_sum"].copy(), state["epoch_seen"].copy()
+
+
+def _mean(total: npt.NDArray[Any], times: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+    """`total` / `times` in the dtype of `total`; NaN where `times` is 0."""
+    return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
 
 
 def standardised(score: FloatArray) -> FloatArray:

@@ -7,7 +7,6 @@ CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumabl
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,25 +15,19 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from .config import Confidence, Config, MaskedLanguageModelling, load_config
+from .config import Confidence, Config, MaskedLanguageModelling
 from .data.store import Store
-from .errors import UserError, reported
-from .model.efficientclip import build_model, load_model
+from .errors import UserError
+from .model.efficientclip import load_model
 from .model.encode import encode_store
 from .noise_rate import folds, judge, near, pair_groups, write_cross_fit
-from .train import process_group, text_run
-from .training.distributed import end_process
+from .train import launched, new_trainer, process_group, text_run
 from .training.trainer import Trainer
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
-    parser = argparse.ArgumentParser(prog="efficientclip cross-fit", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    end_process(reported(lambda: cross_fit(load_config(given.config, given.overrides))))
+    launched(cross_fit, "cross-fit", __doc__, arguments)
 
 
 def cross_fit(config: Config) -> None:
@@ -44,7 +37,7 @@ def cross_fit(config: Config) -> None:
         raise UserError("confidence.cross_fit: not set; name the folder that the fold towers are to be written to")
     if config.data.store is None or config.training.tower != "text":
         raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
-    with process_group(config) as (rank, _):
+    with process_group(config) as rank:
         store = Store(config.data.store)
         groups = pair_groups(store, near(store.features, config.seed))
         fold = folds(groups, config.seed)
@@ -78,12 +71,7 @@ def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Tra
         "training": training.model_copy(update=budget),
     }
     fold_config = config.model_copy(update=changes)
-    source, vocabulary, validate = text_run(fold_config, rows)
-    if dist.get_rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=("text",))
-    return Trainer(fold_config, model, source, validate)
+    return new_trainer(fold_config, Trainer, *text_run(fold_config, rows))
 
 
 def save_mean(folder: Path, runs: list[Path]) -> None:

@@ -39,12 +39,19 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
-    parser = argparse.ArgumentParser(prog="efficientclip train", description=__doc__)
+    launched(train, "train", __doc__, arguments)
+
+
+def launched(
+    run: Callable[[Config], None], command: str, description: str | None, arguments: list[str] | None
+) -> NoReturn:
+    """`run` the config that the command line names, on one of the launcher's ranks; ends the process."""
+    parser = argparse.ArgumentParser(prog=f"efficientclip {command}", description=description)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    end_process(reported(lambda: train(load_config(given.config, given.overrides))))
+    end_process(reported(lambda: run(load_config(given.config, given.overrides))))
 
 
 def train(config: Config) -> None:
@@ -64,23 +71,29 @@ def train(config: Config) -> None:
 @contextmanager
 def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
     """A trainer of `config`, within the process group of all ranks."""
-    with process_group(config) as (rank, _):
+    with process_group(config):
         starts: dict[str, Callable[[Config], tuple[PairSource, int | None, Validate]]]
         starts = {"text": text_run, "image": _image_start, "both": _both_towers}
-        source, vocabulary, validate = starts[config.training.tower](config)
-        if rank == 0:
-            config.run.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
-        model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
-        if model.text is not None:
-            check_positions(config, model.text.positions)
-        yield kind(config, model, source, validate)
+        yield new_trainer(config, kind, *starts[config.training.tower](config))
+
+
+def new_trainer(
+    config: Config, kind: Callable[..., AnyTrainer], source: PairSource, vocabulary: int | None, validate: Validate
+) -> AnyTrainer:
+    """The trainer of a run on `source`, with the towers that `config` describes and the run's folder made."""
+    if dist.get_rank() == 0:
+        config.run.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
+    model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
+    if model.text is not None:
+        check_positions(config, model.text.positions)
+    return kind(config, model, source, validate)
 
 
 @contextmanager
-def process_group(config: Config) -> Iterator[tuple[int, int]]:
-    """This process set up for training, as (rank, world size)."""
+def process_group(config: Config) -> Iterator[int]:
+    """This process set up for training, as its rank."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -90,9 +103,9 @@ def process_group(config: Config) -> Iterator[tuple[int, int]]:
     torch.use_deterministic_algorithms(not torch.cuda.is_available())
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    rank, world_size = join_process_group()
+    rank, _ = join_process_group()
     try:
-        yield rank, world_size
+        yield rank
     finally:
         dist.destroy_process_group()
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .. import __version__
-from ..config import Config, load_config
+from ..config import Config
 from ..data.store import Store, write_atomically
 from ..errors import UserError
 from ..hardware import in_words, machine_name, read_hardware
@@ -26,6 +26,7 @@ from ..training.history import epoch_files, open_epoch
 from .charts import histogram, sparkline
 from .gallery import Card, judged_card
 from .report import Chart, Figure, template
+from .run import run_config
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 ROWS = 1 << 16
@@ -85,9 +86,7 @@ class Table:
 
 def open_audit(run: Path) -> Audit:
     """UserError when the folder is no finished text run, or its store or history are not those it trained with."""
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"run {run}: no config.yaml; give the folder that `efficientclip train` wrote")
-    config = load_config(run / "config.yaml")
+    config = run_config(run)
     if config.training.tower == "image" or config.data.store is None:
         raise UserError(f"run {run}: trained an image tower on pictures alone; ECL's verdicts are on a store's pairs")
     file = run / "confidence.parquet"

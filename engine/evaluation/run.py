@@ -88,14 +88,19 @@ class Run:
                 bar.update()
 
 
+def run_config(folder: Path) -> Config:
+    """The config that a run was made with; UserError when the folder is no run."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
+    return load_config(folder / "config.yaml")
+
+
 def open_run(folder: Path) -> Run:
     """Open a text run: its finished model, or else its best checkpoint, or else its latest.
 
     UserError when the folder is no run, has nothing to load yet, trained an image tower, or lost its store.
     """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
-    config = load_config(folder / "config.yaml")
+    config = run_config(folder)
     both = config.training.tower == "both"
     if config.training.tower == "image" or (config.data.store is None and not both):
         raise UserError(f"run {folder}: trained an image tower, not a text tower; give a text run that builds on it")

@@ -88,15 +88,14 @@ def both_sides_loss(
         loss = contrastive_loss(text_MD, image_MD, direction_weights=objective.direction_weights, **shared).loss
     else:
         to_image, to_text = objective.direction_weights
-        loss = contrastive_loss(
-            text_MD, keys.image_MD, keys.image_queue_QD, direction_weights=(to_image, 0.0), **shared
-        ).loss
-        loss = (
-            loss
-            + contrastive_loss(
-                image_MD, keys.text_MD, keys.text_queue_QD, direction_weights=(to_text, 0.0), **shared
-            ).loss
+        image, text = (
+            contrastive_loss(side_MD, key_MD, queue_QD, direction_weights=(weight, 0.0), **shared).loss
+            for side_MD, key_MD, queue_QD, weight in (
+                (text_MD, keys.image_MD, keys.image_queue_QD, to_image),
+                (image_MD, keys.text_MD, keys.text_queue_QD, to_text),
+            )
         )
+        loss = image + text
     cosine_M = (text_MD.detach() * image_MD.detach()).sum(1)
     return Losses(objective.contrastive_weight * loss, loss.detach(), loss.new_zeros(()), cosine_M)
 
