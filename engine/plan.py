@@ -6,6 +6,8 @@ The cost model. Work is counted on the towers themselves, built without memory o
   row of texts of the mean length, so attention is in it;
 - a masked position adds the vocabulary head; a pair adds its projection and the loss, 6 D (N + Q) operations for a
   batch of N and a bank of Q: three products, of which one is the recompute, since images are frozen;
+- where both towers train, a pair adds its picture, three forwards too, and the loss a fourth product for the N;
+  momentum copies add a forward of each side, and tell each side from a queue of its own;
 - activations are the bytes that autograd keeps of that row, without parameters, for each token of a micro-batch, with
   their gradients for a layer at a time;
 - a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, not overlapped with compute;
@@ -88,11 +90,13 @@ class Work:
     masked: float
     """Those of one masked position in the vocabulary head, forward."""
     pair: float
-    """Those of a caption's projection, forward."""
+    """Those of a caption's projection, and of its picture where both towers train, forward."""
     picture: float
     """Those of one picture through the frozen tower; 0 without one."""
     kept_by_token: float
     """Bytes of activations a token leaves for backward, of the dtype that the forward runs in."""
+    kept_by_pair: float
+    """Those of a picture, where both towers train."""
     kept_once: float
     """Those left once a forward, whatever its size: under autocast, narrow copies of the weights."""
     parameters: int
@@ -231,8 +235,6 @@ def measure_work(
 
     `dtype` is that of the weights, `autocast` what products are computed in where it is another.
     """
-    if config.training.tower == "both":
-        raise UserError("training.tower: both; the cost model counts runs against frozen rows alone")
     if config.model.text_tower is None:
         raise UserError("model.text_tower: not set; a plan is made for a run that trains a text tower")
     described = _described("model.text_tower", config.model.text_tower)
@@ -251,14 +253,17 @@ def measure_work(
             _, few = _counted(fake, lambda: _states(fake, 16, length))
             _, many = _counted(fake, lambda: _states(fake, 32, length))
     hidden, vocabulary = described.hidden_size, described.vocab_size
+    both = config.training.tower == "both"
+    picture = _picture_work(config, dtype, training=both)
     return Work(
         token=forward / (16 * length),
         masked=2.0 * hidden * (hidden + vocabulary),
-        pair=2.0 * hidden * config.model.width,
-        picture=_picture_work(config),
+        pair=2.0 * hidden * config.model.width + both * picture.forward,
+        picture=(not both) * picture.forward,
         kept_by_token=(many - few) / (16 * length),
+        kept_by_pair=both * picture.kept,
         kept_once=2 * few - many,
-        parameters=sum(p.numel() for p in text.parameters()),
+        parameters=sum(p.numel() for p in text.parameters()) + both * picture.parameters,
         vocabulary=vocabulary,
         layers=getattr(described, "num_hidden_layers", 1),
     )
@@ -275,7 +280,11 @@ def picture_training_work(config: Config) -> Work:
     tower = config.model.image_tower
     if tower is None:
         raise UserError("model.image_tower: not set; training.tower=image trains it")
-    return Work(0.0, 0.0, _picture_work(config), 0.0, 0.0, 0.0, 0, 0, 1)
+    pair = _picture_work(config).forward
+    return Work(
+        token=0, masked=0, pair=pair, picture=0, kept_by_token=0, kept_by_pair=0, kept_once=0, parameters=0,
+        vocabulary=0, layers=1,
+    )  # fmt: skip
 
 
 def operations(
@@ -292,26 +301,43 @@ def operations(
     forward = caption_tokens * work.token + pairs * work.pair
     local = training.batch_size // settings.world_size
     again = training.tokens_per_micro_batch is not None or (training.micro_batch_size or local) < local
-    columns = training.batch_size + min(config.objective.bank_size, settings.images)
+    both, objective = training.tower == "both", config.objective
+    if objective.momentum:
+        # Each side apart, against rows that are given.
+        products = 2 * 3 * (training.batch_size + objective.bank_size)
+    else:
+        products = (3 + both) * training.batch_size + 3 * min(objective.bank_size, settings.images)
+    trained = "captions and pictures" if both else "captions"
     flop = {
-        "captions": 3 * forward,
-        "captions once more, to accumulate": forward * again,
+        trained: 3 * forward,
+        f"{trained} once more, to accumulate": forward * again,
+        "momentum copies": forward * bool(objective.momentum),
         "unpaired texts": 3 * (text_tokens * work.token + masked * work.masked),
-        "contrastive loss": pairs * 6.0 * D * columns * (config.objective.contrastive_weight > 0),
+        "contrastive loss": pairs * 2.0 * D * products * (objective.contrastive_weight > 0),
         "scoring copy": caption_tokens * work.token * (config.confidence.score == "snapshot"),
     }
     return _positive(flop)
 
 
-def _picture_work(config: Config) -> float:
+@dataclass(frozen=True)
+class _PictureWork:
+    """Operations of a picture forward, the bytes it leaves for backward, and the tower's parameters."""
+
+    forward: float = 0
+    kept: float = 0
+    parameters: int = 0
+
+
+def _picture_work(config: Config, dtype: torch.dtype = torch.float32, *, training: bool = False) -> _PictureWork:
     tower = config.model.image_tower
     if tower is None:
-        return 0.0
+        return _PictureWork()
     described = _described("model.image_tower", tower)
     with torch.device("meta"):
-        image = ImageTower(described, config.model.width).eval()
-        pixels = torch.zeros(1, 3, tower.size, tower.size)
-    return _counted(image, lambda: image(pixels))[0]
+        image = ImageTower(described, config.model.width).train(training).to(dtype)
+        pixels = torch.zeros(2, 3, tower.size, tower.size, dtype=dtype)
+    forward, kept = _counted(image, lambda: image(pixels))
+    return _PictureWork(forward / 2, kept / 2, sum(p.numel() for p in image.parameters()))
 
 
 def _described(field: str, tower: Tower) -> PreTrainedConfig:
@@ -400,24 +426,31 @@ def plan(config: Config, settings: Settings) -> Plan:
     tokens += M * texts * settings.text_tokens
     sharded = {stage: W if zero >= stage else 1 for stage in (1, 2, 3)}
     on_cpu = settings.profile is not None and settings.profile.base_bytes > 0
-    storage = {
-        "features": settings.images * D * 2,
-        "tokens and offsets": settings.pairs * (settings.caption_tokens * (2 if work.vocabulary <= 1 << 16 else 4) + 8),
-    }
+    # Where both towers train, pictures and captions are read from their tars.
+    storage = {}
+    if training.tower == "text":
+        token_bytes = 2 if work.vocabulary <= 1 << 16 else 4
+        storage = {
+            "features": settings.images * D * 2,
+            "tokens and offsets": settings.pairs * (settings.caption_tokens * token_bytes + 8),
+        }
+    kept = tokens * work.kept_by_token + together * work.kept_by_pair
+    momentum = config.objective.momentum > 0
     memory = {
         "weights": P * width / sharded[3],
         "master weights": 4 * P * narrow / sharded[1] * (not precision.offloaded),
         "gradients": P * width / sharded[2],
         "gradients under way": min(P, precision.bucket) * width * (W > 1),
         "optimiser": 8 * P / sharded[1] * (not precision.offloaded),
-        "activations": tokens * work.kept_by_token + work.kept_once,
+        "activations": kept + work.kept_once,
         # Backward holds them for a layer at a time.
-        "gradients of activations": tokens * work.kept_by_token / work.layers,
+        "gradients of activations": kept / work.layers,
         "vocabulary logits": M * masked * work.vocabulary * 10,
         "features of the batch": (N + 2 * M) * D * 4,
         "scoring copy": P * width * (config.confidence.score == "snapshot"),
-        # The rows that a batch may see are a copy.
-        "bank": 2 * min(Q, settings.images) * D * 4,
+        "momentum copies": P * width * momentum,
+        # The rows that a batch may see are a copy; so are the momentum copies' two queues.
+        "bank": 2 * (2 * Q if momentum else min(Q, settings.images)) * D * 4,
         "loss workspace": M * D * 4 + 100 * 2**20,
         # Mapped files count to a process's resident set; a device never sees them.
         "store, mapped": sum(storage.values()) * on_cpu,
@@ -586,7 +619,7 @@ def plan_tables(made: Plan) -> list[Table]:
     storage = Table("", "GiB", title="store")
     for name, size in made.storage.items():
         storage.add_row(name, f"{size / GIB:.1f}")
-    return [time, memory, storage]
+    return [time, memory, *([storage] if made.storage else [])]
 
 
 def _span(seconds: float) -> str:

@@ -19,7 +19,7 @@ from tests import tiny
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
 
 
-def config(**training: Any) -> Config:
+def config(objective: dict[str, Any] | None = None, **training: Any) -> Config:
     text = {
         "model_type": "bert", "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
         "intermediate_size": INNER, "vocab_size": VOCABULARY,
@@ -36,6 +36,7 @@ def config(**training: Any) -> Config:
                 "text_tower": {"architecture": text},
                 "image_tower": {"architecture": image, "size": 32},
             },
+            "objective": objective or {},
             "training": {"pair_visits": 1_000_000, "batch_size": 1024, **training},
         }
     )
@@ -93,6 +94,24 @@ def test_a_plan_adds_up() -> None:
     assert list(made.rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
     assert made.days(1e13) - fixed == pytest.approx(4 * (made.days(4e13) - fixed))
     assert made.days(1e13) - made.days(1e13, preparing=False) == pytest.approx(500_000 * work.picture / 8e13 / 86_400)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.99])
+def test_where_both_towers_train_pictures_and_copies_are_counted(momentum: float) -> None:
+    frozen = measure_work(config(), LENGTH)
+    made = config({"bank_size": 4096 if momentum else 0, "momentum": momentum}, tower="both")
+    work, planned = measure_work(made, LENGTH), plan(made, SETTINGS)
+    assert work.picture == 0
+    assert work.pair == pytest.approx(frozen.pair + frozen.picture)
+    assert work.parameters > frozen.parameters
+    forward = 1e6 * (LENGTH * work.token + work.pair)
+    assert planned.flop["captions and pictures"] == pytest.approx(3 * forward)
+    products = 6 * (1024 + 4096) if momentum else 4 * 1024
+    assert planned.flop["contrastive loss"] == pytest.approx(1e6 * 2 * 32 * products)
+    assert planned.flop.get("momentum copies", 0) == pytest.approx(forward * bool(momentum))
+    assert ("momentum copies" in planned.memory) == bool(momentum)
+    assert planned.memory["activations"] > plan(config(), SETTINGS).memory["activations"]
+    assert not planned.storage
 
 
 def test_zero_shards_memory(tmp_path: Path) -> None:
