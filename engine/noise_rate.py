@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import MiniBatchKMeans
 
 from .data.store import Edges, Store, edges, write_atomically
 from .errors import UserError
@@ -145,6 +144,9 @@ def p_values(
 
 def cells(features: npt.NDArray[np.floating[Any]], seed: int, size: int = 32, most: int = 4096) -> Integers:
     """Cell int32 [rows] of each row by k-means: about `size` rows a cell, `most` cells at most."""
+    # Two seconds to import, which no other run need wait for.
+    from sklearn.cluster import MiniBatchKMeans
+
     k = min(max(1, len(features) // size), most)
     means = MiniBatchKMeans(k, batch_size=max(4096, 4 * k), n_init=1, random_state=seed)
     means.fit(np.asarray(features[:: max(1, len(features) // (64 * k))], np.float32))

@@ -39,6 +39,8 @@ def join_process_group() -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Ninja builds everything anew after another version of itself: it must be this environment's, activated or not.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     lock = Path(get_default_build_root()) / f"py{sys.version_info[0]}{sys.version_info[1]}_cpu/deepspeed_shm_comm/lock"
     if not cuda and os.environ["RANK"] == "0" and (lock.exists() or not lock.parent.is_dir()):
         print(

@@ -14,8 +14,8 @@ import torch
 from efficientclip.model.efficientclip import load_model
 from efficientclip.noise_rate import read_cross_fit
 from tests import tiny
-from tests.training.launch import metrics, run
-from tests.training.test_resume import figures, kill_at, start
+from tests.training.launch import metrics, run, start
+from tests.training.test_resume import figures, kill_at
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
     pq.write_table(certain, folder / "certain" / "cross_fit.parquet")
     run(1, config(folder, "undisturbed", "certain", training__pair_visits=960))
     again = config(folder, "killed", "certain", training__pair_visits=960)
-    kill_at(start(again), folder / "killed", 11)
+    kill_at(start(folder / "log", again), folder / "killed", 11)
     run(1, again)
     assert figures(folder / "killed") == figures(folder / "undisturbed") and len(figures(folder / "killed")) == 30
     one, other = ((folder / name / "confidence.parquet").read_bytes() for name in ("killed", "undisturbed"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests import tiny
-from tests.training.launch import command, environment, metrics, run
+from tests.training.launch import metrics, run, start
 
 FIGURES = ("loss", "contrastive", "mlm", "cosine", "grad_norm", "kept_share", "lr")
 
@@ -41,27 +42,22 @@ def figures(run_folder: Path) -> list[tuple[float, ...]]:
     return [tuple(line[name] for name in FIGURES) for line in metrics(run_folder)]
 
 
-def kill_at(process: subprocess.Popen[bytes], reached: Path, step: int | None, signum: int = signal.SIGKILL) -> None:
+def kill_at(process: BaseProcess, reached: Path, step: int | None, signum: int = signal.SIGKILL) -> None:
     """Send the signal once `step` is logged, or, without a step, once a checkpoint is being written."""
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.is_alive():
         if step is None:
             hit = any((reached / "checkpoints").glob("step-0000001*.partial"))
         else:
             file = reached / "metrics.jsonl"
             hit = file.exists() and len(file.read_text().splitlines()) >= step
         if hit:
-            process.send_signal(signum)
-            process.wait(60)
+            assert process.pid is not None
+            os.kill(process.pid, signum)
+            process.join(60)
             return
         time.sleep(0.0005 if step is None else 0.01)
-    raise RuntimeError(f"the run ended with {process.poll()} before it could be stopped")
-
-
-def start(config_file: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        command(1, config_file), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    raise RuntimeError(f"the run ended with {process.exitcode} before it could be stopped")
 
 
 def test_killed_run_resumes_bit_identically(folder: Path) -> None:
@@ -70,9 +66,9 @@ def test_killed_run_resumes_bit_identically(folder: Path) -> None:
     steps = sorted(int(step) for step in random.integers(6, 36, 2))
     print(f"killed at steps {steps} and in a checkpoint write")
     again = config(folder, "killed")
-    kill_at(start(again), folder / "killed", None)
+    kill_at(start(folder / "log", again), folder / "killed", None)
     for step in steps:
-        kill_at(start(again), folder / "killed", step)
+        kill_at(start(folder / "log", again), folder / "killed", step)
     run(1, again)
     assert figures(folder / "killed") == figures(folder / "undisturbed")
     assert len(figures(folder / "killed")) == 40
@@ -87,9 +83,9 @@ def test_killed_run_resumes_bit_identically(folder: Path) -> None:
 
 def test_sigterm_saves_and_stops(folder: Path) -> None:
     file = config(folder, "stopped")
-    process = start(file)
+    process = start(folder / "log", file)
     kill_at(process, folder / "stopped", 8, signal.SIGTERM)
-    assert process.returncode == 0
+    assert process.exitcode == 0
     saved = int((folder / "stopped" / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert saved >= 8
     assert not (folder / "stopped" / "model").exists()
