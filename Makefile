@@ -40,11 +40,9 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 		"held-out concepts, held-out style=data/demo/test_both.tar" \
 		"validation=stores/demo-val_seen"
 
-test: .venv/.ready ## the whole test suite, the kernels' beside the rest
-	@mkdir -p .cache
-	@pytest tests/kernels >.cache/test-kernels.txt 2>&1 & kernels=$$!; \
-	pytest --ignore=tests/kernels; rest=$$?; \
-	wait $$kernels; status=$$?; cat .cache/test-kernels.txt; exit $$((rest || status))
+# A file stays with one of the two workers: what it trains once, all of its tests share.
+test: .venv/.ready ## the whole test suite
+	pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 SECONDS ?= 600
 FUZZED := $(addprefix csrc/,tar.cpp captions.cpp picture.cpp resize.cpp transform.cpp) tests/csrc/image_fuzz.cpp

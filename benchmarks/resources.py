@@ -48,6 +48,12 @@ from efficientclip.plan import DEVICES, GIB, Settings, measure_work, operations,
 DATA = Path("data/demo")
 TEST = DATA / "test_vendor.tar"
 HELD_OUT = "val_seen"
+# Visits, batch size, learning rate of efficientclip's trainings at budget 1: short runs need steps, not large batches.
+STARTS = {
+    "demo-image": (12_000, 128, 3e-3),
+    "demo-distill": (16_000, 256, 1e-3),
+    "demo": (12_000, 256, 1e-3),
+}
 # What the recipe's R@10 may still gain in the last fifth of its run.
 SETTLED = 0.5
 KEY = ("hardware", "torch", "recipe", "share")
@@ -94,7 +100,7 @@ def stage(
 ) -> Spent:
     """Run a module of the engine that makes `target`, unless it is made; `counted`: operations and visits of it."""
     note = target.with_name(target.name + ".spent.json")
-    if not note.is_file():
+    if not (note.is_file() and target.is_dir()):
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.with_name(target.name + ".log").open("w") as log:
@@ -177,12 +183,16 @@ def baseline(name: str, visits: int, most: int, folder: Path) -> Recipe:
         visits *= 2
 
 
-def pipeline(share: float, folder: Path) -> Recipe:
-    """All of efficientclip's stages, each with `share` of the demo's visits."""
-    here = folder / f"efficientclip-{share:g}"
+def pipeline(budget: float, folder: Path) -> Recipe:
+    """All of efficientclip's stages, each with `budget` times the visits in STARTS."""
+    here = folder / f"efficientclip-{budget:g}"
     here.mkdir(parents=True, exist_ok=True)
-    image, distill, joint = (Path(f"configs/demo{name}.yaml") for name in ("-image", "-distill", ""))
-    visits = {config: round(share * load_config(config).training.pair_visits) for config in (image, distill, joint)}
+    image, distill, joint = (Path(f"configs/{name}.yaml") for name in STARTS)
+
+    def train(config: Path, run: str, *overrides: str) -> Spent:
+        visits, batch_size, rate = STARTS[config.stem]
+        given = [f"training.pair_visits={round(budget * visits)}", f"training.batch_size={batch_size}"]
+        return training(config, here / run, *given, f"optimizer.lr={rate}", *overrides)
 
     def prepared(source: Path, store: str, config: Path, *overrides: str, pictures: bool = False) -> Spent:
         target = here / store
@@ -196,26 +206,25 @@ def pipeline(share: float, folder: Path) -> Recipe:
     # No more parallel text is encoded than is seen.
     parallel = here / "parallel.tsv"
     lines = (DATA / "parallel.tsv").read_text().splitlines(keepends=True)
-    parallel.write_text("".join(random.Random(0).sample(lines, min(visits[distill], len(lines)))))
+    seen = round(budget * STARTS[distill.stem][0])
+    parallel.write_text("".join(random.Random(0).sample(lines, min(seen, len(lines)))))
     rarely = "training.validate_every=1000000"
     frozen = [f"model.image_tower.pretrained={here / 'image'}"]
     together = [
         f"data.store={here / 'store'}", f"data.validation.{HELD_OUT}={here / HELD_OUT}", f"mlm.texts={here / 'texts'}",
-        f"model.start_from={here / 'distill'}", *frozen, rarely, f"training.pair_visits={visits[joint]}",
+        f"model.start_from={here / 'distill'}", *frozen, rarely, "mlm.texts_per_batch=6",
     ]  # fmt: skip
     stages = [
-        training(image, here / "image", f"training.pair_visits={visits[image]}", rarely),
+        train(image, "image", rarely),
         prepared(parallel, "parallel", distill),
-        training(
-            distill, here / "distill", f"data.store={here / 'parallel'}", f"training.pair_visits={visits[distill]}"
-        ),
+        train(distill, "distill", f"data.store={here / 'parallel'}"),
         prepared(DATA / "texts.txt", "texts", joint),
         prepared(DATA / "train", "store", joint, *frozen, pictures=True),
         prepared(DATA / f"{HELD_OUT}.tar", HELD_OUT, joint, *frozen, pictures=True),
-        training(joint, here / "run", *together),
+        train(joint, "run", *together),
     ]
     spent = reduce(Spent.__add__, stages)
-    return Recipe("efficientclip", f"{share:g}", [(spent, curve(here / "run")[-1][1])], tested(here / "run"))
+    return Recipe("efficientclip", f"{budget:g}", [(spent, curve(here / "run")[-1][1])], tested(here / "run"))
 
 
 def rows_of(recipes: Sequence[Recipe]) -> list[Row]:
