@@ -57,7 +57,7 @@ fuzz: .venv/.ready ## hostile shards and pictures for SECONDS=600; needs clang
 		-artifact_prefix=.cache/fuzz/ .cache/fuzz/inputs
 
 bench: .venv/.ready ## the benchmarks
-	pytest benchmarks --benchmark-only
+	pytest benchmarks --benchmark-only $(ARGS)
 
 # Peers want PyPI's build of torch, 5.5 GB, in an environment of its own.
 bench-peers: .venv-peers/.ready ## the benchmarks beside all peers; ARGS="--long -k 65536" chooses

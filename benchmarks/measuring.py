@@ -6,7 +6,6 @@ import csv
 import ctypes
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import numpy as np
 import psutil
 import torch
 
@@ -85,13 +85,21 @@ class Neighbours:
         return sum(times) - times.idle - times.iowait - own_seconds()
 
     def busy(self, used: int, seconds: Mapping[str, Sequence[float]]) -> str | None:
-        """Why figures taken on `used` cores are worthless; `seconds` are the rounds of each implementation."""
+        """Why figures taken on `used` cores are worthless; `seconds` are the rounds of each implementation, in turn.
+
+        In the middle half of the rounds, an implementation's ratio to the first one may differ STEADY times.
+        """
         cores = (self._seconds() - self.before) / (time.perf_counter() - self.began)
         if cores > (os.cpu_count() or 1) - used + SPARE:
             return f"busy machine: others held {cores:.1f} cores"
+        # A round's implementations share what the machine was like meanwhile: they are compared within it.
+        base = next(iter(seconds.values()))
         for name, rounds in seconds.items():
-            if statistics.median(rounds) > STEADY * min(rounds):
-                return f"busy machine: {name}'s median is more than {STEADY} times its best round"
+            low, high = np.quantile(np.divide(rounds, base), [0.25, 0.75])
+            if high > STEADY * low:
+                return (
+                    f"busy machine: {name}'s ratio to {next(iter(seconds))} differs {high / low:.2f} times over rounds"
+                )
         return None
 
 
