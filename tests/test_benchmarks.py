@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, gpu
+from benchmarks import contrastive, gpu, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
-from benchmarks.measuring import Memory, record
+from benchmarks.measuring import Memory, Neighbours, record
+from benchmarks.resources import Recipe, Spent
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,3 +118,30 @@ def test_transformers_in_the_root_does_not_register_the_operators_anew() -> None
     )
     ran = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_rounds_may_be_slow_together_but_not_apart() -> None:
+    neighbours, rounds = Neighbours(), [1.0, 3.0, 1.0, 2.0, 1.0]
+    assert neighbours.busy(-9, {"ours": rounds, "peer": [2 * taken for taken in rounds]}) is None
+    reason = neighbours.busy(-9, {"ours": rounds, "peer": [2.0] * 5})
+    assert reason is not None and "peer's ratio to ours" in reason
+
+
+def test_a_run_has_settled_when_its_last_fifth_gains_nothing() -> None:
+    rising = [(visits, visits / 10) for visits in range(50, 1001, 50)]
+    assert not resources.settled(rising)
+    assert resources.settled([(visits, min(recall, 60.0)) for visits, recall in rising])
+    assert not resources.settled(rising[:2])
+
+
+def test_resources_are_those_until_the_recall_that_clip_ends_with() -> None:
+    whole, test = Spent(100.0, 1e12, 1000, 2**30), {"R@1": 1.0, "R@10": 10.0}
+    clip = Recipe("clip", "", [(whole.part(0.5), 30.0), (whole.part(0.8), 41.0), (whole, 40.0)], test)
+    slow = Recipe("wenlan", "", [(whole, 39.0)], test)
+    fast = Recipe("efficientclip", "1", [(Spent(8.0, 4e10, 50, 2**29) + Spent(2.0, 1e10, 50, 2**28), 40.0)], test)
+    rows = resources.rows_of([clip, slow, fast])
+    assert [row["reached"] for row in rows] == ["yes", "no", "yes"]
+    assert [row["cpu_over_clip"] for row in rows] == ["1.000", "1.250", "0.125"]
+    assert [row["operations_over_clip"] for row in rows] == ["1.000", "1.250", "0.062"]
+    assert [row["pair_visits"] for row in rows] == [800, 1000, 100]
+    assert rows[2]["peak_gib"] == "0.50"
