@@ -89,6 +89,8 @@ class BatchLoader(Protocol):
 
     epoch: int
     epoch_step: int
+    kept: npt.NDArray[np.bool_]
+    """bool [pairs of the source], those an epoch trains on; set between epochs."""
 
     @property
     def kept_share(self) -> float:

@@ -53,6 +53,8 @@ class ImagePairLoader:
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
         self.epoch = self.epoch_step = self.step = 0
         self.kept_share = 1.0
+        # The source has no rows, so none can be left out.
+        self.kept = np.empty(0, np.bool_)
         self.m = training.batch_size // world_size
         self.images = ImageLoader(
             list(source.shards),

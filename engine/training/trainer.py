@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..confidence import ConfidenceTable
 from ..config import Config, differing_keys, load_config, save_config
 from ..data.batches import Bank, Batch
-from ..data.pairs import PairLoader, PairSource
+from ..data.pairs import PairSource
 from ..errors import UserError
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
@@ -64,8 +64,7 @@ class Trainer:
         momentum, queue = config.objective.momentum, config.objective.bank_size
         self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
         self.loader = source.batches(config, self.rank, self.world_size)
-        if isinstance(self.loader, PairLoader):
-            self.loader.kept = self.confidence.kept
+        self.loader.kept = self.confidence.kept
         self.step = 0
         self.best = -math.inf
         self.grad_norm = 0.0
@@ -303,8 +302,7 @@ class Trainer:
             with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
         self.loader.next_epoch()
-        if isinstance(self.loader, PairLoader):
-            self.loader.kept = self.confidence.kept
+        self.loader.kept = self.confidence.kept
 
     def _validate(self) -> bool:
         """Measure the validation sets; True when the mean text->image recall@10 is the best so far."""
