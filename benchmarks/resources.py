@@ -282,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip-visits", type=int, default=250_000, help="of the first run (default: 250000)")
     parser.add_argument("--most-visits", type=int, default=1_000_000, help="of the last (default: 1000000)")
+    parser.add_argument("--wenlan-visits", type=int, help="of its run (default: as many as clip's)")
     parser.add_argument("--budgets", default="1,2,4", help="of efficientclip's pipelines, times STARTS")
     parser.add_argument("--folder", type=Path, default=Path("runs/resources"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -293,8 +294,8 @@ def main() -> None:
 
     def baselines() -> list[Recipe]:
         clip = baseline("clip", first, most, folder)
-        ended = clip.points[-1][0].visits
-        return [clip, baseline("wenlan", ended, ended, folder)]
+        visits = arguments.wenlan_visits or clip.points[-1][0].visits
+        return [clip, baseline("wenlan", visits, visits, folder)]
 
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(baselines)
