@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -11,7 +12,8 @@ from typing import Any, NoReturn
 
 import deepspeed
 import torch
-from torch.utils.cpp_extension import get_default_build_root
+from deepspeed.accelerator import get_accelerator
+from torch.utils.cpp_extension import _get_build_directory
 
 from ..config import Config
 from ..errors import UserError
@@ -39,17 +41,32 @@ def join_process_group() -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Ninja builds everything anew after another version of itself: it must be this environment's, activated or not.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    lock = Path(get_default_build_root()) / f"py{sys.version_info[0]}{sys.version_info[1]}_cpu/deepspeed_shm_comm/lock"
-    if not cuda and os.environ["RANK"] == "0" and (lock.exists() or not lock.parent.is_dir()):
-        print(
-            "DeepSpeed compiles its shared-memory operator, about a minute, once; if this never ends, an earlier build"
-            f" was killed: delete {lock} and start again",
-            flush=True,
-        )
+    else:
+        _load_shared_memory_operator()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _load_shared_memory_operator() -> None:
+    """DeepSpeed compiles the operator that CPU ranks talk through at its first start; this is that start, made safe.
+
+    PyTorch marks a build by a file, and a build that was killed leaves it behind: every later start would wait for
+    ever. The system frees a lock with its process, so whoever holds ours knows such a mark to be stale.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible():
+        return
+    # What another environment's packages or ninja built is built anew, each time they take turns: each has its own.
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder / "builder").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not (folder / f"{builder.name}.so").exists():
+            print("DeepSpeed compiles its shared-memory operator, about a minute, once", flush=True)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
 
 
 def end_process(code: int) -> NoReturn:

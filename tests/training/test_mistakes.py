@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -134,3 +136,14 @@ def test_bfloat16_is_not_emulated_on_cpus(
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert deepspeed_config(given, 1)["torch_autocast"]["enabled"] is supported
     assert ("emulates bfloat16" in capsys.readouterr().out) is not supported
+
+
+def test_the_mark_of_a_build_that_was_killed_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
+    root = tmp_path / "extensions"
+    once = str(tiny.config(folder, run=str(folder / "built"), training__pair_visits=32))
+    run(1, once)
+    shutil.copytree(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"), root)
+    (root / "deepspeed_shm_comm" / "lock").touch()
+    again = str(tiny.config(folder, run=str(folder / "after"), training__pair_visits=32))
+    run(1, again, TORCH_EXTENSIONS_DIR=str(root))
+    assert not (root / "deepspeed_shm_comm" / "lock").exists()
