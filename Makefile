@@ -56,7 +56,7 @@ fuzz: .venv/.ready ## hostile shards and pictures for SECONDS=600; needs clang
 	.cache/fuzz/image_fuzz -max_total_time=$(SECONDS) -timeout=20 -verbosity=0 -print_final_stats=1 \
 		-artifact_prefix=.cache/fuzz/ .cache/fuzz/inputs
 
-bench: .venv/.ready ## the benchmarks
+bench: .venv/.ready ## the benchmarks; ARGS="-k pair_loader" chooses
 	pytest benchmarks --benchmark-only $(ARGS)
 
 # Peers want PyPI's build of torch, 5.5 GB, in an environment of its own.

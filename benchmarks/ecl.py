@@ -1,6 +1,6 @@
 """How much of the oracle's gain does ECL recover? Arms side by side at equal pair visits, several seeds each.
 
-    python benchmarks/ecl.py configs/demo.yaml --test stores/demo-test_vendor --seeds 5
+    python -m benchmarks.ecl configs/demo.yaml --test stores/demo-test_vendor --seeds 5
 
 The oracle trains on the store without its noisy pairs, `none` on all of them. The fold towers of `calibrated`
 count: its joint run has that many visits less, and starts from their mean. The share recovered is
@@ -13,8 +13,6 @@ import argparse
 import csv
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -26,6 +24,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import on_one_core
 from efficientclip.config import load_config
 from efficientclip.data.store import Store, finish, write_ids
 from efficientclip.model.efficientclip import load_model
@@ -71,20 +70,14 @@ def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], fo
         return target
     arguments = [str(config), f"run={target}", f"seed={seed}", f"data.store={store}", "training.threads=1"]
     arguments += [*ARMS[arm], *overrides]
-    with (folder / f"{arm}-{seed}.log").open("w") as log:
-
-        def start(module: str) -> None:
-            command = [sys.executable, "-m", f"efficientclip.{module}", *arguments]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-
-        if arm == "calibrated":
-            judged = folder / f"cross-fit-{seed}"
-            arguments.append(f"confidence.cross_fit={judged}")
-            start("cross_fit")
-            left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
-            arguments += [f"training.pair_visits={left}", f"model.start_from={judged}"]
-        start("train")
+    log = folder / f"{arm}-{seed}.log"
+    if arm == "calibrated":
+        judged = folder / f"cross-fit-{seed}"
+        arguments.append(f"confidence.cross_fit={judged}")
+        on_one_core(log, "cross-fit", *arguments)
+        left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
+        arguments += [f"training.pair_visits={left}", f"model.start_from={judged}"]
+    on_one_core(log, "train", *arguments)
     return target
 
 

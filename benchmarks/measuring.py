@@ -6,6 +6,8 @@ import csv
 import ctypes
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -93,14 +95,26 @@ class Neighbours:
         if cores > (os.cpu_count() or 1) - used + SPARE:
             return f"busy machine: others held {cores:.1f} cores"
         # A round's implementations share what the machine was like meanwhile: they are compared within it.
-        base = next(iter(seconds.values()))
+        first, base = next(iter(seconds.items()))
         for name, rounds in seconds.items():
             low, high = np.quantile(np.divide(rounds, base), [0.25, 0.75])
             if high > STEADY * low:
-                return (
-                    f"busy machine: {name}'s ratio to {next(iter(seconds))} differs {high / low:.2f} times over rounds"
-                )
+                return f"busy machine: {name}'s ratio to {first} differs {high / low:.2f} times over rounds"
         return None
+
+
+def on_one_core(log: Path, *arguments: str) -> tuple[float, float]:
+    """`efficientclip ARGUMENTS` on one thread, printing into `log`; its CPU seconds and peak bytes."""
+    command = [str(Path(sys.executable).with_name("efficientclip")), *arguments]
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}, see {log}")
+    return usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
 
 
 @cache

@@ -1,6 +1,6 @@
 """How near is the estimated noise rate to the planted one, and what does the estimate drop? Beside a caption centroid.
 
-    python benchmarks/noise_rate.py configs/demo.yaml --shards data/demo/train --seeds 3
+    python -m benchmarks.noise_rate configs/demo.yaml --shards data/demo/train --seeds 3
 
 Rows are KIND-RATE-SEED. Wrong captions are planted in the demo's store; its features stay: `std` replaces a caption of
 one picture as the demo does, `one` does so with one picture per concept, `cor` puts the same wrong caption on every
@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from dataclasses import replace
 from datetime import date
@@ -29,6 +26,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import on_one_core
 from efficientclip.config import load_config
 from efficientclip.data.store import PAIR_FILES, Store, finish, write_ids, write_tokens
 from efficientclip.data.tokenizer import load_tokenizer
@@ -120,11 +118,8 @@ def judged(config: Path, store: Store, folder: Path, seed: int, overrides: list[
     """The verdicts of `efficientclip cross-fit` on one core, unless they are there already."""
     if not (folder / "cross_fit.parquet").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "efficientclip.cross_fit", str(config), f"seed={seed}", "training.threads=1"]
-        command += [f"data.store={store.path}", f"confidence.cross_fit={folder}", *overrides]
-        with (folder / "log.txt").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        given = [f"seed={seed}", "training.threads=1", f"data.store={store.path}", f"confidence.cross_fit={folder}"]
+        on_one_core(folder / "log.txt", "cross-fit", str(config), *given, *overrides)
     return read_cross_fit(folder, store)
 
 

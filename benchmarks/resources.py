@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,10 +37,11 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import RESULTS, Row, hardware, record
+from benchmarks.measuring import RESULTS, Row, hardware, on_one_core, record
 from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
 from efficientclip.evaluation.evaluate import evaluate
+from efficientclip.evaluation.run import read_metrics
 from efficientclip.plan import DEVICES, GIB, Settings, measure_work, operations, picture_training_work
 
 DATA = Path("data/demo")
@@ -91,25 +90,14 @@ class Recipe:
     test: dict[str, float]
 
 
-def stage(
-    target: Path, module: str, arguments: Sequence[str], counted: Callable[[], tuple[float, int]] = lambda: (0, 0)
-) -> Spent:
-    """Run a module of the engine that makes `target`, unless it is made; `counted`: operations and visits of it."""
+def stage(target: Path, *arguments: str, counted: Callable[[], tuple[float, int]] = lambda: (0, 0)) -> Spent:
+    """Run the command that makes `target`, unless it is made; `counted`: operations and visits of it."""
     note = target.with_name(target.name + ".spent.json")
     if not (note.is_file() and target.is_dir()):
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with target.with_name(target.name + ".log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-            entry = f"from efficientclip.{module} import main; import sys; sys.exit(main())"
-            command = [sys.executable, "-c", entry, *arguments]
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}, see {log.name}")
-        spent = {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": 1024 * usage.ru_maxrss}
-        note.write_text(json.dumps(spent))
+        cpu_seconds, peak_bytes = on_one_core(target.with_name(target.name + ".log"), *arguments)
+        note.write_text(json.dumps({"cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}))
     made, visits = counted()
     return Spent(**json.loads(note.read_text()), operations=made, visits=visits)
 
@@ -117,12 +105,12 @@ def stage(
 def training(config: Path, run: Path, *overrides: str) -> Spent:
     """A run of `config` in one process on one thread."""
     arguments = [f"run={run}", "training.threads=1", *overrides]
-    return stage(run, "train", [str(config), *arguments], lambda: counted(load_config(config, arguments)))
+    return stage(run, "train", str(config), *arguments, counted=lambda: counted(load_config(config, arguments)))
 
 
 def counted(config: Config) -> tuple[float, int]:
     """Operations and visits of a run that has ended."""
-    last = [json.loads(line) for line in (config.run / "metrics.jsonl").open() if '"tokens_per_s"' in line][-1]
+    last = read_metrics(config.run / "metrics.jsonl")[0][-1]
     visits, tokens = last["visits"], last["visits"] * last["tokens_per_s"] / last["pairs_per_s"]
     if config.training.tower == "image":
         return sum(operations(config, picture_training_work(config), given(0, 0), visits, 0, 0, 0).values()), visits
@@ -144,8 +132,8 @@ def given(images: int, caption_tokens: float) -> Settings:
 
 def curve(run: Path) -> list[tuple[int, float]]:
     """Visits and text-to-image R@10 of each validation of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return [(line["visits"], line["validation"][HELD_OUT]["t2i"]["R@10"]) for line in lines if "validation" in line]
+    _, validations = read_metrics(run / "metrics.jsonl")
+    return [(line["visits"], line["validation"][HELD_OUT]["t2i"]["R@10"]) for line in validations]
 
 
 def tested(run: Path) -> dict[str, float]:
@@ -171,8 +159,9 @@ def baseline(name: str, visits: int, most: int, folder: Path) -> Recipe:
         run = folder / f"{name}-{visits}"
         spent = training(Path(f"configs/demo-{name}.yaml"), run, f"training.pair_visits={visits}")
         points = curve(run)
-        if settled(points) or 2 * visits > most:
-            if not settled(points):
+        done = settled(points)
+        if done or 2 * visits > most:
+            if not done:
                 print(f"{name}: still gaining after {visits} visits; its figures are a lower bound of what it pays")
             end = points[-1][0]
             return Recipe(name, "", [(spent.part(seen / end), recall) for seen, recall in points], tested(run))
@@ -187,29 +176,30 @@ def pipeline(budget: float, folder: Path) -> Recipe:
 
     def train(config: Path, run: str, *overrides: str) -> Spent:
         visits, batch_size, rate = STARTS[config.stem]
-        given = [f"training.pair_visits={round(budget * visits)}", f"training.batch_size={batch_size}"]
-        return training(config, here / run, *given, f"optimizer.lr={rate}", *overrides)
+        chosen = [f"training.pair_visits={round(budget * visits)}", f"training.batch_size={batch_size}"]
+        return training(config, here / run, *chosen, f"optimizer.lr={rate}", *overrides)
 
-    def prepared(source: Path, store: str, config: Path, *overrides: str, pictures: bool = False) -> Spent:
-        target = here / store
+    def prepare(source: str, store: str, *overrides: str) -> list[str]:
+        return ["prepare", str(DATA / source), str(here / store), "--config", str(joint), *overrides]
 
+    frozen = f"model.image_tower.pretrained={here / 'image'}"
+
+    def pictures(source: str, store: str) -> Spent:
         def encoded() -> tuple[float, int]:
-            tower = measure_work(load_config(config, overrides), 8).picture if pictures else 0
-            return len(Store(target).features) * tower if pictures else 0, 0
+            return len(Store(here / store).features) * measure_work(load_config(joint, [frozen]), 8).picture, 0
 
-        return stage(target, "cli", ["prepare", str(source), str(target), "--config", str(config), *overrides], encoded)
+        return stage(here / store, *prepare(source, store, frozen), counted=encoded)
 
     rarely = "training.validate_every=1000000"
-    frozen = [f"model.image_tower.pretrained={here / 'image'}"]
     together = [
         f"data.store={here / 'store'}", f"data.validation.{HELD_OUT}={here / HELD_OUT}", f"mlm.texts={here / 'texts'}",
-        *frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=2",
+        frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=2",
     ]  # fmt: skip
     stages = [
         train(image, "image", rarely),
-        prepared(DATA / "texts.txt", "texts", joint),
-        prepared(DATA / "train", "store", joint, *frozen, pictures=True),
-        prepared(DATA / f"{HELD_OUT}.tar", HELD_OUT, joint, *frozen, pictures=True),
+        stage(here / "texts", *prepare("texts.txt", "texts")),
+        pictures("train", "store"),
+        pictures(f"{HELD_OUT}.tar", HELD_OUT),
         train(joint, "run", *together),
     ]
     spent = reduce(Spent.__add__, stages)

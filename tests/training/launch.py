@@ -32,6 +32,7 @@ def start(
     """One rank, which prints into `log`."""
     given = (log, arguments, script, module, environment(**extra))
     process = SERVER.Process(target=_enter, args=given)
+    # The first start is that of the server, too: its imports see this environment.
     with patch.dict(os.environ, environment()):
         process.start()
     return process
