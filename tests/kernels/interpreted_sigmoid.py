@@ -41,7 +41,7 @@ def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
 @DTYPES
 @pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
 def test_everything_at_once(rng: torch.Generator, dtype: torch.dtype, scale: float, bias: float) -> None:
-    check_over_batches(rng, 4, (40, 20, 24), dtype, scale, bias)
+    check_over_batches(rng, (40, 20, 24), dtype, scale, bias)
 
 
 @pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 40, 24), (33, 0, 100)])
@@ -100,7 +100,8 @@ def test_blocks_of_columns_add_up(rng: torch.Generator, positives: str) -> None:
     for positive_M in (None, sums[1]):
         together = found(slice(0, 70), positive_M)
         for one, *parts in zip(together, *(found(columns, positive_M) for columns in blocks), strict=True):
-            torch.testing.assert_close(sum(parts), one, rtol=1e-5, atol=1e-6)
+            # Parts may cancel: their sum is as exact as they are.
+            assert float((sum(parts) - one).norm()) <= 1e-6 * sum(float(part.norm()) for part in parts)
 
 
 def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
