@@ -44,6 +44,8 @@ def join_process_group() -> tuple[int, int]:
     else:
         _load_shared_memory_operator()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
+    if not cuda:
+        _forget_shared_memory()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
@@ -67,6 +69,13 @@ def _load_shared_memory_operator() -> None:
             print("DeepSpeed compiles its shared-memory operator, about a minute, once", flush=True)
         (folder / "lock").unlink(missing_ok=True)
         builder.load(verbose=False)
+
+
+def _forget_shared_memory() -> None:
+    """Unlink the 66 MiB that DeepSpeed's operator maps for this rank and never removes: the last process frees them."""
+    torch.distributed.barrier()
+    parts = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], torch.distributed.get_rank()
+    Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))).unlink(missing_ok=True)
 
 
 def end_process(code: int) -> NoReturn:
