@@ -128,26 +128,27 @@ def main() -> None:
         ranks = ranks_of(folder, test, config.training.max_caption_tokens)
         spent = json.loads(folder.with_name(folder.name + ".json").read_text())["cpu_seconds"]
         found[arm][seed] = probe(folder, *tables, seed=0)["accuracy"], 100 * (ranks <= 10).mean(), spent
-    rows = []
+    common = {
+        "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits,
+        "date": date.today(), "command": "python -m benchmarks.mlm " + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+    rows = [common | {"arm": "naive Bayes", "accuracy": f"{naive_bayes(fit, held):.1f}"}]
     for arm in ARMS:
         (accuracy, recall, spent), over = found[arm].T, (found[arm] - found["off"]).T
         rows.append(
-            {
-                "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits, "arm": arm,
-                "seeds": given.seeds, "accuracy": interval(accuracy), "accuracy_over_off": interval(over[0]),
+            common
+            | {
+                "arm": arm, "seeds": given.seeds,
+                "accuracy": interval(accuracy), "accuracy_over_off": interval(over[0]),
                 "R@10": interval(recall), "R@10_over_off": interval(over[1]), "cpu_seconds": f"{spent.mean():.0f}",
-                "date": date.today(), "command": "python -m benchmarks.mlm " + " ".join(sys.argv[1:]),
             }
         )  # fmt: skip
     shown = [name for name in COLUMNS if name not in ("hardware", "command")]
-    bayes = naive_bayes(fit, held)
-    table = Table(*shown, title=f"{len(fit):,} + {len(held):,} reviews; naive Bayes {bayes:.1f} %")
+    table = Table(*shown, title=f"{len(fit):,} reviews to train the probe, {len(held):,} to test it")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
+        table.add_row(*(str(row.get(name, "")) for name in shown))
     Console(width=140).print(table)
-    bayes_row = {"arm": "naive Bayes", "accuracy": f"{bayes:.1f}", "seeds": "", "pair_visits": ""}
-    record([*rows, dict.fromkeys(COLUMNS, "") | rows[0] | dict.fromkeys(COLUMNS[4:9], "") | bayes_row],
-           RESULTS / "mlm.csv", KEY, COLUMNS)  # fmt: skip
+    record(rows, RESULTS / "mlm.csv", KEY, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from efficientclip.training.distributed import end_process, join_process_group
 
-rank, world = join_process_group()
+rank, _ = join_process_group()
 value = torch.full((1000,), rank + 1.0)
 deepspeed.comm.inference_all_reduce(value)
 left = [file.name for file in Path("/dev/shm").iterdir() if os.environ["MASTER_PORT"] in file.name.split("_")]
