@@ -85,8 +85,9 @@ def train(config: Path, arm: str, seed: int, overrides: list[str], folder: Path)
     """Train one arm on one core unless it is there already; its CPU seconds lie beside its run."""
     target, spent = folder / f"{arm}-{seed}", folder / f"{arm}-{seed}.json"
     if not spent.is_file():
-        texts = {"off": ["mlm=null"], "prose": [], "reviews": [f"mlm.texts={folder / 'reviews-store'}"]}[arm]
-        arguments = [str(config), f"run={target}", f"seed={seed}", "training.threads=1", *texts, *overrides]
+        reviews = f"mlm.texts={folder / 'reviews-store'}"
+        changes = {"off": ["mlm.texts_per_batch=0"], "prose": [], "reviews": [reviews]}[arm]
+        arguments = [str(config), f"run={target}", f"seed={seed}", "training.threads=1", *changes, *overrides]
         seconds, _ = on_one_core(folder / f"{arm}-{seed}.log", "train", *arguments)
         spent.write_text(json.dumps({"cpu_seconds": seconds}))
     return target
@@ -108,8 +109,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     given = parser.parse_args()
     config = load_config(given.config, given.overrides)
-    if config.mlm is None:
-        parser.error("the config has no section mlm")
+    if config.mlm.texts is None or not config.mlm.texts_per_batch:
+        parser.error("the config names no mlm.texts, or takes none of them: mlm.texts_per_batch is 0")
     given.folder.mkdir(parents=True, exist_ok=True)
     fit, held = split(download(given.folder))
     tables = given.folder / "train.csv", given.folder / "test.csv"
