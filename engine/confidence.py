@@ -1,6 +1,6 @@
 """Ensemble Confident Learning (EfficientCLIP, arXiv 2109.04699): pairs the model keeps not believing are thrown out.
 
-Every visit gives a pair one score, the cosine of its text and image. Scores are z-scored within the global batch, since
+Every visit gives a pair one score, the cosine of its text and image or what the loss makes of it. Scores are z-scored within the global batch, since
 pairs late in an epoch look cleaner than early ones, and averaged over the visits: the ensemble is over time. After an
 epoch a rule chooses the pairs of the next one. All ranks hold the same table and see the same scores, so
 they choose alike.
@@ -45,12 +45,12 @@ class ConfidenceTable:
             self.kept = self._likely_wrong_dropped()
             self.dropped_epoch[~self.kept] = 0
 
-    def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], cosine_N: FloatArray, counted_N: BoolArray) -> None:
+    def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], score_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
         if epoch < self.config.warmup_epochs or not counted_N.any():
             return
-        trained = cosine_N[counted_N]
-        z_N = (cosine_N - trained.mean()) / max(float(trained.std()), 1e-12)
+        trained = score_N[counted_N]
+        z_N = (score_N - trained.mean()) / max(float(trained.std()), 1e-12)
         np.add.at(self.score_sum, rows_N, z_N)
         np.add.at(self.times_seen, rows_N, 1)
         np.add.at(self.epoch_sum, rows_N, z_N.astype(np.float32))

@@ -106,8 +106,10 @@ class Objective(Section):
 class Confidence(Section):
     """Ensemble Confident Learning: which pairs the next epoch trains on."""
 
-    score: Literal["online", "snapshot"] = Field(
-        "online", description="online: cosine of the training forward; snapshot: a frozen copy's, as published"
+    score: Literal["online", "snapshot", "log-probability"] = Field(
+        "online",
+        description="online: cosine of the training forward; snapshot: a frozen copy's, as published;"
+        " log-probability: minus the pair's contrastive loss",
     )
     selection: Literal["none", "published", "schedule", "mixture", "calibrated"] = "none"
     warmup_epochs: int = Field(1, ge=0, description="epochs whose scores are neither kept nor used")
@@ -202,6 +204,12 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     training: Training
     deepspeed: Path | None = Field(None, description="DeepSpeed JSON: owns ZeRO, precision, communication, offload")
+
+    @model_validator(mode="after")
+    def _has_contrast(self) -> Config:
+        if self.confidence.score == "log-probability" and self.objective.contrastive_weight == 0:
+            raise ValueError("`confidence.score: log-probability` is the contrastive loss's: set contrastive_weight")
+        return self
 
     @model_validator(mode="after")
     def _frozen_side(self) -> Config:

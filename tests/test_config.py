@@ -32,12 +32,13 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("optimizer.lr=fast", ["optimizer.lr", "valid number", "got 'fast'"]),
         ("training.batch_size=0", ["training.batch_size", "greater than or equal to 1"]),
         ("model.text_tower.pooling=cls", ["model.text_tower", "exactly one of `pretrained` and `architecture`"]),
+        ("confidence.score=log-probability objective.contrastive_weight=0", ["contrastive loss's", "contrastive_weight"]),
         ("batch_size", ["section.key=value"]),
     ],
 )
 def test_mistakes_name_key_and_remedy(file: Path, override: str, parts: list[str]) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(file, [override])
+        load_config(file, override.split(" "))
     for part in parts:
         assert part in str(caught.value)
 

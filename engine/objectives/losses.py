@@ -26,18 +26,21 @@ class Losses:
     contrastive: torch.Tensor
     regression_sum: torch.Tensor
     cosine_M: torch.Tensor
+    log_probability_M: torch.Tensor
+    """Minus the unweighted contrastive loss of each of this rank's pairs; 0 without contrast."""
 
 
 def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Batch, objective: Objective) -> Losses:
-    """Loss of this rank's M pairs in the union batch of all ranks; cosine_M is ECL's online score."""
+    """Loss of this rank's M pairs in the union batch of all ranks, and what ECL may score them by."""
     world_size = dist.get_world_size()
     zero = features_MD.sum() * 0
     frozen_MD = batch.frozen_MD
     if frozen_MD is None:
         raise ValueError("this batch has no frozen rows: both_sides_loss is its loss")
     contrastive, cosine_M = zero, (features_MD.detach() * frozen_MD).sum(1)
+    log_probability_M = torch.zeros_like(cosine_M)
     if objective.contrastive_weight > 0:
-        contrastive = contrastive_loss(
+        contrast = contrastive_loss(
             features_MD,
             frozen_MD,
             batch.bank_QD,
@@ -48,11 +51,12 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
             direction_weights=objective.direction_weights,
             group=dist.group.WORLD,
             exchange=objective.exchange,
-        ).loss
+        )
+        contrastive, log_probability_M = contrast.loss, -contrast.per_pair_loss_M
     distance_M = (1 - F.cosine_similarity(features_MD, frozen_MD)) * batch.weights_M
     regression = distance_M.sum() * (world_size / max(float(batch.weights_N.sum()), 1.0))
     total = objective.contrastive_weight * contrastive + objective.regression_weight * regression
-    return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M)
+    return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M, log_probability_M)
 
 
 @dataclass
@@ -85,19 +89,21 @@ def both_sides_loss(
         "exchange": objective.exchange,
     }
     if keys is None:
-        loss = contrastive_loss(text_MD, image_MD, direction_weights=objective.direction_weights, **shared).loss
+        loss, loss_M, _ = contrastive_loss(
+            text_MD, image_MD, direction_weights=objective.direction_weights, **shared
+        )
     else:
         to_image, to_text = objective.direction_weights
         image, text = (
-            contrastive_loss(side_MD, key_MD, queue_QD, direction_weights=(weight, 0.0), **shared).loss
+            contrastive_loss(side_MD, key_MD, queue_QD, direction_weights=(weight, 0.0), **shared)
             for side_MD, key_MD, queue_QD, weight in (
                 (text_MD, keys.image_MD, keys.image_queue_QD, to_image),
                 (image_MD, keys.text_MD, keys.text_queue_QD, to_text),
             )
         )
-        loss = image + text
+        loss, loss_M = image.loss + text.loss, image.per_pair_loss_M + text.per_pair_loss_M
     cosine_M = (text_MD.detach() * image_MD.detach()).sum(1)
-    return Losses(objective.contrastive_weight * loss, loss.detach(), loss.new_zeros(()), cosine_M)
+    return Losses(objective.contrastive_weight * loss, loss.detach(), loss.new_zeros(()), cosine_M, -loss_M)
 
 
 def mlm_loss(mlm_loss_sum: torch.Tensor, masked_everywhere: int, mlm: MaskedLanguageModelling) -> torch.Tensor:

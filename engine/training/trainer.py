@@ -174,16 +174,16 @@ class Trainer:
             with self.span("optimiser"):
                 self.copies.follow(self.engine, keys)
         with self.span("confidence"):
-            cosine_N = self._observe(losses, inputs, batch, mlm_sum)
+            seen = self._observe(losses, inputs, batch, mlm_sum)
         if batch.frozen_MD is not None:
             self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
         values = {
             "loss": config.objective.contrastive_weight * float(losses.contrastive)
-            + config.objective.regression_weight * cosine_N["regression"]
-            + config.mlm.weight * cosine_N["mlm"] / max(int(masked), 1),
+            + config.objective.regression_weight * seen["regression"]
+            + config.mlm.weight * seen["mlm"] / max(int(masked), 1),
             "contrastive": float(losses.contrastive),
-            "cosine": cosine_N["cosine"],
-            "mlm": cosine_N["mlm"] / max(int(masked), 1),
+            "cosine": seen["cosine"],
+            "mlm": seen["mlm"] / max(int(masked), 1),
             "logit_scale": float(scale),
             "lr": rate,
             "tokens": batch.tokens * self.world_size,
@@ -263,24 +263,24 @@ class Trainer:
         self, losses: Losses, inputs: list[dict[str, Any]], batch: Batch, mlm_sum: torch.Tensor
     ) -> dict[str, float]:
         """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
-        cosine_M = losses.cosine_M
+        score_M = losses.log_probability_M if self.config.confidence.score == "log-probability" else losses.cosine_M
         if self.snapshot is not None and batch.frozen_MD is not None:
             with torch.no_grad(), self._autocast():
                 features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
-            cosine_M = (features * batch.frozen_MD).sum(1)
-        m = len(cosine_M)
-        mine = torch.cat([cosine_M.double(), mlm_sum.double().view(1), losses.regression_sum.double().view(1)])
+            score_M = (features * batch.frozen_MD).sum(1)
+        m = len(score_M)
+        cosine_sum = losses.cosine_M.double()[batch.weights_M > 0].sum()
+        sums = [one.double().view(1) for one in (cosine_sum, mlm_sum, losses.regression_sum)]
+        mine = torch.cat([score_M.double(), *sums])
         gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(gathered, mine)
         everywhere = torch.stack(gathered).cpu().numpy()
-        cosine_N, counted_N = everywhere[:, :m].reshape(-1), batch.weights_N > 0
+        score_N, counted_N = everywhere[:, :m].reshape(-1), batch.weights_N > 0
         if batch.frozen_MD is not None:
-            self.confidence.observe(self.loader.epoch, batch.rows_N, cosine_N, counted_N)
-        return {
-            "cosine": float(cosine_N[counted_N].mean()),
-            "mlm": float(everywhere[:, m].sum()),
-            "regression": float(everywhere[:, m + 1].sum() / counted_N.sum()),
-        }
+            self.confidence.observe(self.loader.epoch, batch.rows_N, score_N, counted_N)
+        cosine, mlm, regression = everywhere[:, m:].sum(0)
+        counted = counted_N.sum()
+        return {"cosine": float(cosine / counted), "mlm": float(mlm), "regression": float(regression / counted)}
 
     def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
         wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]

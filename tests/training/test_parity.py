@@ -60,6 +60,17 @@ def test_two_ranks_equal_one(folder: Path, alone: Any, stage: int) -> None:
         np.testing.assert_array_equal(one["kept"], two["kept"])
 
 
+def test_log_probabilities_are_scores_of_their_own_on_any_number_of_ranks(folder: Path, alone: Any) -> None:
+    kind = {"confidence__score": "log-probability", "confidence__selection": "none"}
+    for ranks in (1, 2):
+        train(folder, f"log{ranks}", ranks, 0, **kind)
+    first = "history/epoch-00001.npy"
+    online, one, two = (np.load(folder / name / first)["score"] for name in ("alone", "log1", "log2"))
+    np.testing.assert_allclose(one, two, atol=1e-2)
+    seen = np.isfinite(online) & np.isfinite(one)
+    assert np.corrcoef(online[seen], one[seen])[0, 1] > 0.3 and np.abs(online - one)[seen].max() > 1e-3
+
+
 def test_micro_batches_equal_the_whole_batch(folder: Path, alone: Any) -> None:
     gradients, losses = train(folder, "accumulated", 1, 0, training__micro_batch_size=8)
     assert worst_difference(alone[0], gradients) <= 1e-5
