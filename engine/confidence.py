@@ -1,9 +1,9 @@
 """Ensemble Confident Learning (EfficientCLIP, arXiv 2109.04699): pairs the model keeps not believing are thrown out.
 
-Every visit gives a pair one score, the cosine of its text and image or what the loss makes of it. Scores are z-scored within the global batch, since
-pairs late in an epoch look cleaner than early ones, and averaged over the visits: the ensemble is over time. After an
-epoch a rule chooses the pairs of the next one. All ranks hold the same table and see the same scores, so
-they choose alike.
+Every visit gives a pair one score: the cosine of its text and image, or what the loss makes of it. Scores are z-scored
+within the global batch, since pairs late in an epoch look cleaner than early ones, and averaged over the visits: the
+ensemble is over time. After an epoch a rule chooses the pairs of the next one. All ranks hold the same table and see
+the same scores, so they choose alike.
 Dropped pairs are re-auditioned on a small share of visits with weight 0, and come back if they turn out better.
 """
 

@@ -1,9 +1,10 @@
 """How many pairs of a store are wrong, and which: read off without labels, from towers that did not train on the pair.
 
 Two towers train on half of the pairs each and score the other half. The p of a pair is the share of other captions
-that fit its picture at least as well. A wrong caption is one of these others, so its p is uniform: the null is exact
-however good the tower is. Right pairs have small p only where the tower is competent, which other pairs of the same
-caption and picture tell. Among the most competent pairs every large p is noise.
+that fit its picture at least as well; what the picture shows is told by its features and by its other captions. A wrong
+caption is one of these others, so its p is uniform: the null is exact however good the tower is. Right pairs have small
+p only where the tower is competent, which other pairs of the same caption and picture tell. Among the most competent
+pairs of a source every large p is noise.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 
 from .data.store import Edges, Store, edges, write_atomically
@@ -36,6 +38,8 @@ NULL_CAPTIONS = 8192
 LARGEST_GROUP = 4096
 BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
 STRATA = 10
+TESTIMONY = 1.0  # weight of the mean of a picture's other captions beside its own features
+LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 ROUNDING = 1e-6
 FILE = "cross_fit.parquet"
 COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
@@ -106,8 +110,9 @@ def p_values(
     """p and cosine of the pairs (caption, image), float64 [pairs] each.
 
     p is the share of other captions, weighted by how often these pairs hold them, that score higher on the pair's
-    image; equal scores count half, captions that `linked` (caption -> images) ties to the image do not count. Of more
-    than NULL_CAPTIONS distinct captions, as many pairs are drawn.
+    image; equal scores count half, captions that `linked` (caption -> images, these pairs among them) ties to the image
+    do not count, but testify, all but the pair's own, to what the image shows. Of more than NULL_CAPTIONS distinct
+    captions, as many pairs are drawn.
     """
     n, device = len(caption_ids), text_KD.device
     null, weights = np.unique(caption_ids, return_counts=True)
@@ -124,21 +129,28 @@ def p_values(
     p, cosine = np.empty(n), np.empty(n)
     for rows in np.array_split(order, max(1, n // 1024)):
         images, place = np.unique(image_ids[rows], return_inverse=True)
-        image_BD = image_VD[torch.from_numpy(images).to(device)].float()
-        scores_BM = image_BD @ null_MD.T
-        own = (text_KD[torch.from_numpy(caption_ids[rows]).to(device)].float() * image_BD[place]).sum(1)
-        counted_BM = weights_M.repeat(len(images), 1)
+        image_PD = image_VD[torch.from_numpy(images).to(device)].float()[place]
+        text_PD = text_KD[torch.from_numpy(caption_ids[rows]).to(device)].float()
         degree = starts[images + 1] - starts[images]
         positive = np.concatenate([captions_of[starts[i] : starts[i + 1]] for i in images])
+        image_of = np.repeat(np.arange(len(images)), degree)
+        testimony_BD = torch.zeros(len(images), text_PD.shape[1], device=device).index_add_(
+            0, torch.from_numpy(image_of).to(device), text_KD[torch.from_numpy(positive).to(device)].float()
+        )
+        # One more than testify, so that a single caption does not speak for all.
+        count_P1 = torch.from_numpy(degree[place]).to(device)[:, None]
+        shown_PD = F.normalize(image_PD + TESTIMONY / count_P1 * (testimony_BD[place] - text_PD), dim=1)
+        own = (text_PD * shown_PD).sum(1)
+        counted_BM = weights_M.repeat(len(images), 1)
         at = column[positive]
-        counted_BM[np.repeat(np.arange(len(images)), degree)[at >= 0], at[at >= 0]] = 0
-        gap_PM, counted_PM = scores_BM[place] - own[:, None], counted_BM[place]
+        counted_BM[image_of[at >= 0], at[at >= 0]] = 0
+        gap_PM, counted_PM = shown_PD @ null_MD.T - own[:, None], counted_BM[place]
         # Above 1, equal one half; products of one sum differ by their order.
         beats_PM = (gap_PM > ROUNDING).float() + 0.5 * (gap_PM.abs() <= ROUNDING)
         above = (counted_PM * beats_PM).sum(1)
         # The half keeps p above 0: nobody beats a caption by less than one draw.
         p[rows] = ((above + 0.5) / (counted_PM.sum(1) + 1)).double().cpu().numpy()
-        cosine[rows] = own.double().cpu().numpy()
+        cosine[rows] = (text_PD * image_PD).sum(1).double().cpu().numpy()
     return p, cosine
 
 
@@ -181,10 +193,11 @@ class Competence:
     mismatched_caption: Floats
     mismatched_image: Floats
 
-    def mismatched_above(self, threshold: float) -> float:
-        """Share of all combinations of a pair's caption with a pair's image that are at least so competent."""
+    def mismatched_above(self, threshold: float, rows: Integers) -> float:
+        """Share of all combinations of a pair's caption with the image of a pair in `rows` that are at least so
+        competent."""
         ordered = np.sort(self.mismatched_caption)
-        below = np.searchsorted(ordered, threshold - self.mismatched_image, side="left")
+        below = np.searchsorted(ordered, threshold - self.mismatched_image[rows], side="left")
         return float(1 - below.mean() / len(ordered))
 
 
@@ -204,40 +217,49 @@ def competence(
     )
 
 
-def noise_rate(p: Floats, found: Competence) -> float:
-    """The share of wrong pairs, from p float64 [pairs] and competence.
+def noise_rate(p: Floats, found: Competence, rows: Integers) -> float:
+    """The share of wrong ones among the pairs `rows`, from p float64 [pairs] and competence.
 
     Among the most competent pairs a p beyond FAILED belongs to a wrong pair; how many wrong pairs are so competent, and
-    what share of their p lies there, is known.
+    what share of their p lies there, is known where noise is spread evenly: within a source.
     """
-    threshold = float(np.quantile(found.pair, 1 - COMPETENT))
-    failed = ((found.pair >= threshold) & (p > FAILED)).sum()
-    expected = len(p) * found.mismatched_above(threshold) * (1 - FAILED)
+    threshold = float(np.quantile(found.pair[rows], 1 - COMPETENT))
+    failed = ((found.pair[rows] >= threshold) & (p[rows] > FAILED)).sum()
+    expected = len(rows) * found.mismatched_above(threshold, rows) * (1 - FAILED)
     return float(min(failed / max(expected, 1e-9), 1.0))
 
 
-def clean_log_odds(p: Floats, found: Competence, rate: float) -> Floats:
-    """Log-odds that a pair is right, float64 [pairs].
+def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) -> Floats:
+    """Log-odds that each of the pairs `rows` is right, float64 [rows].
 
     Pairs of like competence share a mixture: the uniform p of wrong ones, whose weight is known, and the Beta(a, 1) of
     right ones, whose a is fitted. Where the tower is not competent a large p says little.
     """
-    odds = np.zeros(len(p))
-    bounds = np.quantile(found.pair, np.linspace(0, 1, STRATA + 1))
+    odds, competent = np.zeros(len(rows)), found.pair[rows]
+    bounds = np.quantile(competent, np.linspace(0, 1, STRATA + 1))
     bounds[0], bounds[-1] = -np.inf, np.inf
-    mismatched = [found.mismatched_above(bound) for bound in bounds]
+    mismatched = [found.mismatched_above(bound, rows) for bound in bounds]
     for low, high, more, less in zip(bounds[:-1], bounds[1:], mismatched[:-1], mismatched[1:], strict=True):
-        rows = np.flatnonzero((found.pair >= low) & (found.pair < high))
-        if len(rows) == 0:
+        chosen = np.flatnonzero((competent >= low) & (competent < high))
+        if len(chosen) == 0:
             continue
-        wrong = float(np.clip(rate * (more - less) * len(p) / len(rows), 1e-3, 1 - 1e-3))
-        log_p, a = np.log(p[rows]), 0.5
+        wrong = float(np.clip(rate * (more - less) * len(rows) / len(chosen), 1e-3, 1 - 1e-3))
+        log_p, a = np.log(p[rows[chosen]]), 0.5
         for _ in range(100):
             density = (1 - wrong) * a * np.exp((a - 1) * log_p)
             right = density / (density + wrong)
             a = min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
-        odds[rows] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p
+        odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p
     return odds
+
+
+def sources(store: Store) -> list[npt.NDArray[np.int64]]:
+    """Rows of the pairs of each source; those of sources with fewer than LEAST_SOURCE pairs are taken together."""
+    named = pq.read_table(store.path / "pairs.parquet", columns=["source"])["source"].combine_chunks()
+    codes = named.fill_null("").dictionary_encode().indices.to_numpy()
+    rare = np.bincount(codes) < LEAST_SOURCE
+    codes = np.where(rare[codes], len(rare), codes)
+    return [np.flatnonzero(codes == code) for code in np.unique(codes)]
 
 
 def judge(
@@ -262,8 +284,12 @@ def judge(
     caption_cell = cells(np.concatenate(text_2KD, axis=1), seed)[store.caption_ids]
     image_cell = cells(store.features, seed)[store.image_ids]
     found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
-    rate = noise_rate(p, found)
-    return CrossFit(rate, visits, fold, score, p, found.pair, clean_log_odds(p, found, rate))
+    rate, odds = 0.0, np.zeros(len(store))
+    for rows in sources(store):
+        rate_here = noise_rate(p, found, rows)
+        odds[rows] = clean_log_odds(p, found, rows, rate_here)
+        rate += rate_here * len(rows) / len(store)
+    return CrossFit(rate, visits, fold, score, p, found.pair, odds)
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:

@@ -32,7 +32,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("optimizer.lr=fast", ["optimizer.lr", "valid number", "got 'fast'"]),
         ("training.batch_size=0", ["training.batch_size", "greater than or equal to 1"]),
         ("model.text_tower.pooling=cls", ["model.text_tower", "exactly one of `pretrained` and `architecture`"]),
-        ("confidence.score=log-probability objective.contrastive_weight=0", ["contrastive loss's", "contrastive_weight"]),
+        ("confidence.score=log-probability objective.contrastive_weight=0", ["contrastive loss's: set"]),
         ("batch_size", ["section.key=value"]),
     ],
 )

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from efficientclip.config import Confidence
 from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
 from efficientclip.noise_rate import (
+    TESTIMONY,
     Competence,
     CrossFit,
     clean_log_odds,
@@ -22,6 +25,7 @@ from efficientclip.noise_rate import (
     p_values,
     pair_groups,
     read_cross_fit,
+    sources,
     write_cross_fit,
 )
 from tests import tiny
@@ -43,10 +47,13 @@ def test_p_is_the_share_of_other_captions_that_fit_better() -> None:
     p, cosine = p_values(text, image, captions, images, edges(left, right, 30), seed=0)
     linked = set(zip(left.tolist(), right.tolist(), strict=True))
     for row, (caption, picture) in enumerate(zip(captions, images, strict=True)):
-        scores = [float(text[k] @ image[picture]) for k in captions if (k, picture) not in linked]
-        own = float(text[caption] @ image[picture])
+        others = [k for k in range(30) if (k, picture) in linked and k != caption]
+        shown = image[picture] + TESTIMONY * sum((text[k] for k in others), torch.zeros(8)) / (len(others) + 1)
+        shown = shown / shown.norm()
+        scores = [float(text[k] @ shown) for k in captions if (k, picture) not in linked]
+        own = float(text[caption] @ shown)
         above = sum(1.0 if score > own + 1e-6 else 0.5 if abs(score - own) <= 1e-6 else 0.0 for score in scores)
-        assert cosine[row] == pytest.approx(own, abs=1e-6)
+        assert cosine[row] == pytest.approx(float(text[caption] @ image[picture]), abs=1e-6)
         assert p[row] == pytest.approx((above + 0.5) / (len(scores) + 1), abs=1e-6)
 
 
@@ -59,7 +66,8 @@ def test_p_of_random_pairs_is_uniform_however_the_tower_scores(monkeypatch: pyte
     for sampled in (False, True):
         monkeypatch.setattr("efficientclip.noise_rate.NULL_CAPTIONS", 150 if sampled else 8192)
         captions, images = random.choice(400, 6000, p=popularity), random.integers(0, 300, 6000)
-        p, _ = p_values(text, image, captions, images, edges(captions[:0], images[:0], 400), seed=0)
+        captions, images = np.unique([captions, images], axis=1)
+        p, _ = p_values(text, image, captions, images, edges(captions, images, 400), seed=0)
         shares = np.histogram(p, 10, (0, 1))[0] / len(p)
         assert p.mean() == pytest.approx(0.5, abs=0.02)
         assert np.abs(shares - 0.1).max() < 0.02
@@ -87,32 +95,61 @@ def test_competence_is_what_other_pairs_tell() -> None:
     caption, image = naive(captions, lambda j, row: False), naive(images, lambda j, row: j == row)
     both = caption[:, None] + image
     for threshold in (-0.5, 0.0, 0.7):
-        assert found.mismatched_above(threshold) == pytest.approx((both >= threshold).mean())
+        assert found.mismatched_above(threshold, np.arange(n)) == pytest.approx((both >= threshold).mean())
+        some = np.array([3, 17, 41])
+        assert found.mismatched_above(threshold, some) == pytest.approx((both[:, some] >= threshold).mean())
 
 
-def scored_pairs(rate: float, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any]:
-    """p, competence and the truth of pairs of which the towers know about half; right pairs fail elsewhere."""
+def scored_pairs(rate: Any, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any, Any]:
+    """p, competence, truth and images of pairs of which the towers know about half; right pairs fail elsewhere.
+
+    `rate` is of all pairs, or float [n // 10] by image.
+    """
     random = np.random.default_rng(seed)
     captions, images = random.integers(0, n // 10, (2, n))
     known_caption, known_image = random.random(n // 10) < 0.7, random.random(n // 10) < 0.7
-    wrong = random.random(n) < rate
+    wrong = random.random(n) < np.broadcast_to(rate, n // 10)[images]
     known = known_caption[captions] & known_image[images] & ~wrong
     p = np.where(known, random.beta(0.2, 12, n), np.where(wrong, random.random(n), random.beta(0.7, 1, n)))
     cell = np.zeros(n, int)
-    return p, competence(p < 0.05, captions, images, cell, cell, np.arange(n)), wrong
+    return p, competence(p < 0.05, captions, images, cell, cell, np.arange(n)), wrong, images
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.5])
 def test_rate_is_found_though_the_towers_know_half(rate: float) -> None:
     found = []
     for seed in range(3):
-        p, around, wrong = scored_pairs(rate, seed)
-        found.append(noise_rate(p, around))
+        p, around, wrong, _ = scored_pairs(rate, seed)
+        every = np.arange(len(p))
+        found.append(noise_rate(p, around, every))
         if rate:
             # Where the towers know nothing, a large p is no ground.
-            odds = clean_log_odds(p, around, rate)
+            odds = clean_log_odds(p, around, every, rate)
             assert separation(odds[~wrong], odds[wrong]) > separation(-p[~wrong], -p[wrong])
     assert abs(np.mean(found) - rate) < 0.05
+
+
+def test_noise_of_one_source_is_found_there() -> None:
+    """The most competent pairs stand where noise is rare: taken together, the sources would show its rate."""
+    n = 40_000
+    p, around, wrong, images = scored_pairs(np.where(np.arange(n // 10) % 2 == 0, 0.02, 0.6), 5, n)
+    rows = [np.flatnonzero(images % 2 == source) for source in range(2)]
+    found = [noise_rate(p, around, half) for half in rows]
+    assert found == pytest.approx([wrong[half].mean() for half in rows], abs=0.05)
+    assert noise_rate(p, around, np.arange(n)) < wrong.mean() - 0.1
+
+
+def test_small_sources_are_taken_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tiny.pair_store(tmp_path / "store"))
+    pairs, names = store.pairs(), ["a"] * 100 + ["b"] * 60 + ["c"] * 50 + [None] * 30
+    place = pairs.column_names.index("source")
+    pq.write_table(pairs.set_column(place, "source", pa.array(names)), tmp_path / "named.parquet")
+    (tmp_path / "named.parquet").rename(store.path / "pairs.parquet")
+    for least, sizes in ((0, [100, 60, 50, 30]), (60, [100, 60, 80]), (101, [240])):
+        monkeypatch.setattr("efficientclip.noise_rate.LEAST_SOURCE", least)
+        parts = sources(store)
+        assert [len(rows) for rows in parts] == sizes
+        assert sorted(np.concatenate(parts)) == list(range(240))
 
 
 def separation(upper: Any, lower: Any) -> float:

@@ -89,9 +89,7 @@ def both_sides_loss(
         "exchange": objective.exchange,
     }
     if keys is None:
-        loss, loss_M, _ = contrastive_loss(
-            text_MD, image_MD, direction_weights=objective.direction_weights, **shared
-        )
+        loss, loss_M, _ = contrastive_loss(text_MD, image_MD, direction_weights=objective.direction_weights, **shared)
     else:
         to_image, to_text = objective.direction_weights
         image, text = (
