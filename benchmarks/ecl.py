@@ -1,30 +1,34 @@
-"""How much of the oracle's gain does ECL recover? Arms side by side at equal pair visits, several seeds each.
+"""How much of the oracle's gain does ECL recover, and which of its parts matter? Arms at equal pair visits.
 
     python -m benchmarks.ecl configs/demo.yaml --test stores/demo-test_vendor --seeds 5
+    python -m benchmarks.ecl configs/demo.yaml data.store=STORE --test stores/demo-test_vendor --folder runs/ecl-0.5
 
-The oracle trains on the store without its noisy pairs, `none` on all of them. The fold towers of `calibrated`
-count: its joint run has that many visits less, and starts from their mean. The share recovered is
-(R@10 of the arm - none) / (oracle - none), over the seeds; its interval is a paired bootstrap over the queries.
+Each arm changes one thing of `schedule`, the demo's rule; the oracle trains on the store without its noisy pairs,
+`none` on all of them. The fold towers of `calibrated` count: its joint run has that many visits less, and starts from
+their mean. `data.store` may be one of those that `benchmarks.noise_rate` planted. The share recovered is (R@10 of the
+arm - none) / (oracle - none); intervals are 95 % of a paired bootstrap over seeds and queries.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import on_one_core
+from benchmarks.measuring import RESULTS, hardware, on_one_core, record
 from efficientclip.config import load_config
 from efficientclip.data.store import Store, finish, write_ids
 from efficientclip.model.efficientclip import load_model
@@ -32,19 +36,33 @@ from efficientclip.model.encode import encode_store
 from efficientclip.noise_rate import read_cross_fit
 from efficientclip.objectives.retrieval import best_ranks
 
+Floats = npt.NDArray[np.float64]
+
+SCHEDULE = ["confidence.selection=schedule"]
 ARMS = {
     "none": ["confidence.selection=none"],
     "oracle": ["confidence.selection=none"],
-    "schedule": ["confidence.selection=schedule"],
-    "mixture": ["confidence.selection=mixture"],
+    "schedule": SCHEDULE,
     "calibrated": ["confidence.selection=calibrated"],
+    "mixture": ["confidence.selection=mixture"],
     "published": [
         "confidence.selection=published",
         "confidence.score=snapshot",
         "confidence.warmup_epochs=0",
         "confidence.drop_share=0.1",
     ],
+    "snapshot score": [*SCHEDULE, "confidence.score=snapshot"],
+    "log-probability score": [*SCHEDULE, "confidence.score=log-probability"],
+    "first epoch's scores too": [*SCHEDULE, "confidence.warmup_epochs=0"],
+    "no re-audition": [*SCHEDULE, "confidence.reaudition_share=0"],
+    "re-audition 15 %": [*SCHEDULE, "confidence.reaudition_share=0.15"],
 }
+KEY = ("hardware", "pair_visits", "noise", "arm")
+COLUMNS = (
+    *KEY, "seeds", "R@1", "R@10", "R@10_over_none", "R@10_over_schedule", "noise_dropped", "clean_lost", "kept",
+    "oracle_gain_recovered", "cpu_seconds", "date", "command",
+)  # fmt: skip
+DRAWS = 2000
 
 
 def without_noise(store: Path, target: Path) -> None:
@@ -64,20 +82,22 @@ def without_noise(store: Path, target: Path) -> None:
 
 
 def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], folder: Path) -> Path:
-    """Train one arm on one core unless it is there already; returns its run folder."""
+    """Train one arm on one core unless it is there already; its CPU seconds lie beside its run."""
     target = folder / f"{arm}-{seed}"
-    if (target / "confidence.parquet").is_file():
+    log, spent = (target.with_name(f"{target.name}.{kind}") for kind in ("log", "json"))
+    if spent.is_file():
         return target
     arguments = [str(config), f"run={target}", f"seed={seed}", f"data.store={store}", "training.threads=1"]
     arguments += [*ARMS[arm], *overrides]
-    log = folder / f"{arm}-{seed}.log"
+    seconds = 0.0
     if arm == "calibrated":
         judged = folder / f"cross-fit-{seed}"
         arguments.append(f"confidence.cross_fit={judged}")
-        on_one_core(log, "cross-fit", *arguments)
+        seconds, _ = on_one_core(log, "cross-fit", *arguments)
         left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
         arguments += [f"training.pair_visits={left}", f"model.start_from={judged}"]
-    on_one_core(log, "train", *arguments)
+    seconds += on_one_core(log, "train", *arguments)[0]
+    spent.write_text(json.dumps({"cpu_seconds": seconds}))
     return target
 
 
@@ -89,9 +109,40 @@ def ranks_of(run_folder: Path, test: Store, max_tokens: int) -> np.ndarray[Any, 
 
 def detection(run_folder: Path, store: Store) -> tuple[float, float, float]:
     """Noise dropped, clean pairs lost, share kept."""
-    noise = store.pairs()["noise"].to_numpy(zero_copy_only=False).astype(bool)
+    noise = noise_of(store)
     kept = pq.read_table(run_folder / "confidence.parquet")["kept"].to_numpy(zero_copy_only=False).astype(bool)
-    return float((~kept[noise]).mean()), float((~kept[~noise]).mean()), float(kept.mean())
+    return float((~kept[noise]).mean()) if noise.any() else np.nan, float((~kept[~noise]).mean()), float(kept.mean())
+
+
+def noise_of(store: Store) -> np.ndarray[Any, Any]:
+    """Which pairs are labelled wrong, bool [pairs]."""
+    return store.pairs()["noise"].to_numpy(zero_copy_only=False).astype(bool)
+
+
+def interval(values: Floats, form: str) -> str:
+    """Ends of the 95 % interval of bootstrap draws."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return f"({low:{form}} to {high:{form}})"
+
+
+def compared(hits: dict[str, Floats], seed: int = 0) -> dict[str, dict[str, str]]:
+    """Differences of R@10, in per cent, and the share recovered, by arm; `hits` are [seeds, queries] of 0 and 1."""
+    random = np.random.default_rng(seed)
+    S, Q = next(iter(hits.values())).shape
+    drawn = [(random.integers(S, size=S), random.integers(Q, size=Q)) for _ in range(DRAWS)]
+    means = {arm: np.array([100 * hit[np.ix_(*draw)].mean() for draw in drawn]) for arm, hit in hits.items()}
+    mean = {arm: 100 * hit.mean() for arm, hit in hits.items()}
+    found: dict[str, dict[str, str]] = {arm: {} for arm in hits}
+    for arm in hits:
+        for base in ("none", "schedule"):
+            if base in hits and arm != base:
+                gain = interval(means[arm] - means[base], "+.1f")
+                found[arm][f"R@10_over_{base}"] = f"{mean[arm] - mean[base]:+.1f} {gain}"
+        if {"none", "oracle"} <= hits.keys() and arm not in ("none", "oracle"):
+            share = (mean[arm] - mean["none"]) / (mean["oracle"] - mean["none"])
+            shares = (means[arm] - means["none"]) / (means["oracle"] - means["none"])
+            found[arm]["oracle_gain_recovered"] = f"{share:.0%} {interval(shares, '.0%')}"
+    return found
 
 
 def main() -> None:
@@ -99,66 +150,54 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value, for every arm")
     parser.add_argument("--test", type=Path, required=True, help="labelled store of the queries")
-    parser.add_argument("--arms", default="none,oracle,schedule,mixture")
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=Path("runs/ecl"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
-    parser.add_argument("--csv", type=Path)
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     config = load_config(given.config, given.overrides)
     if config.data.store is None:
         parser.error("the config names no data.store")
-    given.folder.mkdir(parents=True, exist_ok=True)
-    oracle_store = given.folder / "oracle-store"
-    without_noise(config.data.store, oracle_store)
     arms = given.arms.split(",")
-    jobs = [(arm, seed) for seed in range(given.seeds) for arm in arms]
+    if unknown := set(arms) - ARMS.keys():
+        parser.error(f"--arms: {', '.join(sorted(unknown))} unknown; choose of {', '.join(ARMS)}")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    store, clean, test = Store(config.data.store), given.folder / "oracle-store", Store(given.test)
+    without_noise(store.path, clean)
+    jobs = [(seed, arm) for seed in range(given.seeds) for arm in arms]
+
+    def trained(job: tuple[int, str]) -> Path:
+        seed, arm = job
+        return run(given.config, arm, seed, clean if arm == "oracle" else store.path, given.overrides, given.folder)
+
     with ThreadPoolExecutor(given.jobs) as pool:
-        folders = list(
-            pool.map(
-                lambda job: run(
-                    given.config, *job, oracle_store if job[0] == "oracle" else config.data.store, given.overrides,
-                    given.folder,
-                ),
-                jobs,
-            )
-        )  # fmt: skip
-    test, store = Store(given.test), Store(config.data.store)
-    hits: dict[str, list[Any]] = {arm: [] for arm in arms}
-    first: dict[str, list[float]] = {arm: [] for arm in arms}
-    found: dict[str, list[tuple[float, float, float]]] = {arm: [] for arm in arms}
-    for (arm, _), folder in zip(jobs, folders, strict=True):
-        ranks = ranks_of(folder, test, config.training.max_caption_tokens)
-        hits[arm].append(ranks <= 10)
-        first[arm].append(float((ranks <= 1).mean()))
-        if arm != "oracle":
-            found[arm].append(detection(folder, store))
-    mean_hits = {arm: np.mean(values, axis=0) for arm, values in hits.items()}
-    draws = np.random.default_rng(0).integers(0, len(mean_hits["none"]), (2000, len(mean_hits["none"])))
-    rows = []
+        folders = dict(zip(jobs, pool.map(trained, jobs), strict=True))
+    common = {
+        "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits, "seeds": given.seeds,
+        "noise": f"{noise_of(store).mean():.2f}", "date": date.today(),
+        "command": "python -m benchmarks.ecl " + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+    rows, hits = [], {}
     for arm in arms:
-        row: dict[str, Any] = {"arm": arm, "seeds": given.seeds}
-        row["R@1"] = f"{100 * np.mean(first[arm]):.1f}"
-        row["R@10"] = f"{100 * mean_hits[arm].mean():.1f} ± {100 * np.std([h.mean() for h in hits[arm]]):.1f}"
-        if found[arm]:
-            dropped, lost, kept = np.mean(found[arm], axis=0)
-            row |= {"noise dropped": f"{dropped:.3f}", "clean lost": f"{lost:.3f}", "kept": f"{kept:.3f}"}
-        if arm not in ("none", "oracle") and "oracle" in arms:
-            gain, ceiling = mean_hits[arm] - mean_hits["none"], mean_hits["oracle"] - mean_hits["none"]
-            shares = gain[draws].mean(1) / ceiling[draws].mean(1)
-            low, high = np.quantile(shares, [0.025, 0.975])
-            row["oracle gain recovered"] = f"{gain.mean() / ceiling.mean():.0%} ({low:.0%} to {high:.0%})"
+        runs = [folders[seed, arm] for seed in range(given.seeds)]
+        ranks = np.array([ranks_of(one, test, config.training.max_caption_tokens) for one in runs])
+        hits[arm] = (ranks <= 10).astype(np.float64)
+        by_seed = 100 * hits[arm].mean(1)
+        seconds = np.mean([json.loads(one.with_name(f"{one.name}.json").read_text())["cpu_seconds"] for one in runs])
+        row = common | {"arm": arm, "R@1": f"{100 * (ranks <= 1).mean():.1f}", "cpu_seconds": f"{seconds:.0f}"}
+        row["R@10"] = f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1) if len(runs) > 1 else 0:.1f}"
+        if arm != "oracle":
+            found = zip(*(detection(one, store) for one in runs), strict=True)
+            row |= {name: f"{np.nanmean(of):.3f}" for name, of in zip(COLUMNS[8:11], found, strict=True)}
         rows.append(row)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(*columns, title=f"ECL, {config.training.pair_visits} pair visits, {date.today()}")
+    for row, more in zip(rows, compared(hits).values(), strict=True):
+        row |= more
+    shown = [name for name in COLUMNS if name not in ("hardware", "command", "date")]
+    table = Table(*shown, title="ECL, text to image on pictures of a style that no training saw; ± is the deviation")
     for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in columns))
-    Console(width=140).print(table)
-    if given.csv:
-        with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        table.add_row(*(str(row.get(name, "")) for name in shown))
+    Console(width=200).print(table)
+    record(rows, RESULTS / "ecl.csv", KEY, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import tarfile
 from datetime import date
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, gpu, mlm, resources
+from benchmarks import contrastive, ecl, gpu, mlm, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.resources import Recipe, Spent
@@ -147,6 +148,18 @@ def test_resources_are_those_until_the_recall_that_clip_ends_with() -> None:
     assert [row["operations_over_clip"] for row in rows] == ["1.000", "1.250", "0.062"]
     assert [row["pair_visits"] for row in rows] == [800, 1000, 100]
     assert rows[2]["peak_gib"] == "0.50"
+
+
+def test_the_share_recovered_lies_between_none_and_oracle() -> None:
+    random = np.random.default_rng(0)
+    eased = random.random((5, 800))
+    hits = {arm: (eased < share).astype(float) for arm, share in (("none", 0.4), ("oracle", 0.6), ("schedule", 0.5))}
+    found = ecl.compared(hits)
+    assert found["schedule"].keys() == {"R@10_over_none", "oracle_gain_recovered"}
+    share, low, _, high = found["schedule"]["oracle_gain_recovered"].replace("(", "").replace(")", "").split()
+    low, share, high = (float(value.rstrip("%")) for value in (low, share, high))
+    assert 40 < low < share < high < 60 and abs(share - 50) < 3
+    assert found["oracle"]["R@10_over_schedule"].startswith("+1") and "oracle_gain_recovered" not in found["oracle"]
 
 
 def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
