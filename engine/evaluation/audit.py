@@ -87,8 +87,9 @@ class Table:
 def open_audit(run: Path) -> Audit:
     """UserError when the folder is no finished text run, or its store or history are not those it trained with."""
     config = run_config(run)
-    if config.training.tower == "image" or config.data.store is None:
-        raise UserError(f"run {run}: trained an image tower on pictures alone; ECL's verdicts are on a store's pairs")
+    if config.training.tower != "text" or config.data.store is None:
+        trained = "both towers from shards" if config.training.tower == "both" else "an image tower on pictures alone"
+        raise UserError(f"run {run}: trained {trained}; ECL's verdicts are on the pairs of a store")
     file = run / "confidence.parquet"
     if not file.is_file():
         raise UserError(f"run {run}: not finished, so confidence.parquet is not there; train it to its end first")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from efficientclip.cli import main
-from efficientclip.config import load_config
+from efficientclip.config import Confidence, MaskedLanguageModelling, Objective, load_config, save_config
 from efficientclip.data.images import ImageLoader
 from efficientclip.data.shards import read_members, read_picture
 from efficientclip.data.store import Store
@@ -314,6 +314,13 @@ def test_mistakes_end_in_one_message(
     assert f"{tmp_path}/gone, which is not there now; put it back" in refused(capsys, copy)
     (copy / "config.yaml").write_text(config.replace(str(audited.store), str(built.store)))
     assert "confidence.parquet tells of " in refused(capsys, copy)
+    alone = {"mlm": MaskedLanguageModelling(), "objective": Objective(bank_size=0), "confidence": Confidence()}
+    for tower, trained in (("both", "both towers from shards"), ("image", "an image tower on pictures alone")):
+        (copy / "config.yaml").write_text(config)
+        changed = load_config(copy / "config.yaml").model_copy(update=alone)
+        training = changed.training.model_copy(update={"tower": tower})
+        save_config(changed.model_copy(update={"training": training}), copy / "config.yaml")
+        assert f"trained {trained};" in refused(capsys, copy)
     (copy / "config.yaml").write_text(config)
     (copy / "confidence.parquet").unlink()
     assert "not finished" in refused(capsys, copy)
