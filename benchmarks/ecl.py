@@ -58,9 +58,10 @@ ARMS = {
     "re-audition 15 %": [*SCHEDULE, "confidence.reaudition_share=0.15"],
 }
 KEY = ("hardware", "pair_visits", "noise", "arm")
+DETECTION = ("noise_dropped", "clean_lost", "kept")
 COLUMNS = (
-    *KEY, "seeds", "R@1", "R@10", "R@10_over_none", "R@10_over_schedule", "noise_dropped", "clean_lost", "kept",
-    "oracle_gain_recovered", "cpu_seconds", "date", "command",
+    *KEY, "seeds", "R@1", "R@10", "R@10_over_none", "R@10_over_schedule", "R@1_over_schedule", "oracle_gain_recovered",
+    *DETECTION, "cpu_seconds", "date", "command",
 )  # fmt: skip
 DRAWS = 2000
 
@@ -126,7 +127,7 @@ def interval(values: Floats, form: str) -> str:
 
 
 def compared(hits: dict[str, Floats], seed: int = 0) -> dict[str, dict[str, str]]:
-    """Differences of R@10, in per cent, and the share recovered, by arm; `hits` are [seeds, queries] of 0 and 1."""
+    """Differences of recall, in per cent, and the share recovered, by arm; `hits` are [seeds, queries] of 0 and 1."""
     random = np.random.default_rng(seed)
     S, Q = next(iter(hits.values())).shape
     drawn = [(random.integers(S, size=S), random.integers(Q, size=Q)) for _ in range(DRAWS)]
@@ -137,7 +138,7 @@ def compared(hits: dict[str, Floats], seed: int = 0) -> dict[str, dict[str, str]
         for base in ("none", "schedule"):
             if base in hits and arm != base:
                 gain = interval(means[arm] - means[base], "+.1f")
-                found[arm][f"R@10_over_{base}"] = f"{mean[arm] - mean[base]:+.1f} {gain}"
+                found[arm][f"over_{base}"] = f"{mean[arm] - mean[base]:+.1f} {gain}"
         if {"none", "oracle"} <= hits.keys() and arm not in ("none", "oracle"):
             share = (mean[arm] - mean["none"]) / (mean["oracle"] - mean["none"])
             shares = (means[arm] - means["none"]) / (means["oracle"] - means["none"])
@@ -177,21 +178,22 @@ def main() -> None:
         "noise": f"{noise_of(store).mean():.2f}", "date": date.today(),
         "command": "python -m benchmarks.ecl " + " ".join(sys.argv[1:]),
     }  # fmt: skip
-    rows, hits = [], {}
+    rows, hits, first = [], {}, {}
     for arm in arms:
         runs = [folders[seed, arm] for seed in range(given.seeds)]
         ranks = np.array([ranks_of(one, test, config.training.max_caption_tokens) for one in runs])
-        hits[arm] = (ranks <= 10).astype(np.float64)
+        hits[arm], first[arm] = (ranks <= 10).astype(np.float64), (ranks <= 1).astype(np.float64)
         by_seed = 100 * hits[arm].mean(1)
         seconds = np.mean([json.loads(one.with_name(f"{one.name}.json").read_text())["cpu_seconds"] for one in runs])
-        row = common | {"arm": arm, "R@1": f"{100 * (ranks <= 1).mean():.1f}", "cpu_seconds": f"{seconds:.0f}"}
+        row = common | {"arm": arm, "R@1": f"{100 * first[arm].mean():.1f}", "cpu_seconds": f"{seconds:.0f}"}
         row["R@10"] = f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1) if len(runs) > 1 else 0:.1f}"
         if arm != "oracle":
             found = zip(*(detection(one, store) for one in runs), strict=True)
-            row |= {name: f"{np.nanmean(of):.3f}" for name, of in zip(COLUMNS[8:11], found, strict=True)}
+            row |= {name: f"{np.nanmean(of):.3f}" for name, of in zip(DETECTION, found, strict=True)}
         rows.append(row)
-    for row, more in zip(rows, compared(hits).values(), strict=True):
-        row |= more
+    for row, at_ten, at_one in zip(rows, compared(hits).values(), compared(first).values(), strict=True):
+        row |= {name if name in COLUMNS else f"R@10_{name}": value for name, value in at_ten.items()}
+        row |= {"R@1_over_schedule": at_one.get("over_schedule", "")}
     shown = [name for name in COLUMNS if name not in ("hardware", "command", "date")]
     table = Table(*shown, title="ECL, text to image on pictures of a style that no training saw; ± is the deviation")
     for row in rows:
