@@ -1,12 +1,13 @@
 """How near is the estimated noise rate to the planted one, and what does the estimate drop? Beside a caption centroid.
 
-    python -m benchmarks.noise_rate configs/demo.yaml --shards data/demo/train --seeds 3
+    python -m benchmarks.noise_rate configs/demo.yaml --shards data/demo/train --first-seed 3
 
-Cases are KIND-RATE; a figure is the mean over seeds, with the least and the greatest. Wrong captions are planted in
-the demo's store; its features stay: `std` replaces a caption of one picture as the demo does, `one` does so with one
-picture per concept, `cor` puts the same wrong caption on every picture of a concept, `source` spares all pictures but
-those of one source, `near` takes the caption from the most similar concepts. The labels only judge. The centroid of a
-caption's other pictures needs no training: it shows what redundancy gives away.
+Seeds 0 to 2 are those that the judge was developed on. Cases are KIND-RATE; a figure is the mean over seeds, with the
+least and the greatest. Wrong captions are planted in the demo's store; its features stay: `std` replaces a caption of
+one picture as the demo does, `one` does so with one picture per concept, `cor` puts the same wrong caption on every
+picture of a concept, `source` spares all pictures but those of one source, `near` takes the caption from the most
+similar concepts. The labels only judge. The centroid of a caption's other pictures needs no training: it shows what
+redundancy gives away.
 """
 
 from __future__ import annotations
@@ -207,6 +208,7 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, required=True, help="the demo's training tars: they hold the captions")
     parser.add_argument("--cases", default=",".join(CASES), help="KIND-RATE,…")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/noise-rate"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="cross-fits at a time, one core each")
     given = parser.parse_args()
@@ -225,9 +227,9 @@ def main() -> None:
         print(name, over_seeds([found]), flush=True)
         return found
 
-    cases = given.cases.split(",")
+    cases, seeds = given.cases.split(","), range(given.first_seed, given.first_seed + given.seeds)
     with ThreadPoolExecutor(given.jobs) as pool:
-        results = {case: [pool.submit(measure, case, seed) for seed in range(given.seeds)] for case in cases}
+        results = {case: [pool.submit(measure, case, seed) for seed in seeds] for case in cases}
     common = {
         "hardware": hardware("cpu"), "seeds": given.seeds, "date": date.today(),
         "command": "python -m benchmarks.noise_rate " + " ".join(sys.argv[1:]),
