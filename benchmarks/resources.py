@@ -1,12 +1,13 @@
 """What each recipe pays to reach the recall that CLIP's ends with: seconds, operations, pair visits and peak memory.
 
-    python -m benchmarks.resources [--clip-visits 250000] [--most-visits 1000000] [--budgets 1,2]
+    python -m benchmarks.resources [--clip-visits 250000] [--most-visits 1000000] [--budgets 1,1.5,2]
 
 On the demo's data, one process a stage, one core each, two recipes at a time.
 
 - clip: both towers from scratch. It runs for twice as long until text-to-image R@10 on the validation pictures gains
   less than 0.5 in the last fifth; only the longest run counts, what was tried before does not.
-- wenlan: momentum copies and two queues, for as many visits.
+- wenlan: momentum copies and two queues, for as many visits. It begins from towers that can tell pictures apart, as
+  WenLan does; here a short run of CLIP's recipe makes them, which counts.
 - efficientclip: complete pipelines of several budgets. Everything counts: the teacher's embeddings, the image start,
   the stores, the joint training. The teacher's own training does not: it is the given that the method rests on. There
   is no distillation: at budgets as small as these its visits are worth more in the joint training.
@@ -49,6 +50,8 @@ TEST = DATA / "test_vendor.tar"
 HELD_OUT = "val_seen"
 # Visits, batch size, learning rate of efficientclip's trainings at budget 1: short runs need steps, not large batches.
 STARTS = {"demo-image": (24_000, 64, 2e-3), "demo": (40_000, 64, 1e-3)}
+# Of CLIP's recipe, before WenLan's.
+WENLAN_START = 48_000
 # What the recipe's R@10 may still gain in the last fifth of its run.
 SETTLED = 0.5
 KEY = ("hardware", "torch", "recipe", "budget")
@@ -153,18 +156,25 @@ def settled(points: Sequence[tuple[int, float]]) -> bool:
     return len(before) == 2 and float(np.mean(after)) - float(np.mean(before)) < SETTLED
 
 
-def baseline(name: str, visits: int, most: int, folder: Path) -> Recipe:
-    """`configs/demo-NAME.yaml` at `visits`, or at twice as many until it has settled, `most` at last."""
+def baseline(name: str, visits: int, most: int, folder: Path, start: Path | None = None) -> Recipe:
+    """`configs/demo-NAME.yaml` at `visits`, or at twice as many until it has settled, `most` at last.
+
+    `start`: where a run of CLIP's recipe goes from whose towers this one begins.
+    """
+    before, overrides = Spent(), []
+    if start is not None:
+        before = training(Path("configs/demo-clip.yaml"), start, f"training.pair_visits={WENLAN_START}")
+        overrides = [f"model.start_from={start}"]
     while True:
         run = folder / f"{name}-{visits}"
-        spent = training(Path(f"configs/demo-{name}.yaml"), run, f"training.pair_visits={visits}")
+        spent = training(Path(f"configs/demo-{name}.yaml"), run, f"training.pair_visits={visits}", *overrides)
         points = curve(run)
         done = settled(points)
         if done or 2 * visits > most:
             if not done:
                 print(f"{name}: still gaining after {visits} visits; its figures are a lower bound of what it pays")
             end = points[-1][0]
-            return Recipe(name, "", [(spent.part(seen / end), recall) for seen, recall in points], tested(run))
+            return Recipe(name, "", [(before + spent.part(seen / end), recall) for seen, recall in points], tested(run))
         visits *= 2
 
 
@@ -266,7 +276,7 @@ def main() -> None:
     parser.add_argument("--clip-visits", type=int, default=250_000, help="of the first run (default: 250000)")
     parser.add_argument("--most-visits", type=int, default=1_000_000, help="of the last (default: 1000000)")
     parser.add_argument("--wenlan-visits", type=int, help="0: left out (default: as many as clip's)")
-    parser.add_argument("--budgets", default="1,2", help="of efficientclip's pipelines, times STARTS")
+    parser.add_argument("--budgets", default="1,1.5,2", help="of efficientclip's pipelines, times STARTS")
     parser.add_argument("--folder", type=Path, default=Path("runs/resources"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -278,7 +288,7 @@ def main() -> None:
     def baselines() -> list[Recipe]:
         clip = baseline("clip", first, most, folder)
         visits = clip.points[-1][0].visits if arguments.wenlan_visits is None else arguments.wenlan_visits
-        return [clip, *([baseline("wenlan", visits, visits, folder)] if visits else [])]
+        return [clip, *([baseline("wenlan", visits, visits, folder, folder / "wenlan-start")] if visits else [])]
 
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(baselines)

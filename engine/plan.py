@@ -17,8 +17,9 @@ The cost model. Work is counted on the towers themselves, built without memory o
 A device yields `share` of its dense bf16 peak; 0.4 is what well-tuned training of towers this size reaches, 0.1 what an
 untuned one does: all are shown.
 
-Calibrated by a profile, the same operations take the time that they took there, and every other part of a step, set-up,
-validations and checkpoints the seconds that were measured.
+Calibrated by a profile, the same operations take the time that they took there, every other part of a step, set-up,
+validations and checkpoints the seconds that were measured, and the bytes that the profile held beyond its own count,
+what allocators keep, are added.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -399,6 +400,23 @@ class Plan:
 
 def plan(config: Config, settings: Settings) -> Plan:
     """Cost of `config` on the machine of `settings`."""
+    made = _counted_plan(config, settings)
+    if settings.profile is not None:
+        profile = settings.profile
+        surplus = profile.peak_bytes - _counted_for(profile)
+        made.memory.update(_positive({"beyond the count, as measured": surplus}))
+    return made
+
+
+def _counted_for(profile: Profile) -> float:
+    """Bytes that the model counts of what `profile` measured the peak of."""
+    # torch's allocator does not see CUDA's context.
+    beyond = 0 if profile.base_bytes else CONTEXT_BYTES
+    return sum(_counted_plan(profile.settings, settings_of(profile)).memory.values()) - beyond
+
+
+def _counted_plan(config: Config, settings: Settings) -> Plan:
+    """The plan by counting alone."""
     training, device, W = config.training, settings.device, settings.world_size
     precision = _precision(config)
     zero, narrow = precision.zero, precision.narrow
@@ -578,16 +596,8 @@ def _profiled(made: Plan, config: Config, profile: Profile) -> list[str]:
         f"measured: {short(profile.flop_per_second)}FLOP/s of each device,"
         f" {short(profile.flop_per_second_computing)}FLOP/s while it computes",
     ]
-    own = replace(
-        made.settings, pairs=profile.pairs, images=profile.images, caption_tokens=profile.caption_tokens,
-        text_tokens=profile.text_tokens, world_size=profile.world_size,
-    )  # fmt: skip
-    # torch's allocator does not see CUDA's context.
-    beyond = 0 if profile.base_bytes else CONTEXT_BYTES
-    counted = sum(plan(profile.settings, own).memory.values()) - beyond
-    notes.append(
-        f"measured: {profile.peak_bytes / GIB:.2f} GiB at most in the profile, {counted / GIB:.2f} counted for it"
-    )
+    peak, counted = profile.peak_bytes / GIB, _counted_for(profile) / GIB
+    notes.append(f"measured: {peak:.2f} GiB at most in the profile, {counted:.2f} counted for it: the rest is added")
     free = ("run", "training.pair_visits", "training.validate_every", "training.checkpoint_every", "data.store")
     changed = [key for key in differing_keys(profile.settings, config) if key not in free]
     if changed:

@@ -97,6 +97,12 @@ def test_a_plan_of_the_profiled_run_takes_its_steps(folder: Path, two: Profile) 
     assert twice.settings.pairs == 1000
 
 
+def test_a_plan_of_the_profiled_run_takes_its_memory(folder: Path, two: Profile) -> None:
+    assert sum(own_plan(folder, two).memory.values()) == pytest.approx(two.peak_bytes)
+    larger = plan(load_config(folder / "config.yaml", ["model.width=64"]), settings_of(two))
+    assert sum(larger.memory.values()) > two.peak_bytes
+
+
 def test_micro_batches_and_overrides(folder: Path) -> None:
     config, output = str(folder / "config.yaml"), folder / "one.json"
     given = ["training.micro_batch_size=8", f"run={folder / 'new'}", *OPTIONS, "--output", str(output)]
