@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from .config import Confidence, Config, MaskedLanguageModelling
 from .data.store import Store
 from .errors import UserError
 from .model.efficientclip import load_model
-from .model.encode import encode_store
+from .model.encode import BATCH, encode_rows
 from .noise_rate import folds, judge, near, pair_groups, write_cross_fit
 from .train import launched, new_trainer, process_group, text_run
 from .training.trainer import Trainer
@@ -46,12 +47,14 @@ def cross_fit(config: Config) -> None:
             trainer = _fold_trainer(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
             if not trainer.train():
                 return
-            text_2KD.append(encode_store(trainer.engine.module, store, config.training.max_caption_tokens))
+            text_2KD.append(captions_by(trainer, store, folder / f"fold-{number}" / "captions.bin"))
             visits += trainer.visits
         if rank == 0:
             found = judge(store, groups, fold, text_2KD, visits, config.seed)
             save_mean(folder / "model", [folder / f"fold-{number}" for number in range(2)])
             write_cross_fit(folder, store, found)
+            for number in range(2):
+                (folder / f"fold-{number}" / "captions.bin").unlink()
             print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
         dist.barrier()
 
@@ -72,6 +75,29 @@ def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Tra
     }
     fold_config = config.model_copy(update=changes)
     return new_trainer(fold_config, Trainer, *text_run(fold_config, rows))
+
+
+def captions_by(trainer: Trainer, store: Store, file: Path) -> npt.NDArray[np.float32]:
+    """Features float32 [captions, width] of all captions by the trained tower, mapped; the ranks share the work."""
+    model, rank, ranks = trainer.engine.module, trainer.rank, trainer.world_size
+    K = len(store.offsets) - 1
+    size, shape = min(BATCH, -(-K // ranks)), (K, trainer.config.model.width)
+    if rank == 0:
+        np.memmap(file, np.float32, "w+", shape=shape).flush()
+    dist.barrier()
+    text_KD = np.memmap(file, np.float32, "r+", shape=shape)
+    model.eval()
+    rounds = range(0, K, size * ranks)
+    for first in tqdm(rounds, desc=f"{file.parent}: captions", unit="batch", disable=rank > 0):
+        start = first + rank * size
+        # Under ZeRO-3 all ranks go forward together: one beyond the end repeats the last caption.
+        rows = np.arange(start, min(start + size, K)) if start < K else np.array([K - 1])
+        features = encode_rows(model, store, rows, trainer.config.training.max_caption_tokens)
+        if start < K:
+            text_KD[rows] = features
+    text_KD.flush()
+    dist.barrier()
+    return text_KD
 
 
 def save_mean(folder: Path, runs: list[Path]) -> None:

@@ -29,6 +29,7 @@ from .errors import UserError
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
+Features = npt.NDArray[np.floating[Any]]
 
 HIT = 0.05  # a pair with a smaller p shows competence
 FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
@@ -105,16 +106,20 @@ def folds(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int8]:
 
 @torch.no_grad()
 def p_values(
-    text_KD: torch.Tensor, image_VD: torch.Tensor, caption_ids: Integers, image_ids: Integers, linked: Edges, seed: int
+    text_KD: Features, image_VD: Features, caption_ids: Integers, image_ids: Integers, linked: Edges, seed: int
 ) -> tuple[Floats, Floats]:
-    """p and cosine of the pairs (caption, image), float64 [pairs] each.
+    """p and cosine of the pairs (caption, image), float64 [pairs] each; features may be mapped files.
 
     p is the share of other captions, weighted by how often these pairs hold them, that score higher on the pair's
     image; equal scores count half, captions that `linked` (caption -> images, these pairs among them) ties to the image
     do not count, but testify, all but the pair's own, to what the image shows. Of more than NULL_CAPTIONS distinct
     captions, as many pairs are drawn.
     """
-    n, device = len(caption_ids), text_KD.device
+    n, device = len(caption_ids), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def rows_of(features: Features, rows: Integers) -> torch.Tensor:
+        return torch.from_numpy(features[rows]).to(device).float()
+
     null, weights = np.unique(caption_ids, return_counts=True)
     if len(null) > NULL_CAPTIONS:
         drawn = np.random.default_rng([seed, 6]).integers(0, n, NULL_CAPTIONS)
@@ -123,19 +128,19 @@ def p_values(
     column[null] = np.arange(len(null))
     of_captions = np.repeat(np.arange(len(linked[0]) - 1), np.diff(linked[0]))
     starts, captions_of = edges(linked[1], of_captions, len(image_VD))
-    null_MD = text_KD[torch.from_numpy(null).to(device)].float()
+    null_MD = rows_of(text_KD, null)
     weights_M = torch.from_numpy(weights).to(device, torch.float32)
     order = np.argsort(image_ids, kind="stable")
     p, cosine = np.empty(n), np.empty(n)
     for rows in np.array_split(order, max(1, n // 1024)):
         images, place = np.unique(image_ids[rows], return_inverse=True)
-        image_PD = image_VD[torch.from_numpy(images).to(device)].float()[place]
-        text_PD = text_KD[torch.from_numpy(caption_ids[rows]).to(device)].float()
+        image_PD = rows_of(image_VD, images)[place]
+        text_PD = rows_of(text_KD, caption_ids[rows])
         degree = starts[images + 1] - starts[images]
         positive = np.concatenate([captions_of[starts[i] : starts[i + 1]] for i in images])
         image_of = np.repeat(np.arange(len(images)), degree)
         testimony_BD = torch.zeros(len(images), text_PD.shape[1], device=device).index_add_(
-            0, torch.from_numpy(image_of).to(device), text_KD[torch.from_numpy(positive).to(device)].float()
+            0, torch.from_numpy(image_of).to(device), rows_of(text_KD, positive)
         )
         # One more than testify, so that a single caption does not speak for all.
         count_P1 = torch.from_numpy(degree[place]).to(device)[:, None]
@@ -154,16 +159,21 @@ def p_values(
     return p, cosine
 
 
-def cells(features: npt.NDArray[np.floating[Any]], seed: int, size: int = 32, most: int = 4096) -> Integers:
-    """Cell int32 [rows] of each row by k-means: about `size` rows a cell, `most` cells at most."""
+def cells(sides: Sequence[Features], seed: int, size: int = 32, most: int = 4096) -> Integers:
+    """Cell int32 [rows] of each row by k-means on the features of all `sides`, each [rows, width]: about `size` rows a
+    cell, `most` cells at most."""
     # Two seconds to import, which no other run need wait for.
     from sklearn.cluster import MiniBatchKMeans
 
-    k = min(max(1, len(features) // size), most)
+    n = len(sides[0])
+    k = min(max(1, n // size), most)
+
+    def together(rows: slice) -> Features:
+        return np.concatenate([np.asarray(features[rows], np.float32) for features in sides], axis=1)
+
     means = MiniBatchKMeans(k, batch_size=max(4096, 4 * k), n_init=1, random_state=seed)
-    means.fit(np.asarray(features[:: max(1, len(features) // (64 * k))], np.float32))
-    parts = np.array_split(np.arange(len(features)), max(1, len(features) // 65536))
-    return np.concatenate([means.predict(np.asarray(features[part], np.float32)) for part in parts])
+    means.fit(together(slice(0, n, max(1, n // (64 * k)))))
+    return np.concatenate([means.predict(together(slice(row, row + 65536))) for row in range(0, n, 65536)])
 
 
 def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers | None) -> Floats:
@@ -266,23 +276,20 @@ def judge(
     store: Store,
     groups: npt.NDArray[np.int64],
     fold: npt.NDArray[np.int8],
-    text_2KD: Sequence[npt.NDArray[np.float32]],
+    text_2KD: Sequence[Features],
     visits: int,
     seed: int,
 ) -> CrossFit:
     """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
     the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    image_VD = torch.from_numpy(np.array(store.features)).to(device)
     p, score = np.empty(len(store)), np.empty(len(store))
     for tower, text_KD in enumerate(text_2KD):
         rows = np.flatnonzero(fold != tower)
         p[rows], score[rows] = p_values(
-            torch.from_numpy(text_KD).to(device), image_VD, store.caption_ids[rows], store.image_ids[rows],
-            store.caption_edges, seed,
-        )  # fmt: skip
-    caption_cell = cells(np.concatenate(text_2KD, axis=1), seed)[store.caption_ids]
-    image_cell = cells(store.features, seed)[store.image_ids]
+            text_KD, store.features, store.caption_ids[rows], store.image_ids[rows], store.caption_edges, seed
+        )
+    caption_cell = cells(text_2KD, seed)[store.caption_ids]
+    image_cell = cells([store.features], seed)[store.image_ids]
     found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
     rate, odds = 0.0, np.zeros(len(store))
     for rows in sources(store):

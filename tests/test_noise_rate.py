@@ -44,7 +44,7 @@ def test_p_is_the_share_of_other_captions_that_fit_better() -> None:
     captions[:2], images[:2] = [7, 8], [3, 3]
     other_links = [(1, 3), (2, 5)]
     left, right = np.array([*zip(captions, images, strict=True), *other_links]).T
-    p, cosine = p_values(text, image, captions, images, edges(left, right, 30), seed=0)
+    p, cosine = p_values(text.numpy(), image.numpy(), captions, images, edges(left, right, 30), seed=0)
     linked = set(zip(left.tolist(), right.tolist(), strict=True))
     for row, (caption, picture) in enumerate(zip(captions, images, strict=True)):
         others = [k for k in range(30) if (k, picture) in linked and k != caption]
@@ -67,7 +67,7 @@ def test_p_of_random_pairs_is_uniform_however_the_tower_scores(monkeypatch: pyte
         monkeypatch.setattr("efficientclip.noise_rate.NULL_CAPTIONS", 150 if sampled else 8192)
         captions, images = random.choice(400, 6000, p=popularity), random.integers(0, 300, 6000)
         captions, images = np.unique([captions, images], axis=1)
-        p, _ = p_values(text, image, captions, images, edges(captions, images, 400), seed=0)
+        p, _ = p_values(text.numpy(), image.numpy(), captions, images, edges(captions, images, 400), seed=0)
         shares = np.histogram(p, 10, (0, 1))[0] / len(p)
         assert p.mean() == pytest.approx(0.5, abs=0.02)
         assert np.abs(shares - 0.1).max() < 0.02

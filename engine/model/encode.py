@@ -20,14 +20,21 @@ def encode_store(model: nn.Module, texts: TextStore, max_tokens: int) -> npt.NDA
     """Features float32 [texts, width] of all texts of a store. Every rank must call it under ZeRO-3."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     n = len(texts.offsets) - 1
-    features = []
-    for start in range(0, n, BATCH):
-        inputs = packed_inputs(pack(texts, np.arange(start, min(start + BATCH, n)), max_tokens))
-        features.append(model(**to_device(inputs, device))["features"].float().cpu().numpy())
+    parts = (np.arange(start, min(start + BATCH, n)) for start in range(0, n, BATCH))
+    features = [encode_rows(model, texts, rows, max_tokens) for rows in parts]
     model.train(was_training)
     return np.concatenate(features)
+
+
+@torch.no_grad()
+def encode_rows(
+    model: nn.Module, texts: TextStore, rows: npt.NDArray[np.int64], max_tokens: int
+) -> npt.NDArray[np.float32]:
+    """Features float32 [rows, width] of some texts by one forward, in the mode that the model is in."""
+    inputs = to_device(packed_inputs(pack(texts, rows, max_tokens)), next(model.parameters()).device)
+    features: npt.NDArray[np.float32] = model(**inputs)["features"].float().cpu().numpy()
+    return features
 
 
 @torch.no_grad()
