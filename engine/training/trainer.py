@@ -55,8 +55,11 @@ class Trainer:
         self.run = config.run
         settings = deepspeed_config(config, self.world_size)
         self._freeze_unused(model)
-        optimizer = build_optimizer(model, config.optimizer, settings.get("zero_optimization", {}).get("stage", 0))
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        optimizer = build_optimizer(model, config.optimizer, stage)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        # On one rank there is nothing to reduce, yet DeepSpeed would copy all gradients to and fro.
+        self.engine.enable_backward_allreduce = self.world_size > 1 or stage > 0
         self.device = self.engine.device
         self.confidence = ConfidenceTable(len(source), config.confidence)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
