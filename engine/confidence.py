@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .config import Confidence
 from .errors import UserError
-from .noise_rate import NEGLIGIBLE, read_cross_fit
+from .noise_rate import read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -113,9 +113,8 @@ class ConfidenceTable:
         """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
         the one that does."""
         keep = np.ones(len(self.kept), bool)
-        if self.cross_fit.rate >= NEGLIGIBLE:
-            total = standardised(self.cross_fit.clean_log_odds) + standardised(self.mean_score)
-            keep[np.argsort(total, kind="stable")[: round(self.cross_fit.rate * len(total))]] = False
+        total = standardised(self.cross_fit.clean_log_odds) + standardised(self.mean_score)
+        keep[np.argsort(total, kind="stable")[: round(self.cross_fit.rate * len(total))]] = False
         return keep
 
     def state(self) -> dict[str, Any]:

@@ -78,25 +78,24 @@ def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Tra
 
 
 def captions_by(trainer: Trainer, store: Store, file: Path) -> npt.NDArray[np.float32]:
-    """Features float32 [captions, width] of all captions by the trained tower, mapped; the ranks share the work."""
+    """Features float32 [captions, width] of all captions by the trained tower, mapped on rank 0, which alone writes
+    them; the other ranks, which share the encoding, get none."""
     model, rank, ranks = trainer.engine.module, trainer.rank, trainer.world_size
-    K = len(store.offsets) - 1
-    size, shape = min(BATCH, -(-K // ranks)), (K, trainer.config.model.width)
-    if rank == 0:
-        np.memmap(file, np.float32, "w+", shape=shape).flush()
-    dist.barrier()
-    text_KD = np.memmap(file, np.float32, "r+", shape=shape)
+    K, D = len(store.offsets) - 1, trainer.config.model.width
+    rounds = -(-K // (BATCH * ranks))
+    size = -(-K // (rounds * ranks))
+    text_KD = np.memmap(file, np.float32, "w+", shape=(K, D)) if rank == 0 else np.empty((0, D), np.float32)
+    gathered = [torch.empty(size, D, device=trainer.device) for _ in range(ranks)]
     model.eval()
-    rounds = range(0, K, size * ranks)
-    for first in tqdm(rounds, desc=f"{file.parent}: captions", unit="batch", disable=rank > 0):
-        start = first + rank * size
-        # Under ZeRO-3 all ranks go forward together: one beyond the end repeats the last caption.
-        rows = np.arange(start, min(start + size, K)) if start < K else np.array([K - 1])
+    for first in tqdm(range(0, rounds * ranks, ranks), f"{file.parent}: captions", unit="batch", disable=rank > 0):
+        # All ranks go forward alike, as ZeRO-3 needs: the last parts overlap rather than run out.
+        starts = [min((first + other) * size, K - size) for other in range(ranks)]
+        rows = np.arange(starts[rank], starts[rank] + size)
         features = encode_rows(model, store, rows, trainer.config.training.max_caption_tokens)
-        if start < K:
-            text_KD[rows] = features
-    text_KD.flush()
-    dist.barrier()
+        dist.all_gather(gathered, torch.from_numpy(features).to(trainer.device))
+        if rank == 0:
+            for start, part in zip(starts, gathered, strict=True):
+                text_KD[start : start + size] = part.cpu().numpy()
     return text_KD
 
 

@@ -1,10 +1,11 @@
 """How many pairs of a store are wrong, and which: read off without labels, from towers that did not train on the pair.
 
-Two towers train on half of the pairs each and score the other half. The p of a pair is the share of other captions
-that fit its picture at least as well; what the picture shows is told by its features and by its other captions. A wrong
-caption is one of these others, so its p is uniform: the null is exact however good the tower is. Right pairs have small
-p only where the tower is competent, which other pairs of the same caption and picture tell. Among the most competent
-pairs of a source every large p is noise.
+Two towers train on half of the pairs each and score the other half. The p of a pair is the share of its source's other
+captions that fit its picture at least as well; what the picture shows is told by its features and by its other
+captions. A wrong caption that the source itself mixed up is one of these others, so its p is uniform: the null is exact
+however good the tower is. One from elsewhere fits worse than they do. Right pairs have small p only where the tower is
+competent, which other pairs of the same caption and picture tell. Among the most competent pairs of a source every
+large p is noise.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ Features = npt.NDArray[np.floating[Any]]
 
 HIT = 0.05  # a pair with a smaller p shows competence
 FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
+FOREIGN = 0.9  # what lies beyond, and would not if p were uniform, is no caption of this source
 COMPETENT = 0.2  # share of the pairs that the rate is read from
-NEGLIGIBLE = 0.03  # an estimated rate below it is no ground to drop anything
+NEGLIGIBLE = 0.03  # a source's estimated rate below it is no ground to drop anything, and counts as 0
 NULL_CAPTIONS = 8192
 LARGEST_GROUP = 4096
 BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
 STRATA = 10
 TESTIMONY = 1.0  # weight of the mean of a picture's other captions beside its own features
+MOST_WITNESSES = 1024  # a picture of more captions stands for no subject: they do not testify
 LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 ROUNDING = 1e-6
 FILE = "cross_fit.parquet"
@@ -139,12 +142,14 @@ def p_values(
         degree = starts[images + 1] - starts[images]
         positive = np.concatenate([captions_of[starts[i] : starts[i + 1]] for i in images])
         image_of = np.repeat(np.arange(len(images)), degree)
+        heard = degree <= MOST_WITNESSES
+        witnesses = heard[image_of]
         testimony_BD = torch.zeros(len(images), text_PD.shape[1], device=device).index_add_(
-            0, torch.from_numpy(image_of).to(device), rows_of(text_KD, positive)
+            0, torch.from_numpy(image_of[witnesses]).to(device), rows_of(text_KD, positive[witnesses])
         )
         # One more than testify, so that a single caption does not speak for all.
-        count_P1 = torch.from_numpy(degree[place]).to(device)[:, None]
-        shown_PD = F.normalize(image_PD + TESTIMONY / count_P1 * (testimony_BD[place] - text_PD), dim=1)
+        weight_P1 = torch.from_numpy(TESTIMONY * heard / degree).to(device, torch.float32)[place][:, None]
+        shown_PD = F.normalize(image_PD + weight_P1 * (testimony_BD[place] - text_PD), dim=1)
         own = (text_PD * shown_PD).sum(1)
         counted_BM = weights_M.repeat(len(images), 1)
         at = column[positive]
@@ -204,9 +209,8 @@ class Competence:
     mismatched_image: Floats
 
     def mismatched_above(self, threshold: float, rows: Integers) -> float:
-        """Share of all combinations of a pair's caption with the image of a pair in `rows` that are at least so
-        competent."""
-        ordered = np.sort(self.mismatched_caption)
+        """Share of all combinations of a caption with an image of the pairs `rows` that are at least so competent."""
+        ordered = np.sort(self.mismatched_caption[rows])
         below = np.searchsorted(ordered, threshold - self.mismatched_image[rows], side="left")
         return float(1 - below.mean() / len(ordered))
 
@@ -234,9 +238,12 @@ def noise_rate(p: Floats, found: Competence, rows: Integers) -> float:
     what share of their p lies there, is known where noise is spread evenly: within a source.
     """
     threshold = float(np.quantile(found.pair[rows], 1 - COMPETENT))
-    failed = ((found.pair[rows] >= threshold) & (p[rows] > FAILED)).sum()
-    expected = len(rows) * found.mismatched_above(threshold, rows) * (1 - FAILED)
-    return float(min(failed / max(expected, 1e-9), 1.0))
+    competent = p[rows][found.pair[rows] >= threshold]
+    beyond = int((competent > FOREIGN).sum())
+    uniform = (int((competent > FAILED).sum()) - beyond) / (FOREIGN - FAILED)
+    wrong = uniform + max(0.0, beyond - (1 - FOREIGN) * uniform)
+    expected = len(rows) * found.mismatched_above(threshold, rows)
+    return float(min(wrong / max(expected, 1e-9), 1.0))
 
 
 def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) -> Floats:
@@ -264,11 +271,14 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) ->
 
 
 def sources(store: Store) -> list[npt.NDArray[np.int64]]:
-    """Rows of the pairs of each source; those of sources with fewer than LEAST_SOURCE pairs are taken together."""
+    """Rows of the pairs of each source; those of sources with fewer than LEAST_SOURCE pairs are taken together, and
+    with the largest source where they are still fewer."""
     named = pq.read_table(store.path / "pairs.parquet", columns=["source"])["source"].combine_chunks()
     codes = named.fill_null("").dictionary_encode().indices.to_numpy()
-    rare = np.bincount(codes) < LEAST_SOURCE
-    codes = np.where(rare[codes], len(rare), codes)
+    sizes = np.bincount(codes)
+    rare = sizes < LEAST_SOURCE
+    together = sizes.argmax() if sizes[rare].sum() < LEAST_SOURCE else len(sizes)
+    codes = np.where(rare[codes], together, codes)
     return [np.flatnonzero(codes == code) for code in np.unique(codes)]
 
 
@@ -282,18 +292,20 @@ def judge(
 ) -> CrossFit:
     """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
     the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
-    p, score = np.empty(len(store)), np.empty(len(store))
-    for tower, text_KD in enumerate(text_2KD):
-        rows = np.flatnonzero(fold != tower)
-        p[rows], score[rows] = p_values(
-            text_KD, store.features, store.caption_ids[rows], store.image_ids[rows], store.caption_edges, seed
-        )
+    p, score, parts = np.empty(len(store)), np.empty(len(store)), sources(store)
+    for part in parts:
+        for tower, text_KD in enumerate(text_2KD):
+            if len(rows := part[fold[part] != tower]):
+                p[rows], score[rows] = p_values(
+                    text_KD, store.features, store.caption_ids[rows], store.image_ids[rows], store.caption_edges, seed
+                )
     caption_cell = cells(text_2KD, seed)[store.caption_ids]
     image_cell = cells([store.features], seed)[store.image_ids]
     found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
     rate, odds = 0.0, np.zeros(len(store))
-    for rows in sources(store):
+    for rows in parts:
         rate_here = noise_rate(p, found, rows)
+        rate_here *= rate_here >= NEGLIGIBLE
         odds[rows] = clean_log_odds(p, found, rows, rate_here)
         rate += rate_here * len(rows) / len(store)
     return CrossFit(rate, visits, fold, score, p, found.pair, odds)

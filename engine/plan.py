@@ -403,7 +403,7 @@ def plan(config: Config, settings: Settings) -> Plan:
     made = _counted_plan(config, settings)
     if settings.profile is not None:
         profile = settings.profile
-        surplus = profile.peak_bytes - _counted_for(profile)
+        surplus = max(0.0, profile.peak_bytes - _counted_for(profile))
         made.memory.update(_positive({"beyond the count, as measured": surplus}))
     return made
 
@@ -597,7 +597,9 @@ def _profiled(made: Plan, config: Config, profile: Profile) -> list[str]:
         f" {short(profile.flop_per_second_computing)}FLOP/s while it computes",
     ]
     peak, counted = profile.peak_bytes / GIB, _counted_for(profile) / GIB
-    notes.append(f"measured: {peak:.2f} GiB at most in the profile, {counted:.2f} counted for it: the rest is added")
+    notes.append(
+        f"measured: {peak:.2f} GiB at most in the profile, {counted:.2f} counted for it; what it held beyond is added"
+    )
     free = ("run", "training.pair_visits", "training.validate_every", "training.checkpoint_every", "data.store")
     changed = [key for key in differing_keys(profile.settings, config) if key not in free]
     if changed:
@@ -661,7 +663,7 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             f" {device.bandwidth / 1e12:.2f} TB/s, {device.link / 1e9:.0f} GB/s to its neighbours, by the data sheet",
             "gradients are exchanged without overlap; data, validation and checkpoints cost no time",
         )
-    resident = ("malloc gives nothing back between steps, so the resident set grows beyond these parts",)
+    resident = ("malloc gives nothing back between steps: the resident set still grows after those of the profile",)
     mixture = ("as much as no pair dropped, since a mixture's drops are not known before",)
     return (
         data,

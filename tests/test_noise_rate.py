@@ -20,6 +20,7 @@ from efficientclip.noise_rate import (
     clean_log_odds,
     competence,
     folds,
+    judge,
     near,
     noise_rate,
     p_values,
@@ -35,7 +36,9 @@ def unit(random: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor
     return torch.nn.functional.normalize(torch.from_numpy(random.standard_normal((rows, width))).float(), dim=1)
 
 
-def test_p_is_the_share_of_other_captions_that_fit_better() -> None:
+@pytest.mark.parametrize("most_witnesses", [5, 1024])
+def test_p_is_the_share_of_other_captions_that_fit_better(monkeypatch: pytest.MonkeyPatch, most_witnesses: int) -> None:
+    monkeypatch.setattr("efficientclip.noise_rate.MOST_WITNESSES", most_witnesses)
     random = np.random.default_rng(0)
     text, image = unit(random, 30), unit(random, 12)
     text[7] = text[8]  # equal scores
@@ -48,7 +51,8 @@ def test_p_is_the_share_of_other_captions_that_fit_better() -> None:
     linked = set(zip(left.tolist(), right.tolist(), strict=True))
     for row, (caption, picture) in enumerate(zip(captions, images, strict=True)):
         others = [k for k in range(30) if (k, picture) in linked and k != caption]
-        shown = image[picture] + TESTIMONY * sum((text[k] for k in others), torch.zeros(8)) / (len(others) + 1)
+        weight = TESTIMONY if len(others) + 1 <= most_witnesses else 0.0
+        shown = image[picture] + weight * sum((text[k] for k in others), torch.zeros(8)) / (len(others) + 1)
         shown = shown / shown.norm()
         scores = [float(text[k] @ shown) for k in captions if (k, picture) not in linked]
         own = float(text[caption] @ shown)
@@ -97,7 +101,7 @@ def test_competence_is_what_other_pairs_tell() -> None:
     for threshold in (-0.5, 0.0, 0.7):
         assert found.mismatched_above(threshold, np.arange(n)) == pytest.approx((both >= threshold).mean())
         some = np.array([3, 17, 41])
-        assert found.mismatched_above(threshold, some) == pytest.approx((both[:, some] >= threshold).mean())
+        assert found.mismatched_above(threshold, some) == pytest.approx((both[some][:, some] >= threshold).mean())
 
 
 def scored_pairs(rate: Any, seed: int, n: int = 20_000) -> tuple[Any, Competence, Any, Any]:
@@ -139,16 +143,49 @@ def test_noise_of_one_source_is_found_there() -> None:
     assert noise_rate(p, around, np.arange(n)) < wrong.mean() - 0.1
 
 
+def test_captions_from_elsewhere_count_once() -> None:
+    """They fit worse than the source's own: their p is not uniform, but near 1."""
+    for rate in (0.1, 0.3):
+        p, around, wrong, _ = scored_pairs(rate, 7)
+        foreign = wrong & (np.random.default_rng(8).random(len(p)) < 0.5)
+        p[foreign] = np.random.default_rng(9).uniform(0.97, 1, foreign.sum())
+        assert noise_rate(p, around, np.arange(len(p))) == pytest.approx(wrong.mean(), abs=0.05)
+
+
+def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientclip.noise_rate.LEAST_SOURCE", 60)
+    store = Store(tiny.pair_store(tmp_path / "store"))
+    name_sources(store, ["a"] * 100 + ["b"] * 140)
+    random = np.random.default_rng(3)
+    groups = pair_groups(store, near(store.features, 0))
+    fold = folds(groups, seed=3)
+    text_2KD = [unit(random, len(store.offsets) - 1, store.width).numpy() for _ in range(2)]
+    found = judge(store, groups, fold, text_2KD, visits=1, seed=0)
+    assert found.rate > 0
+    monkeypatch.setattr("efficientclip.noise_rate.NEGLIGIBLE", 1.1)
+    assert judge(store, groups, fold, text_2KD, visits=1, seed=0).rate == 0
+    for part in (np.arange(100), np.arange(100, 240)):
+        rows = part[fold[part] == 0]
+        captions, images = store.caption_ids[rows], store.image_ids[rows]
+        alone, _ = p_values(text_2KD[1], store.features, captions, images, store.caption_edges, seed=0)
+        np.testing.assert_array_equal(found.p[rows], alone)
+
+
+def name_sources(store: Store, names: list[str | None]) -> None:
+    pairs = store.pairs()
+    place = pairs.column_names.index("source")
+    file = store.path / "pairs.parquet"
+    pq.write_table(pairs.set_column(place, "source", pa.array(names)), file.with_suffix(".new"))
+    file.with_suffix(".new").rename(file)
+
+
 def test_small_sources_are_taken_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tiny.pair_store(tmp_path / "store"))
-    pairs, names = store.pairs(), ["a"] * 100 + ["b"] * 60 + ["c"] * 50 + [None] * 30
-    place = pairs.column_names.index("source")
-    pq.write_table(pairs.set_column(place, "source", pa.array(names)), tmp_path / "named.parquet")
-    (tmp_path / "named.parquet").rename(store.path / "pairs.parquet")
-    for least, sizes in ((0, [100, 60, 50, 30]), (60, [100, 60, 80]), (101, [240])):
+    name_sources(store, ["a"] * 100 + ["b"] * 60 + ["c"] * 50 + [None] * 30)
+    for least, sizes in ((0, [100, 60, 50, 30]), (60, [100, 60, 80]), (90, [100, 140]), (101, [240])):
         monkeypatch.setattr("efficientclip.noise_rate.LEAST_SOURCE", least)
         parts = sources(store)
-        assert [len(rows) for rows in parts] == sizes
+        assert sorted(len(rows) for rows in parts) == sorted(sizes)
         assert sorted(np.concatenate(parts)) == list(range(240))
 
 
@@ -181,8 +218,8 @@ def judged(folder: Path, rate: float, odds: Any) -> Confidence:
     return Confidence(selection="calibrated", cross_fit=folder, warmup_epochs=0)
 
 
-@pytest.mark.parametrize(("rate", "dropped"), [(0.029, 0), (0.031, 7), (0.3, 72)])
-def test_negligible_noise_drops_nothing(tmp_path: Path, rate: float, dropped: int) -> None:
+@pytest.mark.parametrize(("rate", "dropped"), [(0.0, 0), (0.031, 7), (0.3, 72)])
+def test_as_many_pairs_go_as_are_wrong(tmp_path: Path, rate: float, dropped: int) -> None:
     table = ConfidenceTable(240, judged(tmp_path, rate, np.arange(240.0)))
     assert np.flatnonzero(~table.kept).tolist() == list(range(dropped))
 

@@ -98,9 +98,10 @@ def test_a_plan_of_the_profiled_run_takes_its_steps(folder: Path, two: Profile) 
 
 
 def test_a_plan_of_the_profiled_run_takes_its_memory(folder: Path, two: Profile) -> None:
-    assert sum(own_plan(folder, two).memory.values()) == pytest.approx(two.peak_bytes)
+    counted = sum(own_plan(folder, two.model_copy(update={"peak_bytes": 1.0})).memory.values())
+    assert sum(own_plan(folder, two).memory.values()) == pytest.approx(max(counted, two.peak_bytes))
     larger = plan(load_config(folder / "config.yaml", ["model.width=64"]), settings_of(two))
-    assert sum(larger.memory.values()) > two.peak_bytes
+    assert sum(larger.memory.values()) > max(counted, two.peak_bytes)
 
 
 def test_micro_batches_and_overrides(folder: Path) -> None:
