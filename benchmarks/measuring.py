@@ -1,11 +1,13 @@
-"""What every benchmark needs: peak memory, how busy the machine was, and the CSV file that its rows go to."""
+"""What every benchmark needs: peak memory, how busy the machine was, runs that are not made twice, and the CSV file."""
 
 from __future__ import annotations
 
 import csv
 import ctypes
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +117,26 @@ def on_one_core(log: Path, *arguments: str) -> tuple[float, float]:
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {process.returncode}, see {log}")
     return usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss
+
+
+def once(target: Path, *arguments: str) -> tuple[float, float]:
+    """`on_one_core`, for a command that makes the folder `target`, unless the same command has made it since the files
+    and folders that it names were made; what it spent lies beside it."""
+    note = target.with_name(target.name + ".made.json")
+    if target.is_dir() and note.is_file():
+        made = json.loads(note.read_text())
+        named = {Path(argument.rpartition("=")[2]) for argument in arguments} - {target}
+        younger = [path for path in named if path.exists() and path.stat().st_mtime > note.stat().st_mtime]
+        if made["arguments"] == list(arguments) and not younger:
+            return made["cpu_seconds"], made["peak_bytes"]
+    # What an interrupted command left would cost the second one less.
+    shutil.rmtree(target, ignore_errors=True)
+    note.unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    cpu_seconds, peak_bytes = on_one_core(target.with_name(target.name + ".log"), *arguments)
+    spent = {"arguments": arguments, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}
+    note.write_text(json.dumps(spent))
+    return cpu_seconds, peak_bytes
 
 
 @cache

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measuring import RESULTS, Row, hardware, on_one_core, record
+from benchmarks.measuring import RESULTS, Row, hardware, once, record
 from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
 from efficientclip.evaluation.evaluate import evaluate
@@ -95,14 +94,9 @@ class Recipe:
 
 def stage(target: Path, *arguments: str, counted: Callable[[], tuple[float, int]] = lambda: (0, 0)) -> Spent:
     """Run the command that makes `target`, unless it is made; `counted`: operations and visits of it."""
-    note = target.with_name(target.name + ".spent.json")
-    if not (note.is_file() and target.is_dir()):
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        cpu_seconds, peak_bytes = on_one_core(target.with_name(target.name + ".log"), *arguments)
-        note.write_text(json.dumps({"cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}))
+    cpu_seconds, peak_bytes = once(target, *arguments)
     made, visits = counted()
-    return Spent(**json.loads(note.read_text()), operations=made, visits=visits)
+    return Spent(cpu_seconds, made, visits, peak_bytes)
 
 
 def training(config: Path, run: Path, *overrides: str) -> Spent:

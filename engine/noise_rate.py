@@ -34,7 +34,7 @@ Features = npt.NDArray[np.floating[Any]]
 
 HIT = 0.05  # a pair with a smaller p shows competence
 FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
-FOREIGN = 0.9  # what lies beyond, and would not if p were uniform, is no caption of this source
+FOREIGN = 0.95  # what lies beyond, and would not if p were uniform, is no caption of this source
 COMPETENT = 0.2  # share of the pairs that the rate is read from
 NEGLIGIBLE = 0.03  # a source's estimated rate below it is no ground to drop anything, and counts as 0
 NULL_CAPTIONS = 8192
@@ -204,13 +204,19 @@ class Competence:
     Such a pair's caption is tied to foreign images, so all pairs of the caption testify; its image lacks one pair.
     """
 
+    caption_ids: Integers
     pair: Floats
     mismatched_caption: Floats
     mismatched_image: Floats
 
     def mismatched_above(self, threshold: float, rows: Integers) -> float:
-        """Share of all combinations of a caption with an image of the pairs `rows` that are at least so competent."""
-        ordered = np.sort(self.mismatched_caption[rows])
+        """Share of all combinations of a caption with an image of the pairs `rows` that are at least so competent.
+
+        Captions are as frequent as in the whole store: one that noise has brought to `rows` counts no more for it.
+        """
+        present = np.zeros(int(self.caption_ids.max()) + 1, bool)
+        present[self.caption_ids[rows]] = True
+        ordered = np.sort(self.mismatched_caption[present[self.caption_ids]])
         below = np.searchsorted(ordered, threshold - self.mismatched_image[rows], side="left")
         return float(1 - below.mean() / len(ordered))
 
@@ -225,6 +231,7 @@ def competence(
 ) -> Competence:
     """Competence around the pairs; all arguments are [pairs], `hit` tells where p is small."""
     return Competence(
+        caption_ids,
         side_competence(hit, caption_ids, caption_cell, groups) + side_competence(hit, image_ids, image_cell, groups),
         side_competence(hit, caption_ids, caption_cell, None),
         side_competence(hit, image_ids, image_cell, np.arange(len(hit))),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, ecl, gpu, mlm, resources
+from benchmarks import contrastive, ecl, gpu, measuring, mlm, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.resources import Recipe, Spent
@@ -130,6 +131,28 @@ def test_rounds_may_be_slow_together_but_not_apart() -> None:
     assert reason is not None and "peer's ratio to ours" in reason
 
 
+def test_a_folder_is_made_once_by_the_same_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, ...]] = []
+
+    def on_one_core(log: Path, *arguments: str) -> tuple[float, float]:
+        made.append(arguments)
+        (tmp_path / "run").mkdir()
+        return 2.5, 3e6
+
+    monkeypatch.setattr(measuring, "on_one_core", on_one_core)
+    (tmp_path / "config.yaml").touch()
+    target, given = tmp_path / "run", ("train", str(tmp_path / "config.yaml"), f"run={tmp_path / 'run'}")
+    assert measuring.once(target, *given) == measuring.once(target, *given) == (2.5, 3e6)
+    assert made == [given]
+    measuring.once(target, *given, "seed=1")
+    note = tmp_path / "run.made.json"
+    os.utime(tmp_path / "config.yaml", ns=(note.stat().st_mtime_ns + 10**9,) * 2)
+    measuring.once(target, *given, "seed=1")
+    note.unlink()
+    measuring.once(target, *given, "seed=1")
+    assert len(made) == 4
+
+
 def test_a_run_has_settled_when_its_last_fifth_gains_nothing() -> None:
     rising = [(visits, visits / 10) for visits in range(50, 1001, 50)]
     assert not resources.settled(rising)
@@ -159,6 +182,7 @@ def test_the_share_recovered_lies_between_none_and_oracle() -> None:
     share, low, _, high = found["schedule"]["oracle_gain_recovered"].replace("(", "").replace(")", "").split()
     low, share, high = (float(value.rstrip("%")) for value in (low, share, high))
     assert 40 < low < share < high < 60 and abs(share - 50) < 3
+    assert "oracle_gain_recovered" not in ecl.compared(hits | {"oracle": hits["none"]})["schedule"]
     assert found["oracle"]["over_schedule"].startswith("+1") and "oracle_gain_recovered" not in found["oracle"]
 
 
