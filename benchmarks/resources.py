@@ -49,7 +49,7 @@ DATA = Path("data/demo")
 TEST = DATA / "test_vendor.tar"
 HELD_OUT = "val_seen"
 # Visits, batch size, learning rate of efficientclip's trainings at budget 1: short runs need steps, not large batches.
-STARTS = {"demo-image": (24_000, 64, 2e-3), "demo": (40_000, 64, 1e-3)}
+STARTS = {"demo-image": (24_000, 128, 2.8e-3), "demo": (40_000, 256, 2e-3)}
 # Of CLIP's recipe, before WenLan's.
 WENLAN_START = 48_000
 # What the recipe's R@10 may still gain in the last fifth of its run.
@@ -198,7 +198,7 @@ def pipeline(budget: float, folder: Path) -> Recipe:
     rarely = "training.validate_every=1000000"
     together = [
         f"data.store={here / 'store'}", f"data.validation.{HELD_OUT}={here / HELD_OUT}", f"mlm.texts={here / 'texts'}",
-        frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=2", *SCHEDULE,
+        frozen, rarely, "model.start_from=null", "mlm.texts_per_batch=8", *SCHEDULE,
     ]  # fmt: skip
     stages = [
         train(image, "image", rarely),
