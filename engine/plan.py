@@ -45,6 +45,8 @@ from .data.batches import Segments
 from .data.store import read_manifest
 from .errors import UserError
 from .model.towers import ImageTower, TextTower, architecture
+from .noise_rate import FILE as CROSS_FIT_FILE
+from .noise_rate import read_cross_fit
 
 GIB, DAY = 2**30, 86_400
 PICTURES = "pictures through the frozen tower"
@@ -504,7 +506,7 @@ def _measured_seconds(
 def _pauses(config: Config, pairs: int, steps: int) -> tuple[int, int]:
     """Validations of a run of `steps` steps, and checkpoints, if every validation is the best so far."""
     training, ecl, N = config.training, config.confidence, config.training.batch_size
-    kept, epoch, drops, step = pairs, 0, 0, 0
+    kept, epoch, drops, step = round(pairs * (1 - _judged_wrong(config))), 0, 0, 0
     validated = {steps}
     while True:
         auditions = min(round(N * ecl.reaudition_share), pairs - kept)
@@ -522,6 +524,14 @@ def _pauses(config: Config, pairs: int, steps: int) -> tuple[int, int]:
     saved = validated if config.data.validation else {steps}
     saved = saved | set(range(training.checkpoint_every, steps + 1, training.checkpoint_every))
     return len(validated) * bool(config.data.validation), len(saved)
+
+
+def _judged_wrong(config: Config) -> float:
+    """The share that a calibrated run drops from its start; 0 before `efficientclip cross-fit` has told."""
+    folder = config.confidence.cross_fit
+    if config.confidence.selection != "calibrated" or folder is None or not (folder / CROSS_FIT_FILE).is_file():
+        return 0.0
+    return read_cross_fit(folder).rate
 
 
 def _positive(parts: dict[str, float]) -> dict[str, float]:
@@ -582,6 +592,9 @@ def advice(made: Plan, config: Config) -> list[str]:
         notes.append(f"the tower takes {pictures:,.0f} pictures a second, over all devices")
     if made.settings.profile is not None:
         notes += _profiled(made, config, made.settings.profile)
+    if config.confidence.selection == "calibrated":
+        share = config.confidence.cross_fit_share
+        notes.append(f"cross-fit comes before: two towers, {share:.0%} of the visits in all, of captions alone")
     if config.model.start_from is not None:
         notes.append(f"the start, {config.model.start_from}, is a run of its own: plan it too")
     return notes
@@ -664,12 +677,13 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             "gradients are exchanged without overlap; data, validation and checkpoints cost no time",
         )
     resident = ("malloc gives nothing back between steps: the resident set still grows after those of the profile",)
-    mixture = ("as much as no pair dropped, since a mixture's drops are not known before",)
+    unknown = ("as if no pair were dropped: what the selection drops is not known before",)
+    judged = config.confidence.selection == "calibrated" and _judged_wrong(config) == 0
     return (
         data,
         f"rates and seconds as on {profile.world_size} rank(s) of {profile.hardware.get('machine', profile.device)},"
         f" {profile.steps_measured} steps of {profile.config}",
         "every validation is the best so far, and so saves a checkpoint; pictures run at the text tower's rate",
         *(resident if profile.base_bytes else ()),
-        *(mixture if config.confidence.selection == "mixture" else ()),
+        *(unknown if judged or config.confidence.selection == "mixture" else ()),
     )

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ from efficientclip import cli
 from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
-from efficientclip.plan import DEVICES, GIB, Settings, advice, measure_work, parse_count, parse_devices, plan
+from efficientclip.noise_rate import COLUMNS, FILE
+from efficientclip.plan import DEVICES, GIB, Settings, _pauses, advice, measure_work, parse_count, parse_devices, plan
 from tests import tiny
 
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
@@ -129,6 +132,20 @@ def test_advice_names_what_does_not_fit() -> None:
     large = config(batch_size=262_144)
     assert "training.micro_batch_size" in advice(plan(large, small), large)[0]
     assert advice(plan(config(), SETTINGS), config())[0].startswith("fits")
+
+
+def test_a_calibrated_run_has_the_epochs_of_what_it_keeps(tmp_path: Path) -> None:
+    data = config().data.model_copy(update={"validation": {"held": tmp_path}})
+    ecl = {"none": Confidence(), "calibrated": Confidence(selection="calibrated", cross_fit=tmp_path)}
+    plain, calibrated = (
+        config().model_copy(update={"data": data, "confidence": ecl[rule].model_copy(update={"reaudition_share": 0})})
+        for rule in ecl
+    )
+    assert any("cross-fit comes before" in note for note in advice(plan(calibrated, SETTINGS), calibrated))
+    assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 100_000, 977)
+    table = pa.table({name: pa.array([], pa.float64()) for name in COLUMNS})
+    pq.write_table(table.replace_schema_metadata({"rate": "0.5", "visits": "7"}), tmp_path / FILE)
+    assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 50_000, 977) != _pauses(plain, 100_000, 977)
 
 
 @pytest.mark.parametrize(
