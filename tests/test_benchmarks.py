@@ -176,14 +176,14 @@ def test_resources_are_those_until_the_recall_that_clip_ends_with() -> None:
 def test_the_share_recovered_lies_between_none_and_oracle() -> None:
     random = np.random.default_rng(0)
     eased = random.random((5, 800))
-    hits = {arm: (eased < share).astype(float) for arm, share in (("none", 0.4), ("oracle", 0.6), ("schedule", 0.5))}
+    hits = {arm: (eased < share).astype(float) for arm, share in (("none", 0.4), ("oracle", 0.6), ("calibrated", 0.5))}
     found = ecl.compared(hits)
-    assert found["schedule"].keys() == {"over_none", "oracle_gain_recovered"}
-    share, low, _, high = found["schedule"]["oracle_gain_recovered"].replace("(", "").replace(")", "").split()
+    assert found["calibrated"].keys() == {"over_none", "oracle_gain_recovered"}
+    share, low, _, high = found["calibrated"]["oracle_gain_recovered"].replace("(", "").replace(")", "").split()
     low, share, high = (float(value.rstrip("%")) for value in (low, share, high))
     assert 40 < low < share < high < 60 and abs(share - 50) < 3
-    assert "oracle_gain_recovered" not in ecl.compared(hits | {"oracle": hits["none"]})["schedule"]
-    assert found["oracle"]["over_schedule"].startswith("+1") and "oracle_gain_recovered" not in found["oracle"]
+    assert "oracle_gain_recovered" not in ecl.compared(hits | {"oracle": hits["none"]})["calibrated"]
+    assert found["oracle"]["over_calibrated"].startswith("+1") and "oracle_gain_recovered" not in found["oracle"]
 
 
 def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
