@@ -1,6 +1,6 @@
 """What each recipe pays to reach the recall that CLIP's ends with: seconds, operations, pair visits and peak memory.
 
-    python -m benchmarks.resources [--clip-visits 250000] [--most-visits 1000000] [--budgets 1,1.5,2]
+    python -m benchmarks.resources [--clip-visits 250000] [--most-visits 1000000] [--budgets 1,2,4]
 
 On the demo's data, one process a stage, one core each, two recipes at a time.
 
@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--clip-visits", type=int, default=250_000, help="of the first run (default: 250000)")
     parser.add_argument("--most-visits", type=int, default=1_000_000, help="of the last (default: 1000000)")
     parser.add_argument("--wenlan-visits", type=int, help="0: left out (default: as many as clip's)")
-    parser.add_argument("--budgets", default="1,1.5,2", help="of efficientclip's pipelines, times STARTS")
+    parser.add_argument("--budgets", default="1,2,4", help="of efficientclip's pipelines, times STARTS")
     parser.add_argument("--folder", type=Path, default=Path("runs/resources"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
