@@ -59,10 +59,10 @@ ARMS = {
     "re-audition 15 %": [*CALIBRATED, "confidence.reaudition_share=0.15"],
 }
 BASES = ("none", "calibrated")
-KEY = ("hardware", "pair_visits", "store", "noise", "test", "arm")
+KEY = ("hardware", "pair_visits", "store", "noise", "test", "seeds", "arm")
 DETECTION = ("noise_dropped", "clean_lost", "kept")
 COLUMNS = (
-    *KEY, "seeds", "R@1", "R@10", "R@10_over_none", "R@10_over_calibrated", "R@1_over_calibrated",
+    *KEY, "R@1", "R@10", "R@10_over_none", "R@10_over_calibrated", "R@1_over_calibrated",
     "oracle_gain_recovered", *DETECTION, "cpu_seconds", "date", "command",
 )  # fmt: skip
 DRAWS = 2000
