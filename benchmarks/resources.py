@@ -135,8 +135,8 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 def tested(run: Path) -> dict[str, float]:
-    """Text-to-image recall on the test pictures; kept beside the run, since it is not part of what the recipe pays."""
-    file = run.with_name(run.name + ".test.json")
+    """Text-to-image recall on the test pictures, which is not part of what the recipe pays; kept in the run."""
+    file = run / "test.json"
     if not file.is_file():
         file.write_text(json.dumps(evaluate(run, TEST)["t2i"]))
     found: dict[str, float] = json.loads(file.read_text())
