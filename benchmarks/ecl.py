@@ -165,9 +165,12 @@ def main() -> None:
     without_noise(store.path, clean)
     jobs = [(seed, arm) for seed in range(given.seeds) for arm in arms]
 
+    # The arm says which store it is.
+    overrides = [override for override in given.overrides if not override.startswith("data.store=")]
+
     def trained(job: tuple[int, str]) -> tuple[Path, float]:
         seed, arm = job
-        return run(given.config, arm, seed, clean if arm == "oracle" else store.path, given.overrides, given.folder)
+        return run(given.config, arm, seed, clean if arm == "oracle" else store.path, overrides, given.folder)
 
     with ThreadPoolExecutor(given.jobs) as pool:
         folders = dict(zip(jobs, pool.map(trained, jobs), strict=True))
