@@ -206,7 +206,10 @@ def main() -> None:
         write_table(file, reviews)
     prose = Path(json.loads((config.mlm.texts / "manifest.json").read_text())["source"])
     lines = given.folder / "texts.txt"
-    lines.write_text(prose.read_text(encoding="utf-8") + "".join(text + "\n" for text, _ in fit), encoding="utf-8")
+    wanted = prose.read_text(encoding="utf-8") + "".join(text + "\n" for text, _ in fit)
+    # A younger file would have the store and its runs made anew.
+    if not lines.exists() or lines.read_text(encoding="utf-8") != wanted:
+        lines.write_text(wanted, encoding="utf-8")
     for arm, source in (("prose", prose), ("reviews", lines)):
         store = given.folder / f"{arm}-store"
         once(
