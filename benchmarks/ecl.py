@@ -190,7 +190,8 @@ def main() -> None:
         row["R@10"] = f"{by_seed.mean():.1f} ± {by_seed.std(ddof=1) if len(runs) > 1 else 0:.1f}"
         if arm != "oracle":
             found = zip(*(detection(one, store) for one in runs), strict=True)
-            row |= {name: f"{np.nanmean(of):.3f}" for name, of in zip(DETECTION, found, strict=True)}
+            of_runs = {name: np.mean(of) for name, of in zip(DETECTION, found, strict=True)}
+            row |= {name: f"{mean:.3f}" for name, mean in of_runs.items() if not np.isnan(mean)}
         rows.append(row)
     for row, at_ten, at_one in zip(rows, compared(hits).values(), compared(first).values(), strict=True):
         row |= {name if name in COLUMNS else f"R@10_{name}": value for name, value in at_ten.items()}
