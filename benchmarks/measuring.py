@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,14 @@ def once(target: Path, *arguments: str) -> tuple[float, float]:
     spent = {"arguments": arguments, "cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}
     note.write_text(json.dumps(spent))
     return cpu_seconds, peak_bytes
+
+
+def kept(file: Path, measure: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+    """What `measure` finds, or found when `file` was written."""
+    if not file.is_file():
+        file.write_text(json.dumps(measure()))
+    found: dict[str, float] = json.loads(file.read_text())
+    return found
 
 
 @cache

@@ -38,7 +38,7 @@ from sklearn.naive_bayes import MultinomialNB
 from tqdm import tqdm
 
 from benchmarks.ecl import SCHEDULE, ranks_of
-from benchmarks.measuring import RESULTS, hardware, once, record
+from benchmarks.measuring import RESULTS, hardware, kept, once, record
 from efficientclip.config import load_config
 from efficientclip.data.batches import pack, packed_inputs
 from efficientclip.data.store import Store, Texts, edges
@@ -167,17 +167,16 @@ def measure(
     run: Path, seed: int, tables: tuple[Path, Path], reviews: tuple[Labelled, Labelled], test: Path, parallel: Path
 ) -> dict[str, float]:
     """MEASURES of a run; kept in it."""
-    file = run / "measured.json"
-    if not file.is_file():
-        values = {
+
+    def values() -> dict[str, float]:
+        return {
             "probe": probe(run, *tables, seed=0)["accuracy"],
             "fine-tuned": fine_tuned(run, *reviews, seed),
             "text_R@10": text_recall(run, Store(parallel), LONGEST),
             "picture_R@10": 100 * float((ranks_of(run, Store(test), LONGEST) <= 10).mean()),
         }
-        file.write_text(json.dumps(values))
-    found: dict[str, float] = json.loads(file.read_text())
-    return found
+
+    return kept(run / "measured.json", values)
 
 
 def interval(values: np.ndarray) -> str:  # type: ignore[type-arg]

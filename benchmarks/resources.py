@@ -21,7 +21,6 @@ of `efficientclip plan`, without the teacher's.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ecl import SCHEDULE
-from benchmarks.measuring import RESULTS, Row, hardware, once, record
+from benchmarks.measuring import RESULTS, Row, hardware, kept, once, record
 from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
 from efficientclip.evaluation.evaluate import evaluate
@@ -136,11 +135,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 def tested(run: Path) -> dict[str, float]:
     """Text-to-image recall on the test pictures, which is not part of what the recipe pays; kept in the run."""
-    file = run / "test.json"
-    if not file.is_file():
-        file.write_text(json.dumps(evaluate(run, TEST)["t2i"]))
-    found: dict[str, float] = json.loads(file.read_text())
-    return found
+    return kept(run / "test.json", lambda: evaluate(run, TEST)["t2i"])
 
 
 def settled(points: Sequence[tuple[int, float]]) -> bool:

@@ -42,19 +42,21 @@ def cross_fit(config: Config) -> None:
         store = Store(config.data.store)
         groups = pair_groups(store, near(store.features, config.seed))
         fold = folds(groups, config.seed)
+        runs = [folder / f"fold-{number}" for number in range(2)]
+        encoded = [run / "captions.bin" for run in runs]
         text_2KD, visits = [], 0
         for number in range(2):
-            trainer = _fold_trainer(config, folder / f"fold-{number}", np.flatnonzero(fold == number))
+            trainer = _fold_trainer(config, runs[number], np.flatnonzero(fold == number))
             if not trainer.train():
                 return
-            text_2KD.append(captions_by(trainer, store, folder / f"fold-{number}" / "captions.bin"))
+            text_2KD.append(captions_by(trainer, store, encoded[number]))
             visits += trainer.visits
         if rank == 0:
             found = judge(store, groups, fold, text_2KD, visits, config.seed)
-            save_mean(folder / "model", [folder / f"fold-{number}" for number in range(2)])
+            save_mean(folder / "model", runs)
             write_cross_fit(folder, store, found)
-            for number in range(2):
-                (folder / f"fold-{number}" / "captions.bin").unlink()
+            for file in encoded:
+                file.unlink()
             print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
         dist.barrier()
 

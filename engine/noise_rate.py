@@ -343,5 +343,11 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
     return CrossFit(float(described[b"rate"]), int(described[b"visits"]), **columns)
 
 
+def read_rate(folder: Path) -> float | None:
+    """The estimated rate in `folder` without the verdicts; None before `efficientclip cross-fit` has written it."""
+    file = folder / FILE
+    return float(pq.read_schema(file).metadata[b"rate"]) if file.is_file() else None
+
+
 def _identity(store: Store) -> str:
     return "-".join(store.manifest["files"][name]["sha256"] for name in ("image_ids.bin", "caption_ids.bin"))

@@ -45,8 +45,7 @@ from .data.batches import Segments
 from .data.store import read_manifest
 from .errors import UserError
 from .model.towers import ImageTower, TextTower, architecture
-from .noise_rate import FILE as CROSS_FIT_FILE
-from .noise_rate import read_cross_fit
+from .noise_rate import read_rate
 
 GIB, DAY = 2**30, 86_400
 PICTURES = "pictures through the frozen tower"
@@ -529,9 +528,9 @@ def _pauses(config: Config, pairs: int, steps: int) -> tuple[int, int]:
 def _judged_wrong(config: Config) -> float:
     """The share that a calibrated run drops from its start; 0 before `efficientclip cross-fit` has told."""
     folder = config.confidence.cross_fit
-    if config.confidence.selection != "calibrated" or folder is None or not (folder / CROSS_FIT_FILE).is_file():
+    if config.confidence.selection != "calibrated" or folder is None:
         return 0.0
-    return read_cross_fit(folder).rate
+    return read_rate(folder) or 0.0
 
 
 def _positive(parts: dict[str, float]) -> dict[str, float]:
