@@ -675,7 +675,7 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             f" {device.bandwidth / 1e12:.2f} TB/s, {device.link / 1e9:.0f} GB/s to its neighbours, by the data sheet",
             "gradients are exchanged without overlap; data, validation and checkpoints cost no time",
         )
-    resident = ("malloc gives nothing back between steps: the resident set still grows after those of the profile",)
+    resident = ("malloc gives nothing back between steps: the resident set grows a little after those of the profile",)
     unknown = ("as if no pair were dropped: what the selection drops is not known before",)
     judged = config.confidence.selection == "calibrated" and _judged_wrong(config) == 0
     return (
