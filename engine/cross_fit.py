@@ -73,6 +73,7 @@ def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Tra
         "confidence": Confidence(),
         "data": config.data.model_copy(update={"validation": {}}),
         "mlm": MaskedLanguageModelling(),
+        "optimizer": config.optimizer.model_copy(update={"lr": judging.cross_fit_lr or config.optimizer.lr}),
         "training": training.model_copy(update=budget),
     }
     fold_config = config.model_copy(update=changes)
