@@ -17,6 +17,8 @@ from tests import tiny
 from tests.training.launch import metrics, run, start
 from tests.training.test_resume import figures, kill_at
 
+RATE = 8e-4
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,7 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, name: str, judged: str = "judged", **changes: Any) -> str:
     changes = {"confidence__selection": "calibrated", "confidence__cross_fit": str(folder / judged)} | changes
-    file = tiny.config(folder, run=str(folder / name), confidence__cross_fit_share=0.8, **changes)
+    changes |= {"confidence__cross_fit_share": 0.8, "confidence__cross_fit_batch_size": 4}
+    file = tiny.config(folder, run=str(folder / name), confidence__cross_fit_lr=RATE, **changes)
     return str(file.rename(folder / f"{name}.yaml"))
 
 
@@ -38,6 +41,10 @@ def test_each_tower_trains_on_one_fold_alone(folder: Path) -> None:
     assert 0 <= found.rate <= 1 and found.visits == 2 * 256
     assert sorted(np.bincount(found.fold)) == pytest.approx([120, 120], abs=12)
     assert np.isfinite(found.clean_log_odds).all() and (found.p > 0).all() and (found.p < 1).all()
+    for fold in ("fold-0", "fold-1"):
+        steps = metrics(folder / "judged" / fold)
+        assert [line["visits"] for line in steps] == list(range(4, 257, 4))
+        assert max(line["lr"] for line in steps) == pytest.approx(RATE, rel=0.01)
     towers = [load_model(folder / "judged" / name) for name in ("fold-0", "fold-1", ".")]
     weights = [dict(tower.named_parameters()) for tower in towers]
     for name, mean in weights[2].items():
@@ -65,13 +72,19 @@ def test_two_ranks_judge_as_one(folder: Path) -> None:
     np.testing.assert_allclose(one.p, two.p, atol=0.03)
 
 
-def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
+@pytest.fixture(scope="module")
+def certain(folder: Path) -> str:
+    """The verdicts with a rate of 0.2, since that of so few pairs may be anything."""
     judged = pq.read_table(folder / "judged" / "cross_fit.parquet")
     shutil.copytree(folder / "judged", folder / "certain")
-    certain = judged.replace_schema_metadata({**judged.schema.metadata, b"rate": b"0.2"})
-    pq.write_table(certain, folder / "certain" / "cross_fit.parquet")
-    run(1, config(folder, "undisturbed", "certain", training__pair_visits=960))
-    again = config(folder, "killed", "certain", training__pair_visits=960)
+    changed = judged.replace_schema_metadata({**judged.schema.metadata, b"rate": b"0.2"})
+    pq.write_table(changed, folder / "certain" / "cross_fit.parquet")
+    return "certain"
+
+
+def test_killed_calibrated_run_resumes_bit_identically(folder: Path, certain: str) -> None:
+    run(1, config(folder, "undisturbed", certain, training__pair_visits=960))
+    again = config(folder, "killed", certain, training__pair_visits=960)
     kill_at(start(folder / "log", again), folder / "killed", 11)
     run(1, again)
     assert figures(folder / "killed") == figures(folder / "undisturbed") and len(figures(folder / "killed")) == 30
@@ -80,8 +93,8 @@ def test_killed_calibrated_run_resumes_bit_identically(folder: Path) -> None:
     assert {line["kept_share"] for line in metrics(folder / "undisturbed")} == {0.8}
 
 
-def test_a_run_starts_from_the_mean_of_the_towers(folder: Path) -> None:
-    run(1, config(folder, "begun", training__pair_visits=8, training__batch_size=8, optimizer__lr=1e-12))
+def test_a_run_starts_from_the_mean_of_the_towers(folder: Path, certain: str) -> None:
+    run(1, config(folder, "begun", certain, training__pair_visits=8, training__batch_size=8, optimizer__lr=1e-12))
     start, begun = (dict(load_model(folder / name).named_parameters()) for name in ("judged", "begun"))
     for name in start.keys() - {"logit_scale"}:
         torch.testing.assert_close(begun[name], start[name])
