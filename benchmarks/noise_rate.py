@@ -19,6 +19,7 @@ import os
 import shutil
 import sys
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import date
@@ -49,10 +50,10 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def demo_pictures(shards: Path) -> list[Picture]:
-    """The training pictures with their true captions, without pixels."""
+def demo_pictures(shards: Iterable[Path]) -> list[Picture]:
+    """The pictures in tars of the demo's data with their true captions, without pixels."""
     pictures = []
-    for shard in sorted(shards.glob("*.tar")):
+    for shard in shards:
         with tarfile.open(shard) as tar:
             for member in tar:
                 stream = tar.extractfile(member)
@@ -213,7 +214,7 @@ def main() -> None:
     config = load_config(given.config, given.overrides)
     if config.data.store is None:
         parser.error("the config names no data.store")
-    source, pictures = Store(config.data.store), demo_pictures(given.shards)
+    source, pictures = Store(config.data.store), demo_pictures(sorted(given.shards.glob("*.tar")))
     (given.folder / "stores").mkdir(parents=True, exist_ok=True)
 
     def measure(case: str, seed: int) -> dict[str, float]:

@@ -20,6 +20,7 @@ from benchmarks import contrastive, ecl, gpu, measuring, mlm, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.resources import Recipe, Spent
+from efficientclip.demo import Concept, Picture, write_shard
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,3 +200,14 @@ def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
     fit, choose, held = mlm.split(reviews)
     assert sorted([*fit, *choose, *held]) == sorted(reviews)
     assert len(fit) > 200 and 10 < len(held) < 60
+
+
+def test_names_that_the_distillation_knows_are_no_test(tmp_path: Path) -> None:
+    names = {"猫": "cat", "狗": "dog", "鸟": "bird"}
+    pictures = [
+        Picture(Concept(en, (zh, "动物"), (en, "animal")), "google", b"", [{"text": zh, "noise": False}])
+        for zh, en in names.items()
+    ]
+    write_shard(tmp_path / "held.tar", "test_concept", pictures)
+    (tmp_path / "parallel.tsv").write_text("狗\tdog\n车\tcar\n", encoding="utf-8")
+    assert mlm.held_out_names([tmp_path / "held.tar"], tmp_path / "parallel.tsv") == "猫\tcat\n鸟\tbird\n"
