@@ -118,7 +118,7 @@ class Confidence(Section):
     cross_fit: Path | None = Field(
         None, description="calibrated: folder that `efficientclip cross-fit` writes, and the run starts from"
     )
-    cross_fit_share: float = Field(0.16, gt=0, description="visits of both fold towers / training.pair_visits, on top")
+    cross_fit_share: float = Field(0.08, gt=0, description="visits of both fold towers / training.pair_visits, on top")
     cross_fit_batch_size: int | None = Field(None, ge=1, description="of the fold towers; they want many small steps")
     cross_fit_lr: float | None = Field(None, gt=0, description="of the fold towers; a high one has them learn noise")
     reaudition_share: float = Field(0.05, ge=0, lt=0.5, description="share of visits given to dropped pairs, weight 0")
