@@ -85,14 +85,20 @@ def without_noise(store: Path, target: Path) -> None:
     finish(folder, target, manifest | {"pairs": len(clean)}, list(source.manifest["files"]))
 
 
+def judge(config: Path, seed: int, store: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
+    """The verdicts that all arms of a seed share, made on one core, and their CPU seconds."""
+    target = folder / f"cross-fit-{seed}"
+    given = [f"seed={seed}", f"data.store={store}", "training.threads=1", *CALIBRATED, *overrides]
+    return target, once(target, "cross-fit", str(config), *given, f"confidence.cross_fit={target}")[0]
+
+
 def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
     """Train one arm on one core; its run and its CPU seconds."""
     target, seconds = folder / f"{arm}-{seed}", 0.0
     arguments = [str(config), f"seed={seed}", f"data.store={store}", "training.threads=1", *ARMS[arm], *overrides]
     if CALIBRATED[0] in arguments:
-        judged = folder / f"cross-fit-{seed}"
+        judged, seconds = judge(config, seed, store, overrides, folder)
         arguments.append(f"confidence.cross_fit={judged}")
-        seconds, _ = once(judged, "cross-fit", *arguments)
         left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
         arguments.append(f"training.pair_visits={left}")
     return target, seconds + once(target, "train", *arguments, f"run={target}")[0]
@@ -173,6 +179,9 @@ def main() -> None:
         return run(given.config, arm, seed, clean if arm == "oracle" else store.path, overrides, given.folder)
 
     with ThreadPoolExecutor(given.jobs) as pool:
+        if any(CALIBRATED[0] in ARMS[arm] for arm in arms):
+            # Before the arms, two of which would make the same verdicts at once.
+            list(pool.map(lambda n: judge(given.config, n, store.path, overrides, given.folder), range(given.seeds)))
         folders = dict(zip(jobs, pool.map(trained, jobs), strict=True))
     common = {
         "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits, "seeds": given.seeds,

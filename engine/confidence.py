@@ -23,10 +23,11 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class ConfidenceTable:
-    """Scores and verdicts of n pairs; every array is indexed by the store's pair row."""
+    """Scores and verdicts of n pairs; every array is indexed by the store's pair row. A choice that would leave fewer
+    than `least` pairs, a global batch, is not made: the last one stays."""
 
-    def __init__(self, n_pairs: int, config: Confidence) -> None:
-        self.config = config
+    def __init__(self, n_pairs: int, config: Confidence, least: int = 1) -> None:
+        self.config, self.least = config, least
         self.score_sum = np.zeros(n_pairs, np.float64)
         self.times_seen = np.zeros(n_pairs, np.int32)
         self.kept = np.ones(n_pairs, bool)
@@ -84,7 +85,7 @@ class ConfidenceTable:
         else:
             keep = self._lowest_dropped(round(float(self.kept.sum()) * (1 - self.config.drop_share)))
             self.drops_done += 1
-        if keep.sum() == 0:
+        if keep.sum() < self.least:
             return
         self.dropped_epoch[self.kept & ~keep] = epoch
         self.dropped_epoch[keep] = -1

@@ -60,6 +60,17 @@ def test_published_drops_a_tenth_for_ever() -> None:
     assert (table.dropped_epoch[~table.kept] >= 0).all() and (table.dropped_epoch[table.kept] == -1).all()
 
 
+def test_a_batch_is_always_left() -> None:
+    """A long run by the published rule went on dropping until no batch could be made, and ended there."""
+    table = ConfidenceTable(1000, Confidence(selection="published", warmup_epochs=0), least=700)
+    _, score = scores()
+    for epoch in range(6):
+        observed(table, epoch, score)
+        table.select(epoch)
+    assert table.kept.sum() == 729
+    assert (table.dropped_epoch[~table.kept] >= 0).all() and (table.dropped_epoch[table.kept] == -1).all()
+
+
 def test_schedule_stops_after_its_drops_and_lets_pairs_return() -> None:
     table = ConfidenceTable(1000, Confidence(selection="schedule", warmup_epochs=0, drops=4))
     noisy, score = scores()

@@ -61,7 +61,7 @@ class Trainer:
         # On one rank there is nothing to reduce, yet DeepSpeed would copy all gradients to and fro.
         self.engine.enable_backward_allreduce = self.world_size > 1 or stage > 0
         self.device = self.engine.device
-        self.confidence = ConfidenceTable(len(source), config.confidence)
+        self.confidence = ConfidenceTable(len(source), config.confidence, config.training.batch_size)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
         momentum, queue = config.objective.momentum, config.objective.bank_size
