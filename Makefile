@@ -82,15 +82,15 @@ claim-plan: stores/demo-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)plan configs/demo.yaml --ranks 2
 claim-resources: stores/demo-test_vendor/manifest.json # 60 minutes
 	$(CLAIM)resources --wenlan-visits 500000
-claim-noise-rate: stores/demo-test_vendor/manifest.json # 10 minutes
+claim-noise-rate: stores/demo-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train
-claim-ecl: claim-noise-rate # 60 minutes
+claim-ecl: claim-noise-rate # 50 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor --arms none,oracle,schedule,calibrated
 	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/std-$$rate-3 --seeds 3 \
 		--test stores/demo-test_vendor --arms none,oracle,schedule,calibrated --folder runs/ecl-$$rate || exit 1; done
 	$(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/std-0-3 --seeds 3 \
 		--test stores/demo-test_vendor --arms none,schedule,calibrated --folder runs/ecl-0
-claim-ablation: claim-ecl # 40 minutes
+claim-ablation: claim-ecl # 35 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor
 claim-mlm: stores/demo-test_vendor/manifest.json # 40 minutes
 	$(CLAIM)mlm configs/demo.yaml --test stores/demo-test_vendor
