@@ -81,7 +81,7 @@ claim-step: .venv/.ready # 3 minutes
 claim-plan: stores/demo-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)plan configs/demo.yaml --ranks 2
 claim-resources: stores/demo-test_vendor/manifest.json # 60 minutes
-	$(CLAIM)resources --wenlan-visits 500000
+	$(CLAIM)resources --wenlan-visits 700000
 claim-noise-rate: stores/demo-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train
 claim-ecl: claim-noise-rate # 50 minutes
