@@ -30,11 +30,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measuring import RESULTS, hardware, once, record
+from benchmarks.noise_rate import judged
 from efficientclip.config import load_config
 from efficientclip.data.store import Store, finish, write_ids
 from efficientclip.model.efficientclip import load_model
 from efficientclip.model.encode import encode_store
-from efficientclip.noise_rate import read_cross_fit
 from efficientclip.objectives.retrieval import best_ranks
 
 Floats = npt.NDArray[np.float64]
@@ -85,21 +85,15 @@ def without_noise(store: Path, target: Path) -> None:
     finish(folder, target, manifest | {"pairs": len(clean)}, list(source.manifest["files"]))
 
 
-def judge(config: Path, seed: int, store: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
-    """The verdicts that all arms of a seed share, made on one core, and their CPU seconds."""
-    target = folder / f"cross-fit-{seed}"
-    given = [f"seed={seed}", f"data.store={store}", "training.threads=1", *CALIBRATED, *overrides]
-    return target, once(target, "cross-fit", str(config), *given, f"confidence.cross_fit={target}")[0]
-
-
 def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
     """Train one arm on one core; its run and its CPU seconds."""
     target, seconds = folder / f"{arm}-{seed}", 0.0
     arguments = [str(config), f"seed={seed}", f"data.store={store}", "training.threads=1", *ARMS[arm], *overrides]
     if CALIBRATED[0] in arguments:
-        judged, seconds = judge(config, seed, store, overrides, folder)
-        arguments.append(f"confidence.cross_fit={judged}")
-        left = load_config(config, arguments[1:]).training.pair_visits - read_cross_fit(judged).visits
+        verdicts = folder / f"cross-fit-{seed}"
+        found, seconds = judged(config, Store(store), verdicts, seed, overrides)
+        arguments.append(f"confidence.cross_fit={verdicts}")
+        left = load_config(config, arguments[1:]).training.pair_visits - found.visits
         arguments.append(f"training.pair_visits={left}")
     return target, seconds + once(target, "train", *arguments, f"run={target}")[0]
 
@@ -181,7 +175,8 @@ def main() -> None:
     with ThreadPoolExecutor(given.jobs) as pool:
         if any(CALIBRATED[0] in ARMS[arm] for arm in arms):
             # Before the arms, two of which would make the same verdicts at once.
-            list(pool.map(lambda n: judge(given.config, n, store.path, overrides, given.folder), range(given.seeds)))
+            folder_of = [given.folder / f"cross-fit-{seed}" for seed in range(given.seeds)]
+            list(pool.map(lambda n: judged(given.config, store, folder_of[n], n, overrides), range(given.seeds)))
         folders = dict(zip(jobs, pool.map(trained, jobs), strict=True))
     common = {
         "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits, "seeds": given.seeds,

@@ -160,11 +160,11 @@ def centroid_score(store: Store) -> np.ndarray[Any, Any]:
     return score
 
 
-def judged(config: Path, store: Store, folder: Path, seed: int, overrides: list[str]) -> CrossFit:
-    """The verdicts of `efficientclip cross-fit` on one core."""
+def judged(config: Path, store: Store, folder: Path, seed: int, overrides: list[str]) -> tuple[CrossFit, float]:
+    """The verdicts of `efficientclip cross-fit` on one core, and its CPU seconds."""
     given = [f"seed={seed}", "training.threads=1", f"data.store={store.path}", f"confidence.cross_fit={folder}"]
-    once(folder, "cross-fit", str(config), *given, *overrides)
-    return read_cross_fit(folder, store)
+    seconds, _ = once(folder, "cross-fit", str(config), *given, *overrides)
+    return read_cross_fit(folder, store), seconds
 
 
 def dropped(score: np.ndarray[Any, Any], rate: float) -> np.ndarray[Any, Any]:
@@ -222,7 +222,8 @@ def main() -> None:
         planted = noisy_pictures(pictures, kind, float(rate), seed, source)
         name = f"{case}-{seed}"
         store = plant(source, planted, given.folder / "stores" / name)
-        found = figures(store, judged(given.config, store, given.folder / name, seed, given.overrides))
+        verdicts, _ = judged(given.config, store, given.folder / name, seed, given.overrides)
+        found = figures(store, verdicts)
         print(name, over_seeds([found]), flush=True)
         return found
 
