@@ -31,8 +31,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .config import Teacher as TeacherConfig
-from .data.store import write_atomically
 from .errors import UserError
+from .files.atomic import write_atomically
 from .model.teacher import Teacher
 
 NPM = {

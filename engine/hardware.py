@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .data.store import write_atomically
+from .files.atomic import write_atomically
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy")
 

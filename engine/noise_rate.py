@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 
-from .data.store import Edges, Store, edges, write_atomically
+from .data.store import Edges, Store, edges
 from .errors import UserError
+from .files.atomic import write_atomically
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer[Any]]

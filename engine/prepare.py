@@ -34,12 +34,12 @@ from .data.store import (
     read_manifest,
     staging,
     token_dtype,
-    write_atomically,
     write_ids,
     write_tokens,
 )
 from .data.tokenizer import fingerprint, load_tokenizer
 from .errors import UserError
+from .files.atomic import write_atomically
 from .model.frozen import FrozenImages, teacher_name
 from .model.teacher import Teacher
 

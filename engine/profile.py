@@ -32,8 +32,8 @@ from torch.profiler import profile as torch_profile
 from .config import Config
 from .data.batches import Batch
 from .data.pairs import PairSource
-from .data.store import write_atomically
 from .errors import UserError
+from .files.atomic import write_atomically
 from .hardware import device_name, hardware
 from .model.efficientclip import EfficientCLIP
 from .plan import (

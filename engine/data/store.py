@@ -9,16 +9,15 @@
     tokenizer/     the Hugging Face tokenizer that made the tokens
     manifest.json  kind, tower, tokenizer, counts, sizes, checksums, bad samples; written last
 
-A text store holds only tokens, offsets, tokenizer and manifest. Nothing is read when a store is opened.
+A text store holds only tokens, offsets, tokenizer and manifest. Opening a store reads its manifest and the sizes of its
+files; `prove` reads what they hold.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, reading, writing
+from ..files import digests
+from ..files.atomic import put_in_place, write_atomically
+from ..files.ownership import MARK, claim, mark
 
 # CSR of a bipartite graph: indptr int64 [left nodes + 1], indices int32, ascending in each row.
 Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
 FORMAT = 2
+ANEW = "prepare the store anew, or restore the file from a copy"
+CHECKED_AT_ONCE = 1 << 24
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
     *TEXT_FILES,
@@ -50,28 +54,59 @@ class TextStore:
     """Packed tokens of texts: `tokens` [T], `offsets` int64 [n + 1]."""
 
     kind = "texts"
+    _files: Sequence[str] = TEXT_FILES
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest = read_manifest(path)
         if self.manifest["kind"] != self.kind:
             raise UserError(f"store {path}: holds {self.manifest['kind']}, but {self.kind} are needed here")
+        digests.check_sizes(path, self.manifest["files"], ANEW)
         self.tokens = self._map("tokens.bin", np.dtype(self.manifest["token_dtype"]))
         self.offsets = self._map("offsets.bin", np.dtype(np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def identity(self) -> str:
+        """Equal for stores that hold the same, wherever they lie."""
+        held = {name: self.manifest["files"][name]["sha256"] for name in self._files if name != "pairs.parquet"}
+        return hashlib.sha256(json.dumps([self.manifest.get("tower"), held]).encode()).hexdigest()
+
+    def prove(self, known: digests.Known | None = None, *, anew: bool = False) -> digests.Known:
+        """UserError naming the first file that is not as it was written, or holds what no store may hold.
+
+        What was read once and not touched since is not read again, unless `anew`. Returns digests by file signature.
+        """
+        found = digests.check(self.path, self.manifest["files"], ANEW, known=known, anew=anew)
+        if anew or not digests.seen(found, f"format {FORMAT}, {self.kind}"):
+            self._check_contents()
+            digests.note_seen(found, f"format {FORMAT}, {self.kind}")
+        return found
+
+    def _check_contents(self) -> None:
+        vocabulary = self.manifest["vocabulary"]
+        self._within("offsets.bin", self.offsets, 0, len(self.tokens))
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            raise UserError(f"{self.path / 'offsets.bin'}: does not begin at 0 and end at {len(self.tokens)}; {ANEW}")
+        if (falls := np.flatnonzero(np.diff(self.offsets) < 0)).size:
+            raise UserError(f"{self.path / 'offsets.bin'}: row {falls[0] + 1} falls; {ANEW}")
+        self._within("tokens.bin", self.tokens, 0, vocabulary - 1)
+
+    def _within(self, name: str, values: npt.NDArray[Any], least: int, most: int) -> None:
+        for start in range(0, len(values), CHECKED_AT_ONCE):
+            part = values[start : start + CHECKED_AT_ONCE]
+            if (wrong := np.flatnonzero((part < least) | (part > most))).size:
+                raise UserError(
+                    f"{self.path / name}: row {start + wrong[0]} is {part[wrong[0]]}, outside of {least} to {most}; {ANEW}"
+                )
+
     def _map(self, name: str, dtype: np.dtype[Any], width: int | None = None) -> npt.NDArray[Any]:
-        file, expected = self.path / name, self.manifest["files"][name]["bytes"]
-        actual = file.stat().st_size if file.exists() else -1
-        if actual != expected:
-            raise UserError(
-                f"store {self.path}: {name} has {actual} bytes, the manifest says {expected}; prepare it anew"
-            )
-        shape = (-1,) if width is None else (-1, width)
-        flat: npt.NDArray[Any] = np.memmap(file, dtype, mode="r") if expected else np.empty(0, dtype)
-        return flat.reshape(shape)
+        file = self.path / name
+        with reading("store file", file, ANEW):
+            flat: npt.NDArray[Any] = np.memmap(file, dtype, mode="r") if file.stat().st_size else np.empty(0, dtype)
+            return flat.reshape((-1,) if width is None else (-1, width))
 
 
 class Texts(TextStore):
@@ -91,6 +126,7 @@ class Store(TextStore):
     """Pairs of captions and frozen features (of images, or of a teacher's sentences)."""
 
     kind = "pairs"
+    _files = PAIR_FILES
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -109,7 +145,31 @@ class Store(TextStore):
 
     def pairs(self) -> pa.Table:
         """The whole pair table: for reports and search, never for training."""
-        return pq.read_table(self.path / "pairs.parquet", memory_map=True)
+        with reading("pair table", self.path / "pairs.parquet", ANEW):
+            return pq.read_table(self.path / "pairs.parquet", memory_map=True)
+
+    def _check_contents(self) -> None:
+        super()._check_contents()
+        captions, images = len(self.offsets) - 1, len(self.features)
+        self._within("image_ids.bin", self.image_ids, 0, images - 1)
+        self._within("caption_ids.bin", self.caption_ids, 0, captions - 1)
+        offsets, linked = self.caption_edges
+        self._within("edges.offsets.bin", offsets, 0, len(linked))
+        self._within("edges.images.bin", linked, 0, images - 1)
+        if not len(self.image_ids) == len(self.caption_ids) == len(linked) or len(offsets) != captions + 1:
+            raise UserError(f"store {self.path}: its files tell of different numbers of pairs or captions; {ANEW}")
+        if (row := first_not_finite(self.features)) is not None:
+            raise UserError(f"{self.path / 'features.bin'}: row {row} is not finite; {ANEW}")
+
+
+def first_not_finite(values_KD: npt.NDArray[np.floating[Any]]) -> int | None:
+    """The first row with a NaN or an infinity; None: all are finite. Values may be mapped."""
+    at_once = max(1, CHECKED_AT_ONCE // max(values_KD.shape[1], 1))
+    for start in range(0, len(values_KD), at_once):
+        wrong = ~np.isfinite(values_KD[start : start + at_once]).all(1)
+        if wrong.any():
+            return start + int(wrong.argmax())
+    return None
 
 
 def edges(left_ids: npt.NDArray[np.integer[Any]], right_ids: npt.NDArray[np.integer[Any]], n_left: int) -> Edges:
@@ -126,12 +186,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not file.is_file():
         half = " (preparing it was interrupted: run the same command again)" if staging(path).exists() else ""
         raise UserError(f"store {path}: no manifest.json{half}; make it with `efficientclip prepare SOURCE {path}`")
-    manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if manifest.get("format") != FORMAT:
-        raise UserError(
-            f"store {path}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
-            f" `efficientclip prepare SOURCE {path}`"
-        )
+    with reading("store manifest", file, ANEW):
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"store {path}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
+                f" `efficientclip prepare SOURCE {path}`"
+            )
+        needed = PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES
+        if missing := [name for name in needed if not isinstance(manifest["files"][name]["bytes"], int)]:
+            raise ValueError(f"no size of {missing[0]}")
+        np.dtype(manifest["token_dtype"])
     return manifest
 
 
@@ -168,38 +233,26 @@ def write_ids(folder: Path, image_ids: npt.NDArray[Any], caption_ids: npt.NDArra
 
 
 def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
-    """Checksum and fsync `files`, write the manifest last, and rename `folder` to `path`."""
-    described = {}
-    for name in files:
-        with (folder / name).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-            described[name] = {"bytes": os.fstat(file.fileno()).st_size, "sha256": digest}
-    write_atomically(
-        folder / "manifest.json",
-        json.dumps({"format": FORMAT, **manifest, "files": described}, ensure_ascii=False, indent=1).encode(),
-    )
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(folder, path)
-    sync_folder(path.parent)
+    """Checksum and fsync `files` and the tokenizer, write the manifest last, and rename `folder` to `path`.
+
+    A store that stands there is replaced; UserError where anything else does.
+    """
+    with writing(folder):
+        tokenizer = [f"tokenizer/{name}" for name in digests.files_in(folder / "tokenizer")]
+        described = digests.described(folder, [*files, *tokenizer])
+        content = json.dumps({"format": FORMAT, **manifest, "files": described}, ensure_ascii=False, indent=1)
+        write_atomically(folder / "manifest.json", content.encode())
+        mark(folder, "store")
+        (folder / "identity.json").unlink(missing_ok=True)
+    put_in_place(folder, claim(path, "store", existing="replace", files=files_of(path)))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, fsync, rename: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def files_of(path: Path) -> Iterator[str]:
+    """Relative paths of everything that belongs to the store at `path`, if there is one."""
+    if not (path / "manifest.json").is_file():
+        return
+    with reading("store manifest", path / "manifest.json", "move the folder away"):
+        yield from json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+    yield from ("manifest.json", "identity.json", MARK)
+    # Earlier versions did not list it.
+    yield from (f"tokenizer/{name}" for name in digests.files_in(path / "tokenizer"))

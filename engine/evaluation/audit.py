@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config import Config
-from ..data.store import Store, write_atomically
+from ..data.store import Store
 from ..errors import UserError
+from ..files.atomic import write_atomically
 from ..hardware import in_words, machine_name, read_hardware
 from ..training.history import epoch_files, open_epoch
 from .charts import histogram, sparkline

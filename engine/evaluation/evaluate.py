@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ..data.sources import Source, is_tars, open_source
-from ..data.store import Store, edges, write_atomically
+from ..data.store import Store, edges
 from ..errors import UserError
+from ..files.atomic import write_atomically
 from ..objectives.retrieval import CUTOFFS, retrieval_report
 from .run import Run, open_data, open_run
 

@@ -15,8 +15,9 @@ import torch
 from markupsafe import Markup
 
 from .. import __version__
-from ..data.store import Store, write_atomically
+from ..data.store import Store
 from ..errors import UserError
+from ..files.atomic import write_atomically
 from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json

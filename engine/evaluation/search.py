@@ -28,8 +28,9 @@ from efficientclip.kernels import top_k
 
 from ..data.pictures import decode_square
 from ..data.shards import read_picture
-from ..data.store import Store, write_atomically
+from ..data.store import Store
 from ..errors import UserError
+from ..files.atomic import write_atomically
 from .run import open_data, open_run
 
 COLUMNS = 5

@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..data.shards import Members, caption_entries, read_members, read_record
-from ..data.store import Store, sync_folder, write_atomically
+from ..data.store import Store
 from ..errors import UserError
+from ..files.atomic import sync, write_atomically
 from .audit import Audit, tables_of
 
 # A header, and content rounded up, in bytes.
@@ -154,7 +155,7 @@ def _write_shard(
         raw.flush()
         os.fsync(raw.fileno())
     os.replace(temporary, file)
-    sync_folder(file.parent)
+    sync(file.parent)
     made = {"name": file.name, "samples": len(keys), "pairs": pairs, "bytes": file.stat().st_size}
     return made, end, sample
 

@@ -17,8 +17,8 @@ import deepspeed
 import numpy as np
 import torch.distributed as dist
 
-from ..data.store import sync_folder, write_atomically
 from ..errors import UserError
+from ..files.atomic import sync, write_atomically
 from ..model.efficientclip import EfficientCLIP
 
 Arrays = dict[str, Any]
@@ -58,7 +58,7 @@ class Checkpoints:
             final = self.folder / name
             shutil.rmtree(final, ignore_errors=True)
             os.replace(staging, final)
-            sync_folder(self.folder)
+            sync(self.folder)
             write_atomically(self.folder / "latest", name.encode())
             if best:
                 write_atomically(self.folder / "best", name.encode())

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..data.store import sync_folder
 from ..errors import UserError
+from ..files.atomic import sync
 
 RECORD = np.dtype([("score", np.float16), ("kept", np.bool_)])
 
@@ -34,7 +34,7 @@ def write_epoch(run: Path, epoch: int, score: npt.NDArray[np.float32], kept: npt
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)
-    sync_folder(folder)
+    sync(folder)
 
 
 def forget_from(run: Path, epoch: int) -> None:

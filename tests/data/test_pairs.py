@@ -233,7 +233,8 @@ WORKER = """
 import pickle, sys, time
 from pathlib import Path
 from efficientclip.data.pairs import PairLoader
-from efficientclip.data.store import Store, write_atomically
+from efficientclip.data.store import Store
+from efficientclip.files.atomic import write_atomically
 folder, log, seed = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 seen = pickle.loads(log.read_bytes()) if log.exists() else {"state": None, "rows": []}
 with PairLoader(Store(folder / "store"), batch_size=5, seed=seed, threads=2, prefetch=8) as loader:

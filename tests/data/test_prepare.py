@@ -174,7 +174,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path, config: Config) -> None:
     prepare(write_tar(tmp_path / "a.tar", good(0)), tmp_path / "made", config)
     with (tmp_path / "made" / "features.bin").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"features\.bin has 33 bytes, the manifest says 32"):
+    with pytest.raises(UserError, match=r"features\.bin: has 33 bytes, not the 32"):
         Store(tmp_path / "made")
 
 

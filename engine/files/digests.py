@@ -1,0 +1,169 @@
+"""Digests of files: written beside them, and read again before they are believed.
+
+digests.json    {relative path: {bytes, sha256}} of the folder it lies in, for checkpoints, models and runs
+
+A file whose digest was computed and that has not been touched since (device, inode, size, times) is not read again:
+the user's cache folder remembers. `efficientclip verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import UserError, reading
+from .atomic import sync, write_atomically
+
+NAME = "digests.json"
+CHUNK = 1 << 24
+# Below it a bar would only flicker.
+LONG = 1 << 30
+Signature = tuple[int, int, int, int, int]
+Described = dict[str, dict[str, Any]]
+Known = dict[Signature, str]
+
+
+def sha256(file: Path, progress: Callable[[int], Any] = lambda read: None) -> str:
+    """Of the whole file, in hex; `progress` is told the bytes read."""
+    state = hashlib.sha256()
+    with file.open("rb", buffering=0) as stream:
+        while chunk := stream.read(CHUNK):
+            state.update(chunk)
+            progress(len(chunk))
+    return state.hexdigest()
+
+
+def described(folder: Path, files: Iterable[str]) -> Described:
+    """Size and digest of `files` in `folder`, each fsynced while others are hashed."""
+    names = sorted(files)
+    with ThreadPoolExecutor(4) as pool:
+        synced = [pool.submit(sync, folder / name) for name in names]
+        digests = list(pool.map(lambda name: sha256(folder / name), names))
+        for done in synced:
+            done.result()
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(names, digests, strict=True)
+    }
+
+
+def files_in(folder: Path) -> list[str]:
+    """Relative paths of the files under `folder`, but digests.json and hidden ones."""
+    inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in inside if path.name != NAME and not path.name.startswith("."))
+
+
+def write_digests(folder: Path, files: Described | None = None) -> None:
+    """Write digests.json, of `files` or else of everything in `folder`."""
+    found = described(folder, files_in(folder)) if files is None else files
+    write_atomically(folder / NAME, json.dumps(found, indent=1).encode())
+
+
+def read_digests(folder: Path) -> Described:
+    """UserError where there are none, or they are broken."""
+    file = folder / NAME
+    if not file.is_file():
+        raise UserError(f"{folder}: no {NAME}, so it was cut short, or an earlier version wrote it")
+    with reading("digests", file, "restore the folder from a copy"):
+        found: Described = json.loads(file.read_text(encoding="utf-8"))
+        for name, entry in found.items():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or ".." in Path(name).parts:
+                raise ValueError(f"{name} is not described by bytes and sha256")
+    return found
+
+
+def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str) -> None:
+    """UserError naming the first of `files` in `folder` that is missing or not as long as described."""
+    for name, entry in files.items():
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual != entry["bytes"]:
+            found = (
+                "is missing" if actual is None else f"has {actual} bytes, not the {entry['bytes']} it was written with"
+            )
+            raise UserError(f"{file}: {found}; {remedy}")
+
+
+def check(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str, *, known: Known | None = None, anew: bool = False
+) -> Known:
+    """UserError naming the first of `files` in `folder` whose size or digest is not the described one.
+
+    `known` digests are not computed again, nor those of the user's cache; `anew` reads all files. Returns those of
+    `files` by signature.
+    """
+    check_sizes(folder, files, remedy)
+    signatures = {name: signature(folder / name) for name in files}
+    found: Known = {} if anew else {**_cached(folder), **(known or {})}
+    unread = [name for name in files if signatures[name] not in found]
+    total = sum(files[name]["bytes"] for name in unread)
+    with (
+        tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        for name, digest in zip(unread, pool.map(lambda name: sha256(folder / name, bar.update), unread), strict=True):
+            found[signatures[name]] = digest
+    for name, entry in files.items():
+        if found[signatures[name]] != entry["sha256"]:
+            raise UserError(f"{folder / name}: is not what was written (its sha256 differs); {remedy}")
+    sound = {signatures[name]: found[signatures[name]] for name in files}
+    if unread:
+        _remember(folder, sound)
+    return sound
+
+
+def seen(found: Known, rules: str) -> bool:
+    """Whether files of these digests passed `rules` before, in this process or by the user's cache."""
+    return _seen_file(found, rules).is_file()
+
+
+def note_seen(found: Known, rules: str) -> None:
+    file = _seen_file(found, rules)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+
+
+def signature(file: Path) -> Signature:
+    """What changes when a file is written or replaced."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _cache(name: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "efficientclip" / "digests" / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _cache_file(folder: Path) -> Path:
+    return _cache(f"folder {os.path.realpath(folder)}")
+
+
+def _seen_file(found: Known, rules: str) -> Path:
+    return _cache(f"{rules} {sorted(found.values())}")
+
+
+def _cached(folder: Path) -> Known:
+    try:
+        entries = json.loads(_cache_file(folder).read_text(encoding="utf-8"))
+        return {tuple(entry[:-1]): entry[-1] for entry in entries}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _remember(folder: Path, found: Known) -> None:
+    """A cache that cannot be written costs a second reading, no more."""
+    file = _cache_file(folder)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f"{file.name}.{os.getpid()}")
+        aside.write_text(json.dumps([[*key, digest] for key, digest in found.items()]), encoding="utf-8")
+        os.replace(aside, file)

@@ -1,0 +1,161 @@
+"""How a process ends on SIGTERM, SIGINT (Ctrl-C), SIGHUP, or the death of its launcher: in seconds, without a traceback.
+
+By default at once, with exit code 128 + the signal's number; within `finishing`, when the work has come to a point from
+which it can go on, or at the latest after some seconds. A second Ctrl-C always ends at once.
+
+A thread does it: Python's own handlers wait for the main thread, which may be inside a long product or a collective.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NoReturn
+
+import psutil
+
+from .errors import tell
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+NODE_LAUNCHER = "deepspeed.launcher.launch"
+LAUNCHERS = (NODE_LAUNCHER, "bin/deepspeed", "bin/torchrun", "torch.distributed.run", "torch/distributed/run.py")
+GOES_ON = "the same command goes on"
+POLL_SECONDS = 0.5
+# `timeout` tells its child and then its group: that is one Ctrl-C, not two.
+ECHO_SECONDS = 0.5
+
+
+class _Stop:
+    """What this process was told, and how long it may take."""
+
+    owner = 0
+    signum: int | None = None
+    patience: float | None = None
+    quiet = False
+
+
+_stop = _Stop()
+_scratch: set[Path] = set()
+
+
+def watch(*, quiet: bool = False) -> None:
+    """From now on signals, and the launcher's death, end this process as the module says; `quiet`: another rank tells.
+
+    Call it from the main thread, as early as possible.
+    """
+    _stop.quiet = quiet
+    if _stop.owner == os.getpid():
+        return
+    _stop.owner, _stop.signum, _stop.patience = os.getpid(), None, None
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    for signum in SIGNALS:
+        # `nohup` ignores SIGHUP, and means it.
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda *_: None)
+    threading.Thread(target=_listen, args=(heard,), name="stopping", daemon=True).start()
+
+
+def requested() -> int | None:
+    """The signal that told this process to end, if any."""
+    return _stop.signum
+
+
+def exit_code() -> int:
+    """128 + the signal that ended the work."""
+    return 128 + (_stop.signum or 0)
+
+
+@contextmanager
+def finishing(seconds: float) -> Iterator[None]:
+    """Within, a signal leaves the process `seconds` to come to an end by itself: look at `requested`."""
+    _stop.patience = seconds
+    try:
+        yield
+    finally:
+        _stop.patience = None
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """`folder` goes with the context, also where a signal ends the process."""
+    _scratch.add(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        _scratch.discard(folder)
+
+
+def name_of(signum: int) -> str:
+    return signal.Signals(signum).name
+
+
+def leave(code: int, message: str | None = None) -> NoReturn:
+    """End the process now, with those that it started, whatever its threads are at."""
+    with suppress(Exception):
+        if message is not None:
+            tell(message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with suppress(Exception):
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+    for folder in list(_scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(code)
+
+
+def _listen(heard: int) -> NoReturn:
+    launchers, orphaned = _launchers()
+    first = deadline = 0.0
+    while True:
+        ready, _, _ = select.select([heard], [], [], POLL_SECONDS)
+        told = [signum for signum in os.read(heard, 64) if signum in SIGNALS] if ready else []
+        if orphaned or any(not _lives(launcher) for launcher in launchers):
+            told.append(signal.SIGTERM)
+        for signum in told:
+            if _stop.signum is None:
+                _stop.signum, first = signum, time.monotonic()
+                deadline = first + (_stop.patience or 0)
+            elif signum == signal.SIGINT and time.monotonic() > first + ECHO_SECONDS:
+                leave(exit_code())
+        if _stop.signum is not None and time.monotonic() >= deadline:
+            leave(exit_code(), None if _stop.quiet else f"stopped by {name_of(_stop.signum)}; {GOES_ON}")
+
+
+def _launchers() -> tuple[list[psutil.Process], bool]:
+    """The processes above this one that started it as a rank, and whether one of them has gone already."""
+    found: list[psutil.Process] = []
+    above = psutil.Process().parent()
+    while above is not None and any(name in _command(above) for name in LAUNCHERS):
+        found.append(above)
+        above = above.parent()
+    under_none = above is None or above.pid == 1
+    lost = found and NODE_LAUNCHER in _command(found[-1])
+    # Both launchers set one of these; a rank that `init` has adopted had a launcher.
+    unfound = not found and os.environ.keys() & {"CROSS_RANK", "TORCHELASTIC_RUN_ID"}
+    return found, bool(under_none and (lost or unfound))
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
