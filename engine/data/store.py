@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError, reading, writing
-from ..files import digests
+from ..files import digests, lock
 from ..files.atomic import put_in_place, write_atomically
 from ..files.ownership import MARK, claim, mark
 
@@ -38,6 +38,8 @@ Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 FORMAT = 2
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
+# What building a store leaves beside its files.
+LEFTOVERS = ("part-*.parquet", ".*.partial", "identity.json")
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
     *TEXT_FILES,
@@ -79,13 +81,20 @@ class TextStore:
 
         What was read once and not touched since is not read again, unless `anew`. Returns digests by file signature.
         """
+        self.check_manifest()
         found = digests.check(self.path, self.manifest["files"], ANEW, known=known, anew=anew)
         if anew or not digests.seen(found, f"format {FORMAT}, {self.kind}"):
-            self._check_contents()
+            self.check_contents()
             digests.note_seen(found, f"format {FORMAT}, {self.kind}")
         return found
 
-    def _check_contents(self) -> None:
+    def check_manifest(self) -> None:
+        """UserError when the manifest is not as it was written; those of earlier versions do not tell."""
+        if self.manifest.get("sha256", digest := _manifest_digest(self.manifest)) != digest:
+            raise UserError(f"{self.path / 'manifest.json'}: is not what was written (its sha256 differs); {ANEW}")
+
+    def check_contents(self) -> None:
+        """UserError naming the first file and row that no store may hold."""
         vocabulary = self.manifest["vocabulary"]
         self._within("offsets.bin", self.offsets, 0, len(self.tokens))
         if len(self.offsets) == 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
@@ -98,9 +107,8 @@ class TextStore:
         for start in range(0, len(values), CHECKED_AT_ONCE):
             part = values[start : start + CHECKED_AT_ONCE]
             if (wrong := np.flatnonzero((part < least) | (part > most))).size:
-                raise UserError(
-                    f"{self.path / name}: row {start + wrong[0]} is {part[wrong[0]]}, outside of {least} to {most}; {ANEW}"
-                )
+                found = f"row {start + wrong[0]} is {part[wrong[0]]}, outside of {least} to {most}"
+                raise UserError(f"{self.path / name}: {found}; {ANEW}")
 
     def _map(self, name: str, dtype: np.dtype[Any], width: int | None = None) -> npt.NDArray[Any]:
         file = self.path / name
@@ -148,8 +156,8 @@ class Store(TextStore):
         with reading("pair table", self.path / "pairs.parquet", ANEW):
             return pq.read_table(self.path / "pairs.parquet", memory_map=True)
 
-    def _check_contents(self) -> None:
-        super()._check_contents()
+    def check_contents(self) -> None:
+        super().check_contents()
         captions, images = len(self.offsets) - 1, len(self.features)
         self._within("image_ids.bin", self.image_ids, 0, images - 1)
         self._within("caption_ids.bin", self.caption_ids, 0, captions - 1)
@@ -196,8 +204,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
         needed = PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES
         if missing := [name for name in needed if not isinstance(manifest["files"][name]["bytes"], int)]:
             raise ValueError(f"no size of {missing[0]}")
+        keys = ("tokenizer", "vocabulary", *(("tower", "width") if manifest["kind"] == "pairs" else ()))
+        if missing := [key for key in keys if key not in manifest]:
+            raise ValueError(f"no {missing[0]}")
         np.dtype(manifest["token_dtype"])
     return manifest
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    told = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def staging(path: Path) -> Path:
@@ -233,18 +249,28 @@ def write_ids(folder: Path, image_ids: npt.NDArray[Any], caption_ids: npt.NDArra
 
 
 def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
-    """Checksum and fsync `files` and the tokenizer, write the manifest last, and rename `folder` to `path`.
-
-    A store that stands there is replaced; UserError where anything else does.
-    """
+    """Checksum and fsync `files` and the tokenizer, write the manifest last, and `settle` the store at `path`."""
     with writing(folder):
         tokenizer = [f"tokenizer/{name}" for name in digests.files_in(folder / "tokenizer")]
         described = digests.described(folder, [*files, *tokenizer])
-        content = json.dumps({"format": FORMAT, **manifest, "files": described}, ensure_ascii=False, indent=1)
-        write_atomically(folder / "manifest.json", content.encode())
+        whole = {"format": FORMAT, **manifest, "files": described}
+        whole["sha256"] = _manifest_digest(whole)
+        write_atomically(folder / "manifest.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
         mark(folder, "store")
-        (folder / "identity.json").unlink(missing_ok=True)
-    put_in_place(folder, claim(path, "store", existing="replace", files=files_of(path)))
+    settle(folder, path)
+
+
+def settle(folder: Path, path: Path) -> None:
+    """Rename the whole store `folder` to `path`, without what building it left.
+
+    A store that stands there is replaced; UserError where anything else does.
+    """
+    target = claim(path, "store", existing="replace", files=files_of(path))
+    for pattern in LEFTOVERS:
+        for left in folder.glob(pattern):
+            left.unlink()
+    put_in_place(folder, target)
+    (target / lock.NAME).unlink(missing_ok=True)
 
 
 def files_of(path: Path) -> Iterator[str]:
@@ -253,6 +279,6 @@ def files_of(path: Path) -> Iterator[str]:
         return
     with reading("store manifest", path / "manifest.json", "move the folder away"):
         yield from json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-    yield from ("manifest.json", "identity.json", MARK)
+    yield from ("manifest.json", "identity.json", MARK, lock.NAME)
     # Earlier versions did not list it.
     yield from (f"tokenizer/{name}" for name in digests.files_in(path / "tokenizer"))

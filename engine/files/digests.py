@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def check(
     """
     check_sizes(folder, files, remedy)
     signatures = {name: signature(folder / name) for name in files}
-    found: Known = {} if anew else {**_cached(folder), **(known or {})}
+    before = _cached(folder)
+    found: Known = {} if anew else {**before, **(known or {})}
     unread = [name for name in files if signatures[name] not in found]
     total = sum(files[name]["bytes"] for name in unread)
     with (
@@ -113,11 +115,20 @@ def check(
             found[signatures[name]] = digest
     for name, entry in files.items():
         if found[signatures[name]] != entry["sha256"]:
+            forget(folder)
             raise UserError(f"{folder / name}: is not what was written (its sha256 differs); {remedy}")
     sound = {signatures[name]: found[signatures[name]] for name in files}
     if unread:
-        _remember(folder, sound)
+        _remember(folder, before | sound)
     return sound
+
+
+def check_written(folder: Path, *patterns: str, remedy: str) -> None:
+    """`check` of those files whose names fit `patterns` and that `folder`'s digests.json covers, where there is one."""
+    if (folder / NAME).is_file():
+        entries = read_digests(folder).items()
+        covered = {name: entry for name, entry in entries if any(fnmatch(name, pattern) for pattern in patterns)}
+        check(folder, covered, remedy)
 
 
 def seen(found: Known, rules: str) -> bool:
@@ -130,6 +141,12 @@ def note_seen(found: Known, rules: str) -> None:
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
+
+
+def forget(folder: Path) -> None:
+    """Whatever the user's cache knows of `folder` is computed anew: a disk may change a file without a trace."""
+    with suppress(OSError):
+        _cache_file(folder).unlink(missing_ok=True)
 
 
 def signature(file: Path) -> Signature:
