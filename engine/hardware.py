@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from . import __version__
+from .errors import reading
+from .files import digests
 from .files.atomic import write_atomically
 
+RESTORE = "restore it from a copy, or remove it: then the machine is not recorded"
 PACKAGES = ("torch", "deepspeed", "transformers", "triton", "numpy")
 
 
@@ -62,7 +65,14 @@ def record_hardware(file: Path, step: int, world_size: int) -> None:
 
 def read_hardware(file: Path) -> list[dict[str, Any]]:
     """Entries of a run's hardware.json in the order of its starts; none for runs of earlier versions."""
-    entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    digests.check_written(file.parent, file.name, remedy=RESTORE)
+    if not file.is_file():
+        return []
+    with reading("hardware", file, RESTORE):
+        entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        for entry in entries:
+            if not isinstance(entry["from_step"], int) or not entry.keys() >= {"world_size", "machine"}:
+                raise ValueError("an entry names no step, machine or world size")
     return entries
 
 

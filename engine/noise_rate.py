@@ -10,7 +10,7 @@ large p is noise.
 
 from __future__ import annotations
 
-import io
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 
 from .data.store import Edges, Store, edges
-from .errors import UserError
-from .files.atomic import write_atomically
+from .errors import UserError, reading
+from .files.atomic import written_aside
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer[Any]]
@@ -47,6 +47,7 @@ MOST_WITNESSES = 1024  # a picture of more captions stands for no subject: they 
 LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 ROUNDING = 1e-6
 FILE = "cross_fit.parquet"
+ANEW = "remove the folder and run `efficientclip cross-fit CONFIG` again"
 COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
 
 
@@ -320,34 +321,71 @@ def judge(
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
-    """cross_fit.parquet: a row a pair; the rate and the store's identity in its metadata."""
+    """cross_fit.parquet: a row a pair; in its metadata the rate, the store's identity, and a digest of it all."""
     columns = {name: getattr(found, name) for name in COLUMNS}
     table = pa.table({"row": np.arange(len(found.p)), **columns})
-    described = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
-    buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(described), buffer)
-    write_atomically(folder / FILE, buffer.getvalue())
+    told = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
+    told["columns"] = _digest_of(*map(np.ascontiguousarray, columns.values()))
+    told["sha256"] = _digest_of(*map(str.encode, told.values()))
+    with written_aside(folder / FILE) as aside:
+        pq.write_table(table.replace_schema_metadata(told), aside)
 
 
 def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
-    """What `efficientclip cross-fit` left in `folder`; UserError where it is absent or tells of other pairs."""
+    """What `efficientclip cross-fit` left in `folder`; UserError where it is absent, broken or tells of other pairs."""
     file = folder / FILE
     if not file.is_file():
         raise UserError(f"confidence.cross_fit: {file} is missing; run `efficientclip cross-fit CONFIG` first")
-    table = pq.read_table(file)
-    if store is not None and table.schema.metadata[b"pairs"].decode() != _identity(store):
-        raise UserError(
-            f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; remove the folder and run"
-            " `efficientclip cross-fit CONFIG` again"
-        )
-    described, columns = table.schema.metadata, {name: table[name].to_numpy() for name in COLUMNS}
-    return CrossFit(float(described[b"rate"]), int(described[b"visits"]), **columns)
+    with reading("confidence.cross_fit:", file, ANEW):
+        table = pq.read_table(file)
+        told = _told(table.schema)
+        columns = {name: table[name].to_numpy() for name in COLUMNS}
+        if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
+            raise ValueError("its rows are not those of a store")
+        for name, column in columns.items():
+            if column.dtype != (np.int8 if name == "fold" else np.float64) or not np.isfinite(column).all():
+                raise ValueError(f"{name} is not finite, or no column of numbers")
+        if len(table) == 0 or not np.isin(columns["fold"], (0, 1)).all():
+            raise ValueError("a pair is in neither fold")
+        digest = _digest_of(*map(np.ascontiguousarray, columns.values()))
+        if told.get("columns", digest) != digest:
+            raise ValueError("is not what was written, its sha256 differs")
+    if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
+        raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
+    return CrossFit(float(told["rate"]), int(told["visits"]), **columns)
 
 
 def read_rate(folder: Path) -> float | None:
     """The estimated rate in `folder` without the verdicts; None before `efficientclip cross-fit` has written it."""
     file = folder / FILE
-    return float(pq.read_schema(file).metadata[b"rate"]) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with reading("confidence.cross_fit:", file, ANEW):
+        return float(_told(pq.read_schema(file))["rate"])
+
+
+def _told(schema: pa.Schema) -> dict[str, str]:
+    """The metadata of cross_fit.parquet; an error when it is not as it was written."""
+    told = {key: (schema.metadata or {})[key.encode()].decode() for key in ("rate", "visits", "pairs")}
+    # Earlier versions wrote no digests.
+    digests = {
+        key: schema.metadata[key.encode()].decode() for key in ("columns", "sha256") if key.encode() in schema.metadata
+    }
+    if not 0 <= float(told["rate"]) <= 1 or int(told["visits"]) < 0:
+        raise ValueError(f"a rate of {told['rate']} after {told['visits']} visits")
+    if digests:
+        told["columns"] = digests["columns"]
+        if _digest_of(*map(str.encode, told.values())) != digests["sha256"]:
+            raise ValueError("is not what was written, its sha256 differs")
+    return told
+
+
+def _digest_of(*parts: bytes | npt.NDArray[Any]) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little"))
+        state.update(part)
+    return state.hexdigest()
 
 
 def _identity(store: Store) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -20,22 +21,28 @@ from transformers import PreTrainedTokenizerBase
 from ..config import Config, load_config
 from ..data.shards import BadSample, Sample
 from ..data.sources import Source
-from ..data.store import Store, Texts, TextStore, read_manifest
+from ..data.store import Store, Texts, TextStore
 from ..data.tokenizer import fingerprint, load_tokenizer
-from ..errors import UserError
-from ..model.efficientclip import EfficientCLIP, load_model
+from ..errors import UserError, reading, tell
+from ..files import digests
+from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name
 from ..prepare import prepare
+from ..stopping import scratch
 
 TEXTS_AT_ONCE = 4096
+RESTORE = "restore it from a copy, or run the run's own `train` command again"
+# Of weights in a folder: its name, and what they are.
+WEIGHTS = re.compile(r".*@([0-9a-f]{16})")
 
 
 @dataclass
 class Run:
-    """`store` is the path of the store that the run trained on, `manifest` that store's manifest.
+    """`store` is where the store that the run trained on lies, if it had one; it is needed by `trained_on` alone.
 
-    A run that trained both towers from shards has no store: its manifest names tower and tokenizer alone.
+    `manifest` names the tower and the tokenizer that the run was trained with; it is the store's own, where that one
+    is there.
     """
 
     folder: Path
@@ -54,7 +61,7 @@ class Run:
     def require_frozen(self) -> None:
         """UserError when the frozen tower is not the one that the run trained against."""
         expected, found = self.manifest["tower"], frozen_name(self.config)
-        if found != expected:
+        if not same_tower(found, expected):
             raise UserError(
                 f"run {self.folder}: its image tower is {found} now, but it was trained against {expected};"
                 " put that one back, or train the run anew"
@@ -92,86 +99,202 @@ def run_config(folder: Path) -> Config:
     """The config that a run was made with; UserError when the folder is no run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
-    return load_config(folder / "config.yaml")
+    digests.check_written(folder, "config.yaml", remedy=RESTORE)
+    return load_config(folder / "config.yaml", saved=True)
 
 
-def open_run(folder: Path) -> Run:
-    """Open a text run: its finished model, or else its best checkpoint, or else its latest.
+def run_identity(folder: Path) -> dict[str, Any] | None:
+    """What the run was trained on: identity.json; None for runs of earlier versions."""
+    file = folder / "identity.json"
+    digests.check_written(folder, file.name, remedy=RESTORE)
+    if not file.is_file():
+        return None
+    with reading("run", file, RESTORE):
+        identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("store", "tower", "tokenizer"):
+            if not isinstance(identity[key], str | None):
+                raise ValueError(f"{key} is no text")
+    return identity
 
-    UserError when the folder is no run, has nothing to load yet, trained an image tower, or lost its store.
+
+def open_run(folder: Path, store: Path | None = None) -> Run:
+    """Open a text run, wherever it lies now: its finished model, or else its best checkpoint, or else its newest.
+
+    `store` is where the store that it trained on lies now, if it is not where the config has it. UserError when the
+    folder is no run, has nothing whole to load, or trained an image tower.
     """
     config = run_config(folder)
     both = config.training.tower == "both"
     if config.training.tower == "image" or (config.data.store is None and not both):
         raise UserError(f"run {folder}: trained an image tower, not a text tower; give a text run that builds on it")
-    trained = _trained(folder)
+    identity = run_identity(folder)
+    place = None if both else store or config.data.store
+    manifest: dict[str, Any] = {}
+    if place is not None and (store is not None or identity is None or _is_of(place, identity)):
+        manifest = _store_of(folder, place, identity).manifest
+    trained = _trained(folder, whole=identity is not None)
     model = load_model(trained)
     if torch.cuda.is_available():
         # On GPUs the packed attention takes half precision alone.
         torch.nn.Module.to(model, "cuda", torch.bfloat16)
-    store = None if both else config.data.store
-    tokenizer = load_tokenizer(config.data.tokenizer if store is None else store / "tokenizer")
-    if both and config.model.image_tower is not None:
-        tower = config.model.image_tower.model_copy(update={"pretrained": str(trained), "architecture": None})
-        config = config.model_copy(update={"model": config.model.model_copy(update={"image_tower": tower})})
-    return Run(
-        folder=folder,
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        store=store,
-        manifest=read_manifest(store)
-        if store is not None
-        else {"tower": frozen_name(config), "tokenizer": fingerprint(tokenizer)},
-    )
+    tokenizer = _tokenizer(folder, config, place, identity)
+    if both:
+        if config.model.image_tower is not None:
+            tower = config.model.image_tower.model_copy(update={"pretrained": str(trained), "architecture": None})
+            config = config.model_copy(update={"model": config.model.model_copy(update={"image_tower": tower})})
+        manifest = {"tower": frozen_name(config), "tokenizer": fingerprint(tokenizer)}
+    if identity is not None and not manifest:
+        manifest = {
+            key: value for key, value in identity.items() if key in ("tower", "tokenizer", "vocabulary", "width")
+        }
+    return Run(folder, config, model, tokenizer, place, manifest)
+
+
+def trained_on(folder: Path, config: Config, store: Path | None = None) -> Store:
+    """The whole store that the run in `folder` trained on, which lies at `store`, or where its config has it."""
+    place = store or config.data.store
+    if place is None:
+        raise UserError(f"run {folder}: trained from shards, it has no store; name the data to look at")
+    found = _store_of(folder, place, run_identity(folder))
+    found.prove()
+    return found
+
+
+def same_tower(one: str | None, other: str | None) -> bool:
+    """Whether two names are of the same frozen weights, whatever their folders are called."""
+    found = [WEIGHTS.fullmatch(name or "") for name in (one, other)]
+    return one == other or (None not in found and len({match[1] for match in found if match}) == 1)
+
+
+def _store_of(folder: Path, place: Path, identity: dict[str, Any] | None) -> Store:
+    """The store at `place`; UserError when none is there, or another one than the run trained on."""
+    if not (place / "manifest.json").is_file():
+        raise UserError(
+            f"run {folder}: trained on the store {place}, which is not there now; say where it lies with --store PATH"
+        )
+    found = Store(place)
+    if identity is not None and found.identity != identity["store"]:
+        raise UserError(
+            f"store {place}: is another one than the run {folder} was trained on; say where that one lies with"
+            " --store PATH"
+        )
+    return found
+
+
+def _is_of(place: Path, identity: dict[str, Any]) -> bool:
+    """Whether the store that the run trained on lies at `place`."""
+    try:
+        return Store(place).identity == identity["store"]
+    except UserError:
+        return False
+
+
+def _tokenizer(
+    folder: Path, config: Config, store: Path | None, identity: dict[str, Any] | None
+) -> PreTrainedTokenizerBase:
+    """The run's own; runs of earlier versions have their store's."""
+    own = folder / "tokenizer"
+    digests.check_written(folder, "tokenizer/*", remedy=RESTORE)
+    if identity is None and not own.is_dir():
+        return load_tokenizer(config.data.tokenizer if store is None else store / "tokenizer")
+    if not own.is_dir():
+        raise UserError(f"run {folder}: its tokenizer/ is missing; {RESTORE}")
+    tokenizer = load_tokenizer(own)
+    # What a finished run's digests prove is not asked of another version of the tokenizers library.
+    proven = (folder / digests.NAME).is_file()
+    if identity is not None and not proven and fingerprint(tokenizer) != identity["tokenizer"]:
+        raise UserError(f"tokenizer {own}: is another one than the run was trained with; {RESTORE}")
+    return tokenizer
 
 
 def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Lines of metrics.jsonl: those of training steps, and those of validations."""
-    lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            # A killed run leaves its last line cut short.
-            break
+    lines: list[dict[str, Any]] = []
+    digests.check_written(file.parent, file.name, remedy=RESTORE)
+    with reading("metrics", file, RESTORE):
+        texts = file.read_bytes().splitlines() if file.is_file() else []
+        for number, text in enumerate(texts, 1):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                # A killed run leaves its last line cut short.
+                if number == len(texts):
+                    break
+                raise
+            if not isinstance(line, dict) or not line.keys() >= {"step", "visits"}:
+                raise ValueError(f"line {number} is not one of a step")
+            lines.append(line)
     return [line for line in lines if "validation" not in line], [line for line in lines if "validation" in line]
 
 
-def _trained(folder: Path) -> Path:
-    """The folder whose `model/` is to be loaded."""
-    if (folder / "model" / "config.json").is_file():
+def _trained(folder: Path, *, whole: bool) -> Path:
+    """The folder whose `model/` is to be loaded; `whole`: a checkpoint without digests is none.
+
+    A finished model that is broken is an error: a checkpoint in its stead would give other results.
+    """
+    if any((folder / "model" / name).is_file() for name in ("config.json", digests.NAME)):
+        check_model(folder)
         return folder
-    for pointer in (folder / "checkpoints" / "best", folder / "checkpoints" / "latest"):
-        if pointer.is_file():
-            return pointer.with_name(pointer.read_text().strip())
-    raise UserError(f"run {folder}: holds neither a model nor a checkpoint yet; train it first")
+    checkpoints = folder / "checkpoints"
+    best = pointed(checkpoints / "best")
+    newest = sorted((path for path in checkpoints.glob("step-*") if path.suffix != ".partial"), reverse=True)
+    wrong = []
+    for checkpoint in (*([] if best is None else [best]), *newest):
+        if whole and not (checkpoint / digests.NAME).is_file():
+            continue
+        try:
+            check_model(checkpoint)
+        except UserError as error:
+            wrong.append(str(error))
+            continue
+        found = f"; {wrong[0]}" if wrong else ""
+        tell(f"notice: run {folder}: holds no finished model, so its checkpoint {checkpoint.name} is used{found}")
+        return checkpoint
+    found = f"; {wrong[0]}" if wrong else "; train it first"
+    raise UserError(f"run {folder}: holds neither a model nor a checkpoint yet that could be used{found}")
+
+
+def pointed(pointer: Path) -> Path | None:
+    """The checkpoint that `latest` or `best` names; None where it is missing, empty or dangling."""
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    found = pointer.with_name(name) if re.fullmatch(r"[\w-]+", name) else pointer
+    return found if found.is_dir() else None
 
 
 @contextmanager
 def open_data(run: Run, data: Path | None) -> Iterator[Store]:
-    """The store at `data`; a tar, or a folder of tars, becomes a store that lasts as long as the context.
+    """The store at `data`, or else the one that the run trained on; a tar, or a folder of tars, becomes a store that
+    lasts as long as the context.
 
-    UserError when there is none, or the store's features or tokens are not those that the run was trained with.
+    UserError when there is none, it is not whole, or its features or tokens are not those that the run was trained
+    with.
     """
-    if data is None:
-        raise UserError(f"run {run.folder}: trained from shards, it has no store; name the data to look at")
+    if data is None or data == run.store:
+        yield trained_on(run.folder, run.config, run.store)
+        return
     expected, remedy = run.manifest["tower"], f"prepare it with --config {run.folder / 'config.yaml'}"
     if (data / "manifest.json").is_file():
         store = Store(data)
-        if store.manifest["tower"] != expected:
+        if not same_tower(store.manifest["tower"], expected):
             found = store.manifest["tower"]
             raise UserError(f"store {data}: features of {found}, but {run.folder} needs {expected}; {remedy}")
+        if store.width != run.config.model.width:
+            raise UserError(
+                f"store {data}: features are {store.width} wide, but those of {run.folder} are"
+                f" {run.config.model.width}; {remedy}"
+            )
         if store.manifest["tokenizer"] != run.manifest["tokenizer"]:
-            raise UserError(f"store {data}: tokens of another tokenizer than {run.store} has; {remedy}")
+            raise UserError(f"store {data}: tokens of another tokenizer than {run.folder} has; {remedy}")
+        store.prove()
         yield store
         return
     run.require_frozen()
-    config = run.config
-    if run.store is not None:
-        tokenizer = config.data.model_copy(update={"tokenizer": str(run.store / "tokenizer")})
-        config = config.model_copy(update={"data": tokenizer})
-    with TemporaryDirectory(prefix="efficientclip-") as folder:
-        path = Path(folder) / data.stem
-        prepare(data, path, config)
+    with scratch(Path(mkdtemp(prefix="efficientclip-"))) as folder:
+        run.tokenizer.save_pretrained(folder / "tokenizer")
+        tokenizer = run.config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
+        path = folder / data.stem
+        prepare(data, path, run.config.model_copy(update={"data": tokenizer}))
         yield Store(path)

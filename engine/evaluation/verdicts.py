@@ -13,11 +13,14 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from ..data.store import Store
+from ..errors import UserError, reading
+from ..files import digests
 
 Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 FEATURES_AT_ONCE = 1 << 14
+RESTORE = "restore it from a copy, or run the run's own `train` command again"
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,21 @@ def read_verdicts(run: Path, store: Store) -> Verdicts | None:
     file = run / "confidence.parquet"
     if not file.is_file():
         return None
-    table = pq.read_table(file).sort_by("row")
-    noise = pq.read_table(store.path / "pairs.parquet", columns=["noise"])["noise"]
+    digests.check_written(run, file.name, remedy=RESTORE)
+    with reading("verdicts", file, RESTORE):
+        table = pq.read_table(file, columns=["row", "score", "kept"]).sort_by("row")
+        score, kept = table["score"].to_numpy().astype(np.float64), table["kept"].to_numpy().astype(np.bool_)
+        if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))) or np.isinf(score).any():
+            raise ValueError("its rows are not those of a store, or a score is infinite")
+    if len(table) != len(store):
+        raise UserError(
+            f"verdicts {file}: tell of {len(table)} pairs, but store {store.path} holds {len(store)}; say where the"
+            " store that the run trained on lies with --store PATH"
+        )
+    noise = store.pairs()["noise"]
     verdicts = Verdicts(
-        score=table["score"].to_numpy(),
-        kept=table["kept"].to_numpy(),
+        score=score,
+        kept=kept,
         noise=None if noise.null_count == len(noise) else pc.fill_null(noise, False).to_numpy(),
     )
     return verdicts if verdicts.scored.any() else None

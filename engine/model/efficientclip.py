@@ -14,9 +14,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from .. import config as settings
 from ..data.batches import Segments
-from ..errors import UserError
-from .pretrained import load_clip_text, load_image_tower, load_text_tower
+from ..errors import UserError, reading
+from ..files import digests
+from .pretrained import load_clip_text, load_image_tower, load_text_tower, require_finite
 from .towers import ImageTower, TextTower, architecture
+
+RESTORE = "restore it from a copy, or remove it and run the command that made it again"
 
 
 class EfficientCLIPConfig(PreTrainedConfig):
@@ -206,12 +209,25 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
 
 
 def load_model(run: Path) -> EfficientCLIP:
-    """The consolidated model of a finished run, or of its best checkpoint so far."""
+    """The consolidated model of a finished run, or of a checkpoint: float32, as it was written, every weight finite."""
+    check_model(run)
+    folder = run / "model"
+    with reading("model", folder, RESTORE):
+        model, loading = EfficientCLIP.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if wrong := sorted(map(str, loading[kind])):
+                raise ValueError(f"{len(wrong)} {kind.replace('_keys', '')} weights, {wrong[0]} for one")
+    require_finite(model, f"model {folder / 'model.safetensors'}", RESTORE)
+    return model.eval()
+
+
+def check_model(run: Path) -> None:
+    """UserError where `run`/model is not there or not as it was written; those of earlier versions do not tell."""
     folder = run / "model"
     if not (folder / "config.json").is_file():
         raise UserError(f"run {run}: no finished model in {folder}; train it first, or give the right run folder")
-    model: EfficientCLIP = EfficientCLIP.from_pretrained(folder)
-    return model.eval()
+    digests.check_written(folder, "*", remedy=RESTORE)
+    digests.check_written(run, "model/*", remedy=RESTORE)
 
 
 def _project(layer: nn.Linear | None, weight: torch.Tensor, field: str) -> None:

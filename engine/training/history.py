@@ -8,16 +8,17 @@ the verdict at the epoch's end. numpy alone opens and memory-maps a file.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import UserError
-from ..files.atomic import sync
+from ..errors import UserError, reading
+from ..files import digests
+from ..files.atomic import written_aside
 
+RESTORE = "restore it from a copy, or train the run anew"
 RECORD = np.dtype([("score", np.float16), ("kept", np.bool_)])
 
 
@@ -27,14 +28,8 @@ def write_epoch(run: Path, epoch: int, score: npt.NDArray[np.float32], kept: npt
     folder.mkdir(exist_ok=True)
     records = np.empty(len(kept), RECORD)
     records["score"], records["kept"] = score, kept
-    file = folder / _name(epoch)
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as stream:
+    with written_aside(folder / _name(epoch)) as aside, aside.open("wb") as stream:
         np.save(stream, records)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    sync(folder)
 
 
 def forget_from(run: Path, epoch: int) -> None:
@@ -45,7 +40,8 @@ def forget_from(run: Path, epoch: int) -> None:
 
 
 def epoch_files(run: Path) -> list[Path]:
-    """The files of epochs 0, 1, …; UserError when one is missing."""
+    """The files of epochs 0, 1, …; UserError when one is missing or not as it was written."""
+    digests.check_written(run, "history/*.npy", remedy=RESTORE)
     files = sorted((run / "history").glob("epoch-*.npy"))
     for epoch, file in enumerate(files):
         if file.name != _name(epoch):
@@ -55,7 +51,10 @@ def epoch_files(run: Path) -> list[Path]:
 
 def open_epoch(file: Path) -> npt.NDArray[Any]:
     """The records of one epoch, memory-mapped: RECORD [pairs]."""
-    records: npt.NDArray[Any] = np.load(file, mmap_mode="r")
+    with reading("history", file, RESTORE):
+        records: npt.NDArray[Any] = np.load(file, mmap_mode="r")
+        if records.dtype != RECORD or records.ndim != 1:
+            raise ValueError(f"{records.dtype} {list(records.shape)} instead of {RECORD} [pairs]")
     return records
 
 

@@ -272,5 +272,5 @@ def test_features_that_are_not_finite_are_an_error(world: World, tmp_path: Path)
     features = np.fromfile(store / "features.bin", np.float16)
     features[5] = np.nan
     features.tofile(store / "features.bin")
-    with pytest.raises(UserError, match="NaN or infinity"):
+    with pytest.raises(UserError, match="features.bin: is not what was written"):
         evaluate(world.run, store)

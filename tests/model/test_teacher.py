@@ -38,7 +38,7 @@ def test_folders_that_cannot_teach_are_refused(tmp_path: Path) -> None:
     for name, message in (
         ("bert", "bert is a bert; a CLIP is wanted"),
         ("half", "lacks 1 weights of a CLIP, text_projection.weight"),
-        ("none", "none' is no model folder or reachable hub id"),
+        ("none", "none' is no model folder, run or reachable hub id"),
     ):
         with pytest.raises(UserError, match=rf"model\.teacher\.pretrained: .*{message}"):
             Teacher(Settings(kind="clip", pretrained=str(tmp_path / name)))
