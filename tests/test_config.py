@@ -1,26 +1,60 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from efficientclip.config import load_config, save_config
+from efficientclip.config import (
+    Config,
+    MaskedLanguageModelling,
+    differing_keys,
+    identity_keys,
+    load_config,
+    save_config,
+)
 from efficientclip.errors import UserError
 
-CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.joinpath("configs").glob("*.yaml"))
+TINY = {"run": "runs/x", "training": {"pair_visits": 10, "batch_size": 2}}
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump({"run": "runs/x", "training": {"pair_visits": 10, "batch_size": 2}}))
+    path.write_text(yaml.safe_dump(TINY))
     return path
 
 
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that holds runs, a store, a file, and links."""
+    for name in ("store/inner", "judged", "runs/old"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "alias").symlink_to("store")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_shipped_recipes_are_valid(path: Path) -> None:
+def test_shipped_recipes_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
     load_config(path)
+
+
+def refused(file: Path, overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(file, overrides)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+BERT = "model.text_tower.architecture={model_type: bert, "
 
 
 @pytest.mark.parametrize(
@@ -32,28 +66,253 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("optimizer.lr=fast", ["optimizer.lr", "valid number", "got 'fast'"]),
         ("training.batch_size=0", ["training.batch_size", "greater than or equal to 1"]),
         ("model.text_tower.pooling=cls", ["model.text_tower", "exactly one of `pretrained` and `architecture`"]),
-        ("confidence.score=log-probability objective.contrastive_weight=0", ["contrastive loss's: set"]),
         ("batch_size", ["section.key=value"]),
+        ("optimizer.lr=.inf", ["optimizer.lr: Input should be a finite number, got inf"]),
+        ("optimizer.lr=.nan", ["optimizer.lr: Input should be a finite number, got nan"]),
+        ("optimizer.lr=1e400", ["optimizer.lr: Input should be a finite number"]),
+        ("optimizer.betas=[0.9, 2]", ["optimizer.betas.1: Input should be less than 1, got 2"]),
+        ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas.0: Input should be greater than or equal to 0"]),
+        ("optimizer.betas=[.nan, 0.9]", ["optimizer.betas.0: Input should be a finite number"]),
+        ("optimizer.eps=0", ["optimizer.eps: Input should be greater than 0"]),
+        ("seed=-1", ["seed: Input should be greater than or equal to 0, got -1"]),
+        (f"seed={10**30}", ["seed: Input should be less than or equal to 9223372036854775807"]),
+        ("seed=.inf", ["seed: Input should be a finite number"]),
+        ("demo_data.noise_seed=-1", ["demo_data.noise_seed: Input should be greater than or equal to 0"]),
+        ("objective.direction_weights=[-1, 2]", ["objective.direction_weights.0: Input should be greater than or"]),
+        ("objective.direction_weights=[0, 0]", ["objective.direction_weights: both are 0; set one"]),
+        ("objective.bank_size=3000000000", ["objective.bank_size: Input should be less than or equal to 2147483647"]),
+        ("objective.contrastive_weight=.inf", ["objective.contrastive_weight: Input should be a finite number"]),
+        ("training.pair_visits=1e17", ["training.pair_visits: Input should be less than or equal to"]),
+        ("training.batch_size=3000000000", ["training.batch_size: Input should be less than or equal to 2147483647"]),
+        ("training.micro_batch_size=3", ["training.micro_batch_size: 3 is above batch_size, 2; lower"]),
+        ("training.max_caption_tokens=70000", ["training.max_caption_tokens: Input should be less than or equal to"]),
+        ("training.grace_seconds=0", ["training.grace_seconds: Input should be greater than 0"]),
+        ("training.grace_seconds=1e6", ["training.grace_seconds: Input should be less than or equal to 86400"]),
+        ("training.final=worst", ["training.final", "'best' or 'last'", "got 'worst'"]),
+        (
+            "training.augmentation.rotation_degrees=181",
+            ["training.augmentation.rotation_degrees: Input should be less"],
+        ),
+        ("training.augmentation.max_zoom_out=11", ["training.augmentation.max_zoom_out: Input should be less than or"]),
+        ("confidence.cross_fit_share=11", ["confidence.cross_fit_share: Input should be less than or equal to 10"]),
+        ("model.logit_scale=200", ["\n  model.logit_scale: 200 is above logit_scale_max, 100; lower it"]),
+        ("model.image_tower={pretrained: a, size: 5000}", ["model.image_tower.size: Input should be less than or"]),
+        ("model.image_tower={pretrained: a, std: [1, 0, 1]}", ["model.image_tower.std.1: Input should be greater"]),
+        ("model.image_tower={pretrained: ''}", ["model.image_tower.pretrained: empty; give a name"]),
+        ("model.image_tower={pretrained: a, revision: ' '}", ["model.image_tower.revision: empty; give a name"]),
+        (BERT + "hidden_size: -8}", ["model.text_tower.architecture: hidden_size is -8; give a number from 0"]),
+        (BERT + "layer_norm_eps: .nan}", ["model.text_tower.architecture: layer_norm_eps is nan; give a finite"]),
+        (BERT + "clip: {num_layers: [1e30]}}", ["architecture: clip.num_layers is 1e+30; give a number from 0"]),
+        ("mlm.texts_per_batch=4", ["\n  mlm.texts: not set, though mlm.texts_per_batch is"]),
+        ("objective.contrastive_weight=0", ["\n  objective.contrastive_weight: 0, as are", "nothing is learned; set"]),
+        ("data.store=''", ["data.store: empty; give a name"]),
+        ("data.shards=[a, '']", ["data.shards.1: empty; give a name"]),
+        ("data.validation={'': a}", ["data.validation.: empty; give a name"]),
+        ("data.validation={a: ''}", ["data.validation.a: empty; give a name"]),
+        ('mlm.texts="a\\0"', ["mlm.texts: no name that a file could have"]),
+        ("deepspeed=" + "x" * 256, ["deepspeed: no name that a file could have"]),
+        ('run="\\ud800"', ["invalid Unicode character"]),
+        ("seed=" + "1" * 5000, ["not readable as YAML"]),
+        ("seed=${seed}", ["not readable as YAML: Recursive interpolation"]),
+        ("data.shards=[", ["not readable as YAML"]),
     ],
 )
 def test_mistakes_name_key_and_remedy(file: Path, override: str, parts: list[str]) -> None:
-    with pytest.raises(UserError) as caught:
-        load_config(file, override.split(" "))
-    for part in parts:
-        assert part in str(caught.value)
+    refused(file, [override], parts)
 
 
-def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        load_config(tmp_path / "none.yaml")
-    broken = tmp_path / "broken.yaml"
-    broken.write_text("run: [")
-    with pytest.raises(UserError, match="not readable as YAML"):
-        load_config(broken)
+def test_sections_that_contradict_each_other(file: Path) -> None:
+    without = "objective.contrastive_weight=0"
+    refused(file, ["confidence.score=log-probability", without], ["contrastive loss's: set"])
+    refused(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4", "mlm.weight=0"], ["nothing is learned"])
+    assert load_config(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4"]).mlm.texts_per_batch == 4
+    assert load_config(file, [without, "objective.regression_weight=1"]).objective.contrastive_weight == 0
+
+
+def test_threads_beyond_the_cores(file: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    refused(file, [f"training.threads={cores + 1}"], [f"training.threads: {cores + 1}, but", f"may use {cores} core"])
+    assert load_config(file, [f"training.threads={cores}"]).training.threads == cores
+    assert load_config(file, [f"training.threads={cores + 1}"], saved=True).training.threads == cores + 1
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=0", 0),
+        (f"seed={2**63 - 1}", 2**63 - 1),
+        ("optimizer.lr=1e30", 1e30),
+        ("optimizer.betas=[0, 0.999]", (0, 0.999)),
+        ("objective.direction_weights=[0, 1]", (0, 1)),
+        ("objective.bank_size=0", 0),
+        ("training.pair_visits=9007199254740992", 2**53),
+        ("training.micro_batch_size=2", 2),
+        ("training.grace_seconds=86400", 86400),
+        ("training.final=last", "last"),
+        ("model.logit_scale=100", 100),
+        ("confidence.cross_fit_share=10", 10),
+    ],
+)
+def test_the_ends_of_the_ranges_are_taken(file: Path, override: str, value: Any) -> None:
+    found: Any = load_config(file, [override])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        ("run=''", ["run: empty"]),
+        ("run=.", ["run: '.'", "name a folder of its own"]),
+        ("run=./", ["name a folder of its own"]),
+        ("run=../..", ["name a folder of its own"]),
+        ("run=/", ["name a folder of its own"]),
+        ("run=file", ["run: ", "/file is a file, where a folder is wanted; remove it"]),
+        ("run=file/x", ["/file is a file, where a folder is wanted"]),
+        ("run=dangling", ["/dangling is a dangling symbolic link, where"]),
+        ("run=dangling/x", ["/dangling is a dangling symbolic link, where"]),
+        ("run=store data.store=store", ["run: ", "/store and data.store, ", "overlap; move one elsewhere"]),
+        ("run=store/x data.store=store", ["data.store", "overlap"]),
+        ("run=runs data.store=runs/store", ["data.store", "overlap"]),
+        ("run=alias/x data.store=store", ["data.store", "overlap"]),
+        ("run=store/x mlm.texts=alias", ["mlm.texts", "overlap"]),
+        ("run=store data.validation.held=store", ["data.validation.held", "overlap"]),
+        ("run=store/x data.shards=[runs,store]", ["data.shards.1", "overlap"]),
+        ("run=judged/x confidence.cross_fit=judged", ["run: ", "confidence.cross_fit, ", "overlap"]),
+        ("run=judged confidence.cross_fit=judged", ["confidence.cross_fit, ", "overlap"]),
+        ("run=judged confidence.cross_fit=judged/x", ["confidence.cross_fit, ", "overlap"]),
+        ("data.store=store confidence.cross_fit=store/x", ["confidence.cross_fit: ", "data.store, ", "overlap"]),
+        ("confidence.cross_fit=file", ["confidence.cross_fit: ", "is a file"]),
+        ("run=runs/old model.start_from=runs/old", ["model.start_from: ", "is this run's own folder; give"]),
+        (
+            "run=runs/old model.image_tower.pretrained=runs/old",
+            ["model.image_tower.pretrained: ", "is this run's own folder"],
+        ),
+    ],
+)
+def test_folders_that_are_none_of_the_runs(file: Path, folders: Path, overrides: str, parts: list[str]) -> None:
+    refused(file, overrides.split(" "), parts)
+
+
+def test_neighbouring_folders_are_taken(file: Path, folders: Path) -> None:
+    given = [
+        "run=runs/new",
+        "data.store=store",
+        "mlm.texts=store/inner",
+        "data.validation={held: store, too: runs/held}",
+    ]
+    given += ["confidence.cross_fit=judged", "model.start_from=runs/old", "model.image_tower.pretrained=runs/old"]
+    load_config(file, [*given, "data.shards=[runs/tars, file]"])
+    load_config(file, ["run=runs/old", "model.start_from=runs/old/fold-0"])
+
+
+def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = "{architecture: {model_type: efficientclip_text, label: store}, pooling: last, clip_layers: store}"
+    given = [
+        "run=alias/../runs/new", "data.store=store", "data.shards=[a, /b]", "data.validation.held=./c", "deepspeed=d",
+        "mlm.texts=~/texts", "confidence.cross_fit=judged", "model.start_from=runs/old", f"model.text_tower={tower}",
+        "data.tokenizer=hfl/chinese-roberta-wwm-ext", "model.image_tower.pretrained=./none", "model.teacher.mean=e.npy",
+    ]  # fmt: skip
+    config, model = (found := load_config(file, given)), found.model
+    assert config.run == folders / "runs/new" and config.data.store == folders / "store"
+    assert config.data.shards == [folders / "a", Path("/b")] and config.data.validation == {"held": folders / "c"}
+    assert config.deepspeed == folders / "d" and config.mlm.texts == Path.home() / "texts"
+    assert config.confidence.cross_fit == folders / "judged" and model.start_from == folders / "runs/old"
+    assert model.text_tower is not None and model.text_tower.clip_layers == str(folders / "store")
+    assert model.text_tower.architecture == {"model_type": "efficientclip_text", "label": "store"}
+    assert model.image_tower is not None and model.image_tower.pretrained == str(folders / "none")
+    assert model.teacher is not None and model.teacher.mean == folders / "e.npy"
+    assert config.data.tokenizer == "hfl/chinese-roberta-wwm-ext"
+    assert model.teacher.pretrained == "openai/clip-vit-base-patch32"
+    save_config(config, folders / "saved.yaml")
+    monkeypatch.chdir("/")
+    assert load_config(folders / "saved.yaml") == config
+
+
+def test_where_things_are_makes_no_other_run(file: Path, folders: Path) -> None:
+    one = ["data.store=store", "model.start_from=runs/old", "model.image_tower.pretrained=./here", "data.tokenizer=a/b"]
+    two = ["data.store=elsewhere", "model.image_tower.pretrained=./there", "deepspeed=d.json", "data.shards=[x]"]
+    moved = ["run=runs/moved", "data.validation={held: x}", "mlm.texts=y", "confidence.cross_fit=judged", "seed=3"]
+    here, there = load_config(file, one), load_config(file, [*two, *moved])
+    assert differing_keys(here, there) == ["seed"]
+    hub = load_config(file, ["model.image_tower.pretrained=openai/clip"])
+    assert differing_keys(here, hub) == ["model.image_tower.pretrained"]
+    keys = identity_keys(there)
+    assert keys["seed"] == 3 and keys["training.final"] == "best" and keys["optimizer.betas"] == [0.9, 0.95]
+    assert not [value for value in keys.values() if "/" in str(value) and "openai" not in str(value)]
+
+
+def test_sections_made_in_code_keep_their_paths() -> None:
+    config = Config.model_validate(TINY | {"data": {"store": "a"}})
+    assert config.run == Path("runs/x") and config.data.store == Path("a")
+    assert MaskedLanguageModelling(texts_per_batch=4).texts is None
+
+
+def test_unknown_keys_of_architectures() -> None:
+    from transformers import ResNetConfig
+
+    from efficientclip.model.towers import architecture
+
+    for description, message in {
+        ("bert", "hidden_sise"): "architecture bert: unknown key hidden_sise; did you mean `hidden_size`",
+        ("resnet", "depth"): "architecture resnet: unknown key depth; did you mean `depths`",
+        ("efficientclip_text", "num_layers"): "unknown key num_layers; did you mean `num_hidden_layers`",
+        ("brt", "hidden_size"): "no model_type 'brt'; did you mean `bert`",
+        ("bert", "dtype"): "architecture bert: ",
+    }.items():
+        with pytest.raises(UserError, match=message.replace("?", r"\?")):
+            architecture({"model_type": description[0], description[1]: "none"})
+    # A config from the hub may hold what this version of Hugging Face does not know.
+    saved = ResNetConfig(legacy=1).to_dict()
+    assert architecture({**saved, "image_size": 16}).to_dict()["legacy"] == 1
+    known = {"vocab_size": 9, "clip": {"hidden_size": 64}, "hidden_size": 64, "num_labels": 3, "dtype": "float32"}
+    assert architecture({"model_type": "efficientclip_text"}, **known).vocab_size == 9
+
+
+TINY_YAML = yaml.safe_dump(TINY).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: [", "not readable as YAML"),
+        (b"- 1\n- 2", "a list; write it as"),
+        (b"5", "not readable: Invalid loaded object type"),
+        (TINY_YAML + b"seed: ???", "Missing mandatory value: seed"),
+        (b"hello", "hello: unknown key"),
+        (b"", "run: Field required"),
+        (bytes(range(256)), "not readable as YAML"),
+        (b"\0", "not readable as YAML"),
+        (TINY_YAML + b"seed: 1\nseed: 2", "found duplicate key seed"),
+        (TINY_YAML + b"1: 2", "1: Keys should be strings"),
+        (TINY_YAML + b"null: 2", "Incompatible key type"),
+        (TINY_YAML + b"? [1, 2]\n: 2", "found unhashable key"),
+        (TINY_YAML + b"data: {validation: {1: a}}", "data.validation.1: Input should be a valid string"),
+        (TINY_YAML + b"seed: ${demo_data.noise_seed}\ndemo_data: {noise_seed: '${seed}'}", "Recursive interpolation"),
+        (TINY_YAML + b"data: &x {store: *x}", "recursive aliases"),
+        (TINY_YAML + b"data: " + b"[" * 3000 + b"]" * 3000, "not readable as YAML"),
+        (TINY_YAML + b"data: null", "data: Input should be a valid dictionary"),
+        (TINY_YAML + b"seed: !!python/object:os.system 1", "not readable as YAML"),
+        (TINY_YAML + b"---\nseed: 1", "expected a single document"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "odd.yaml").write_bytes(content)
+    refused(tmp_path / "odd.yaml", [], [f"config {tmp_path / 'odd.yaml'}:", message])
+
+
+def test_what_is_no_file(tmp_path: Path, file: Path) -> None:
+    refused(tmp_path / "none.yaml", [], ["no such file"])
+    refused(tmp_path, [], ["no such file, but a folder; give a YAML file"])
+    refused(file / "x", [], ["no such file"])
+    if os.getuid() != 0:
+        file.chmod(0)
+        refused(file, [], ["not readable: Permission denied"])
 
 
 def test_overrides_and_saved_config_round_trip(file: Path, tmp_path: Path) -> None:
     config = load_config(file, ["optimizer.lr=0.5", "data.validation={a: b}", "training.micro_batch_size=1"])
-    assert config.optimizer.lr == 0.5 and config.data.validation == {"a": Path("b")}
+    assert config.optimizer.lr == 0.5 and config.data.validation == {"a": Path.cwd() / "b"}
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -9,6 +13,7 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     ChineseCLIPTextConfig,
@@ -142,11 +147,35 @@ def without_pooler(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def architecture(description: dict[str, Any], **extra: Any) -> PreTrainedConfig:
-    """The Hugging Face config that `architecture` in the YAML describes."""
+    """The Hugging Face config that `architecture` in the YAML, or a saved config's `to_dict`, describes."""
     arguments = {**extra, **description}
     name = arguments.pop("model_type")
+    if name not in CONFIG_MAPPING:
+        raise UserError(f"architecture: no model_type {name!r}{_nearest(name, CONFIG_MAPPING.keys())}")
     try:
         config: PreTrainedConfig = AutoConfig.for_model(name, **arguments)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"architecture {name}: {error}") from error
+    # Hugging Face keeps any key; a saved config may hold some of another version.
+    if "transformers_version" not in description:
+        for key in sorted(arguments.keys() & vars(config).keys() - _keys(name)):
+            raise UserError(f"architecture {name}: unknown key {key}{_nearest(key, _keys(name))}")
     return config
+
+
+@cache
+def _keys(model_type: str) -> frozenset[str]:
+    """What a config of this type can be told."""
+    kind = CONFIG_MAPPING[model_type]
+    keys = {*kind.attribute_map, *PreTrainedConfig().to_dict()}
+    for base in kind.__mro__:
+        keys.update(vars(base).get("__annotations__", ()))
+    # Some classes cannot be made without arguments.
+    with suppress(Exception):
+        keys.update(kind().to_dict())
+    return frozenset(keys)
+
+
+def _nearest(given: str, known: Iterable[str]) -> str:
+    near = get_close_matches(given, known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else "; see Hugging Face's documentation for those it takes"
