@@ -25,6 +25,8 @@ PLACES = {
     "run", "deepspeed", "data.store", "data.shards", "data.tokenizer", "mlm.texts", "confidence.cross_fit",
     "model.start_from", "model.teacher.mean",
 }  # fmt: skip
+# They may change while a run is under way.
+ASIDE = {"training.grace_seconds", "training.final"}
 
 
 def _nameable(value: Any) -> Any:
@@ -439,7 +441,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def identity_keys(config: Config) -> dict[str, Any]:
-    """Dotted keys and values of what a run is: no paths, nor other keys that only say where things are."""
+    """Dotted keys and values of what a run is: no paths, nor other keys that change nothing that is learned."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         leaves: dict[str, Any] = {}
@@ -450,7 +452,7 @@ def identity_keys(config: Config) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat(config.model_dump(mode="json", exclude={"data": {"validation"}})).items()
-        if key not in PLACES and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
+        if key not in PLACES | ASIDE and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
     }
 
 

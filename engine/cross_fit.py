@@ -1,115 +1,25 @@
 """`deepspeed --module efficientclip.cross_fit CONFIG [key=value …]`: two fold towers and what they say about the pairs.
 
-CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumable
-          model/               the mean of the two towers: the joint run's start
-          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rate in its metadata
+Exit codes are those of `train`.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from .config import Confidence, Config, MaskedLanguageModelling
-from .data.store import Store
-from .errors import UserError
-from .model.efficientclip import load_model
-from .model.encode import BATCH, encode_rows
-from .noise_rate import folds, judge, near, pair_groups, write_cross_fit
-from .train import launched, new_trainer, process_group, text_run
-from .training.trainer import Trainer
+from .config import Config
+from .training.entry import launched
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
-    launched(cross_fit, "cross-fit", __doc__, arguments)
+    launched(_cross_fit, "cross-fit", __doc__, arguments)
 
 
-def cross_fit(config: Config) -> None:
-    """Train the fold towers that `config` describes, or go on with them, and write what they say."""
-    folder = config.confidence.cross_fit
-    if folder is None:
-        raise UserError("confidence.cross_fit: not set; name the folder that the fold towers are to be written to")
-    if config.data.store is None or config.training.tower != "text":
-        raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
-    with process_group(config) as rank:
-        store = Store(config.data.store)
-        groups = pair_groups(store, near(store.features, config.seed))
-        fold = folds(groups, config.seed)
-        runs = [folder / f"fold-{number}" for number in range(2)]
-        encoded = [run / "captions.bin" for run in runs]
-        text_2KD, visits = [], 0
-        for number in range(2):
-            trainer = _fold_trainer(config, runs[number], np.flatnonzero(fold == number))
-            if not trainer.train():
-                return
-            text_2KD.append(captions_by(trainer, store, encoded[number]))
-            visits += trainer.visits
-        if rank == 0:
-            found = judge(store, groups, fold, text_2KD, visits, config.seed)
-            save_mean(folder / "model", runs)
-            write_cross_fit(folder, store, found)
-            for file in encoded:
-                file.unlink()
-            print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
-        dist.barrier()
+def _cross_fit(config: Config) -> int:
+    from .training.folds import cross_fit
 
-
-def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Trainer:
-    """The trainer of a text tower on the pairs `rows`."""
-    training, judging = config.training, config.confidence
-    budget = {
-        "pair_visits": max(1, round(judging.cross_fit_share * training.pair_visits / 2)),
-        "batch_size": judging.cross_fit_batch_size or training.batch_size,
-    }
-    changes = {
-        "run": run,
-        "confidence": Confidence(),
-        "data": config.data.model_copy(update={"validation": {}}),
-        "mlm": MaskedLanguageModelling(),
-        "optimizer": config.optimizer.model_copy(update={"lr": judging.cross_fit_lr or config.optimizer.lr}),
-        "training": training.model_copy(update=budget),
-    }
-    fold_config = config.model_copy(update=changes)
-    return new_trainer(fold_config, Trainer, *text_run(fold_config, rows))
-
-
-def captions_by(trainer: Trainer, store: Store, file: Path) -> npt.NDArray[np.float32]:
-    """Features float32 [captions, width] of all captions by the trained tower, mapped on rank 0, which alone writes
-    them; the other ranks, which share the encoding, get none."""
-    model, rank, ranks = trainer.engine.module, trainer.rank, trainer.world_size
-    K, D = len(store.offsets) - 1, trainer.config.model.width
-    rounds = -(-K // (BATCH * ranks))
-    size = -(-K // (rounds * ranks))
-    text_KD = np.memmap(file, np.float32, "w+", shape=(K, D)) if rank == 0 else np.empty((0, D), np.float32)
-    gathered = [torch.empty(size, D, device=trainer.device) for _ in range(ranks)]
-    model.eval()
-    for first in tqdm(range(0, rounds * ranks, ranks), f"{file.parent}: captions", unit="batch", disable=rank > 0):
-        # All ranks go forward alike, as ZeRO-3 needs: the last parts overlap rather than run out.
-        starts = [min((first + other) * size, K - size) for other in range(ranks)]
-        rows = np.arange(starts[rank], starts[rank] + size)
-        features = encode_rows(model, store, rows, trainer.config.training.max_caption_tokens)
-        dist.all_gather(gathered, torch.from_numpy(features).to(trainer.device))
-        if rank == 0:
-            for start, part in zip(starts, gathered, strict=True):
-                text_KD[start : start + size] = part.cpu().numpy()
-    return text_KD
-
-
-def save_mean(folder: Path, runs: list[Path]) -> None:
-    """Write the mean of the weights of finished runs."""
-    model, *others = (load_model(run) for run in runs)
-    # Parameters, since tied weights stand twice in a state_dict.
-    with torch.no_grad():
-        for parameter, *theirs in zip(model.parameters(), *(other.parameters() for other in others), strict=True):
-            parameter.copy_(torch.stack([parameter, *theirs]).mean(0))
-    model.save_pretrained(folder)
+    return cross_fit(config)
 
 
 if __name__ == "__main__":

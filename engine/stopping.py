@@ -1,4 +1,4 @@
-"""How a process ends on SIGTERM, SIGINT (Ctrl-C), SIGHUP, or the death of its launcher: in seconds, without a traceback.
+"""How a process ends on SIGTERM, SIGINT (Ctrl-C), SIGHUP or its launcher's death: in seconds, without a traceback.
 
 By default at once, with exit code 128 + the signal's number; within `finishing`, when the work has come to a point from
 which it can go on, or at the latest after some seconds. A second Ctrl-C always ends at once.
@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
@@ -40,6 +40,7 @@ class _Stop:
     signum: int | None = None
     patience: float | None = None
     quiet = False
+    word: Callable[[int], object] | None = None
 
 
 _stop = _Stop()
@@ -70,11 +71,6 @@ def requested() -> int | None:
     return _stop.signum
 
 
-def exit_code() -> int:
-    """128 + the signal that ended the work."""
-    return 128 + (_stop.signum or 0)
-
-
 @contextmanager
 def finishing(seconds: float) -> Iterator[None]:
     """Within, a signal leaves the process `seconds` to come to an end by itself: look at `requested`."""
@@ -98,6 +94,21 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 def name_of(signum: int) -> str:
     return signal.Signals(signum).name
+
+
+def before_leaving(word: Callable[[int], object]) -> None:
+    """Call `word` with the exit code before a signal ends this process; it has a second."""
+    _stop.word = word
+
+
+def leave_stopped(signum: int | None = None) -> NoReturn:
+    """End the process now, as stopped by `signum`, or else by the signal that it was told."""
+    found = signum or _stop.signum or signal.SIGTERM
+    if _stop.word is not None:
+        saying = threading.Thread(target=_stop.word, args=(128 + found,), daemon=True)
+        saying.start()
+        saying.join(1)
+    leave(128 + found, None if _stop.quiet else f"stopped by {name_of(found)}; {GOES_ON}")
 
 
 def leave(code: int, message: str | None = None) -> NoReturn:
@@ -128,9 +139,9 @@ def _listen(heard: int) -> NoReturn:
                 _stop.signum, first = signum, time.monotonic()
                 deadline = first + (_stop.patience or 0)
             elif signum == signal.SIGINT and time.monotonic() > first + ECHO_SECONDS:
-                leave(exit_code())
+                leave_stopped()
         if _stop.signum is not None and time.monotonic() >= deadline:
-            leave(exit_code(), None if _stop.quiet else f"stopped by {name_of(_stop.signum)}; {GOES_ON}")
+            leave_stopped()
 
 
 def _launchers() -> tuple[list[psutil.Process], bool]:

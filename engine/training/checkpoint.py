@@ -1,113 +1,200 @@
-"""Checkpoints: written aside, renamed when whole, pointed to last; a killed run goes on from the newest whole one.
+"""Checkpoints: written aside, renamed when whole, and believed only when their digests hold.
 
-checkpoints/step-00000400/deepspeed/   DeepSpeed's files, one a rank where ZeRO shards
-                          state.npz    counters, ECL table, bank rows
-                          model/       consolidated Hugging Face folder, needs no DeepSpeed
-checkpoints/latest, best               names of folders
+checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one a rank where ZeRO shards
+                          state.npz      counters, ECL table, bank rows
+                          model/         consolidated Hugging Face folder, needs no DeepSpeed
+                          digests.json   of all of these
+checkpoints/latest, best                 names of folders: hints for people; the newest whole checkpoint is what counts
 """
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
+import torch
 import torch.distributed as dist
 
-from ..errors import UserError
-from ..files.atomic import sync, write_atomically
+from ..errors import UserError, reading, tell, writing
+from ..files import digests
+from ..files.atomic import as_umask, put_in_place, recover, write_atomically
 from ..model.efficientclip import EfficientCLIP
+from .ranks import gathered, told
 
 Arrays = dict[str, Any]
+STEP = re.compile(r"step-(\d{8})")
+RESTORE = "restore it from a copy, or remove this checkpoint to go on from an earlier one"
 
 
 class Checkpoints:
-    """The checkpoint folder of one run; every rank calls every method."""
+    """The checkpoint folder of one run; every rank calls every method. Rank 0 decides, the others are told."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder = run / "checkpoints"
         self.keep = keep
         if dist.get_rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*.partial"):
-                shutil.rmtree(leftover)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for leftover in self.folder.glob("*.partial"):
+                    if STEP.fullmatch(leftover.stem):
+                        shutil.rmtree(leftover)
+                for aside in self.folder.glob(".step-*.replaced"):
+                    recover(self.folder / aside.stem.removeprefix("."))
         dist.barrier()
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int, arrays: Arrays, best: bool) -> None:
-        """Write step's checkpoint; the last `keep` and the best stay."""
-        name = f"step-{step:08d}"
+        """Write step's checkpoint; the last `keep` and the best stay. UserError where weights are not finite."""
+        name = _name(step)
         staging = self.folder / f"{name}.partial"
         if dist.get_rank() == 0:
-            # A checkpoint of this step from before a resume is replaced.
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            with writing(staging):
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir()
         dist.barrier()
-        engine.save_checkpoint(str(staging), tag="deepspeed")
-        save_model(engine, staging / "model")
-        if dist.get_rank() == 0:
-            with (staging / "state.npz").open("wb") as file:
-                np.savez(file, **arrays)
-            for file_path in staging.rglob("*"):
-                if file_path.is_file():
-                    _fsync(file_path)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            final = self.folder / name
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(staging, final)
-            sync(self.folder)
-            write_atomically(self.folder / "latest", name.encode())
-            if best:
-                write_atomically(self.folder / "best", name.encode())
-            self._remove_old()
+        with writing(staging), ThreadPoolExecutor(1) as hasher:
+            # Each rank reads what it wrote: elsewhere it would have to come over the network first.
+            mine = hasher.submit(digests.described, staging, _saved_by_this_rank(engine, staging))
+            save_model(engine, staging / "model")
+            if dist.get_rank() == 0:
+                with (staging / "state.npz").open("wb") as file:
+                    np.savez(file, **arrays)
+            described = {name: entry for part in gathered(mine.result()) for name, entry in part.items()}
+            if dist.get_rank() == 0:
+                rest = [name for name in digests.files_in(staging) if name not in described]
+                digests.write_digests(staging, described | digests.described(staging, rest))
+                put_in_place(staging, self.folder / name)
+                write_atomically(self.folder / "latest", name.encode())
+                if best:
+                    write_atomically(self.folder / "best", name.encode())
+                self._remove_old(step)
         dist.barrier()
 
-    def latest(self) -> Path | None:
-        """The newest whole checkpoint, or None."""
-        return self._pointed("latest")
+    def newest(self) -> Path | None:
+        """The newest checkpoint whose digests hold, or None where there is none at all.
+
+        UserError where there are some and none is whole: to begin again would cost what they hold.
+        """
+        found = told(sorted((path.name for path in self._all()), reverse=True))
+        broken: list[str] = []
+        for name in found:
+            mistake = self._mistake(name)
+            if mistake is None:
+                if broken and dist.get_rank() == 0:
+                    tell(f"notice: {'; '.join(broken)}; going on from {name}, the newest whole checkpoint")
+                return self.folder / name
+            broken.append(mistake)
+        if broken:
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole ({'; '.join(broken)}); restore one from a copy, or choose"
+                " another run folder to begin anew"
+            )
+        return None
 
     def best(self) -> Path | None:
-        return self._pointed("best")
+        """The best checkpoint by validation, if it is there and whole."""
+        name = told(_pointed(self.folder / "best") if dist.get_rank() == 0 else None)
+        if name is None:
+            return None
+        mistake = self._mistake(name)
+        if mistake is not None and dist.get_rank() == 0:
+            tell(f"notice: the best checkpoint cannot be used: {mistake}")
+        return self.folder / name if mistake is None else None
 
     def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
         """Put weights and optimiser state back and return the arrays saved beside them."""
-        loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        with reading("checkpoint", checkpoint, RESTORE):
+            loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
         if loaded is None:
             raise UserError(
                 f"checkpoint {checkpoint}: DeepSpeed cannot load it with this world size and ZeRO stage; resume with"
                 " the ones it was written with, or start a new run"
             )
-        with np.load(checkpoint / "state.npz") as arrays:
+        with reading("checkpoint", checkpoint / "state.npz", RESTORE), np.load(checkpoint / "state.npz") as arrays:
             return {name: arrays[name] for name in arrays.files}
 
-    def _pointed(self, pointer: str) -> Path | None:
-        file = self.folder / pointer
-        if not file.is_file():
-            return None
-        checkpoint = self.folder / file.read_text().strip()
-        return checkpoint if (checkpoint / "state.npz").is_file() else None
+    def _all(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name)]
 
-    def _remove_old(self) -> None:
-        best = self.best()
-        checkpoints = sorted(path for path in self.folder.glob("step-*") if path.suffix != ".partial")
-        for path in checkpoints[: -self.keep]:
-            if path != best:
-                shutil.rmtree(path)
+    def _mistake(self, name: str) -> str | None:
+        """What is wrong with a checkpoint; None: it is whole. Ranks share the reading."""
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        try:
+            described = digests.read_digests(self.folder / name)
+            if "state.npz" not in described:
+                raise UserError(f"{self.folder / name / digests.NAME}: does not tell of state.npz")
+            mine = {file: described[file] for file in sorted(described)[rank::ranks]}
+            digests.check(self.folder / name, mine, "it is passed over", anew=True)
+            mistake = None
+        except UserError as error:
+            mistake = str(error)
+        except OSError as error:
+            mistake = f"{self.folder / name}: {error.strerror}"
+        return next((found for found in gathered(mistake) if found is not None), None)
+
+    def _remove_old(self, step: int) -> None:
+        """Of those up to `step`; later ones, which a resumed run has not come to again, are no part of what is kept."""
+        pointed = {_pointed(self.folder / pointer) for pointer in ("latest", "best")}
+        past = sorted(path.name for path in self._all() if path.name <= _name(step))
+        for name in past[: -self.keep]:
+            if name not in pointed:
+                shutil.rmtree(self.folder / name)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named for."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _pointed(pointer: Path) -> str | None:
+    """The checkpoint that a pointer file names, if it is there."""
+    try:
+        name = pointer.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if STEP.fullmatch(name) and (pointer.parent / name).is_dir() else None
+
+
+def _saved_by_this_rank(engine: deepspeed.DeepSpeedEngine, staging: Path) -> Iterable[str]:
+    """Save DeepSpeed's part; returns the files that this rank wrote, relative to `staging`."""
+    written: list[str] = []
+    writer = engine.checkpoint_engine
+    save = writer.save
+
+    def noted(state_dict: Any, path: Any) -> Any:
+        written.append(Path(path).relative_to(staging).as_posix())
+        return save(state_dict, path)
+
+    writer.save = noted
+    try:
+        engine.save_checkpoint(str(staging), tag="deepspeed")
+    finally:
+        writer.save = save
+    return written
 
 
 def save_model(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Write the consolidated Hugging Face folder from rank 0, whatever the ZeRO stage."""
+    """Write the consolidated Hugging Face folder from rank 0, whatever the ZeRO stage; UserError at a weight that is
+    not finite."""
     module: EfficientCLIP = engine.module
     parameters = list(module.parameters()) if engine.zero_optimization_stage() == 3 else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
         if dist.get_rank() == 0:
             state = {name: value.detach().cpu().float().clone() for name, value in module.state_dict().items()}
+            wrong = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
+            if wrong is not None:
+                raise UserError(
+                    f"{folder}: parameter {wrong} is not finite, and is not saved; lower optimizer.lr or set"
+                    " optimizer.clip, and run the same command again: it goes on from the checkpoint before"
+                )
             module.save_pretrained(folder, state_dict=state)
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+            as_umask(folder)

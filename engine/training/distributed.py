@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 import torch
+import torch.distributed as dist
+import torch.utils.deterministic
 from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
+from transformers.utils import logging
 
 from ..config import Config
 from ..errors import UserError
@@ -28,6 +34,35 @@ OWNED = {
     "scheduler": "optimizer",
     "steps_per_print": "training.log_every",
 }
+
+
+@contextmanager
+def process_group(config: Config) -> Iterator[int]:
+    """This process set up for training, as its rank."""
+    # Bars over the writing of small weight files would tear the progress bar.
+    logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        _keep_freed_memory()
+        # Batches differ in their tokens, so most of the 1,024 compiled products kept by default never return.
+        for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "128")
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    rank, _ = join_process_group()
+    yield rank
+    # After an error the others are not there to take leave of, and the process ends anyway.
+    dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """glibc hands large tensors back to the kernel and faults them in anew: up to a fifth of a step on CPUs."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join_process_group() -> tuple[int, int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import deepspeed
@@ -23,20 +22,26 @@ from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from .. import stopping
 from ..confidence import ConfidenceTable
-from ..config import Config, differing_keys, load_config, save_config
+from ..config import Config
 from ..data.batches import Bank, Batch
 from ..data.pairs import PairSource
-from ..errors import UserError
+from ..data.store import first_not_finite
+from ..errors import UserError, tell, writing
+from ..files import digests
+from ..files.atomic import put_in_place, write_atomically, written_aside
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import moved, to_device
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
-from .checkpoint import Checkpoints, save_model
+from .checkpoint import Checkpoints, save_model, step_of
 from .distributed import deepspeed_config
 from .history import forget_from, write_epoch
 from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
+from .ranks import gathered, told
+from .run_folder import seal
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
 
@@ -69,9 +74,8 @@ class Trainer:
         self.loader = source.batches(config, self.rank, self.world_size)
         self.loader.kept = self.confidence.kept
         self.step = 0
-        self.best = -math.inf
+        self.best = self.recall = -math.inf
         self.grad_norm = 0.0
-        self.stop_requested = False
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
         self._resume()
@@ -86,18 +90,20 @@ class Trainer:
         """Pairs that passed through the trained tower so far, over all ranks."""
         return self.step * self.config.training.batch_size
 
-    def train(self) -> bool:
-        """Spend the rest of the budget; False when a SIGTERM ended it early, after saving."""
-        previous = signal.signal(signal.SIGTERM, self._request_stop)
+    def train(self) -> int | None:
+        """Spend the rest of the budget; returns the signal that ended it early, after saving, or None."""
         try:
-            return self._train()
+            with stopping.finishing(self.config.training.grace_seconds):
+                stopped_by = self._train()
+                if stopped_by is None:
+                    self._finish()
+                return stopped_by
         finally:
-            signal.signal(signal.SIGTERM, previous)
             self.loader.close()
             if self.metrics is not None:
                 self.metrics.close()
 
-    def _train(self) -> bool:
+    def _train(self) -> int | None:
         training = self.config.training
         self.engine.train()
         bar = tqdm(
@@ -131,7 +137,7 @@ class Trainer:
                 refresh=False,
             )
             best = False
-            stop, ended = self._anywhere(self.stop_requested, self.loader.ended)
+            stop, ended = self._anywhere(stopping.requested() or 0, self.loader.ended)
             if ended:
                 with self.span("confidence"):
                     self._end_epoch()
@@ -139,15 +145,17 @@ class Trainer:
             if last or (ended and self.loader.epoch % training.validate_every == 0):
                 with self.span("validation"):
                     best = self._validate()
-            if stop or best or self.step % training.checkpoint_every == 0 or self.step == self.total_steps:
+            if stop or best or self.step % training.checkpoint_every == 0 or last:
                 with self.span("checkpoint"):
                     self.checkpoints.save(self.engine, self.step, self._state(), best)
+                if not stop:
+                    # A signal that came while it was written need not wait for another one.
+                    (stop,) = self._highest(stopping.requested() or 0)
             if stop:
                 bar.close()
-                return False
+                return stop
         bar.close()
-        self._finish()
-        return True
+        return None
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         """Forward, backward and update on one global batch; returns its figures and shows ECL its scores."""
@@ -192,7 +200,7 @@ class Trainer:
             "tokens": batch.tokens * self.world_size,
         }
         values["grad_norm"] = self.grad_norm
-        self._check_finite(values, batch)
+        self._check_finite(values, losses, batch)
         return values
 
     def _losses(self, output: dict[str, torch.Tensor], scale: torch.Tensor, batch: Batch, keys: Keys | None) -> Losses:
@@ -285,18 +293,49 @@ class Trainer:
         counted = counted_N.sum()
         return {"cosine": float(cosine / counted), "mlm": float(mlm), "regression": float(regression / counted)}
 
-    def _check_finite(self, values: dict[str, float], batch: Batch) -> None:
+    def _check_finite(self, values: dict[str, float], losses: Losses, batch: Batch) -> None:
         wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]
-        if wrong:
-            keys = ", ".join(batch.keys[:8] or self.source.names(batch.rows_N[:8]))
-            raise UserError(
-                f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; the batch's pairs begin with {keys}. The last"
-                f" checkpoint in {self.checkpoints.folder} is sound. Lower optimizer.lr, set optimizer.clip, or look at"
-                " these pairs; then run the same command again"
-            )
+        if not wrong:
+            return
+        causes = [cause for cause in gathered(self._not_finite(losses, batch)) if cause is not None]
+        sound = self.checkpoints.newest()
+        goes_on = (
+            "no checkpoint was written yet"
+            if sound is None
+            else f"{sound} is whole, and the same command goes on from it"
+        )
+        raise UserError(
+            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; {causes[0] if causes else 'all weights are finite'}."
+            f" Lower optimizer.lr, set optimizer.clip, or look at these pairs; {goes_on}"
+        )
+
+    def _not_finite(self, losses: Losses, batch: Batch) -> str | None:
+        """What of this rank is not finite: stored features, pairs whose scores alone are, or a parameter."""
+        first = batch.first
+        if batch.frozen_MD is not None:
+            row = first_not_finite(batch.frozen_MD.float().cpu().numpy())
+            if row is not None:
+                return f"the stored feature of pair {self._names(batch, [first + row])} is not finite"
+        score_M = losses.cosine_M.detach().float().cpu().numpy()
+        rows = np.flatnonzero(~np.isfinite(score_M))
+        if 0 < len(rows) < len(score_M):
+            return f"the scores of these pairs are not finite: {self._names(batch, (first + rows[:8]).tolist())}"
+        for name, parameter in self.engine.module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                pairs = self._names(batch, list(range(first, first + min(8, len(score_M)))))
+                return f"parameter {name} is not finite; the batch's pairs begin with {pairs}"
+        return None
+
+    def _names(self, batch: Batch, places: list[int]) -> str:
+        """How a user finds the pairs at these places of the global batch again."""
+        if batch.keys:
+            return ", ".join(batch.keys[place - batch.first] for place in places)
+        return ", ".join(self.source.names(batch.rows_N[places]))
 
     def _end_epoch(self) -> None:
         self.confidence.select(self.loader.epoch)
+        # Ranks of other processors may round a score to the other side of the threshold.
+        self.confidence.kept = told(self.confidence.kept)
         self._write_history()
         self.confidence.start_epoch()
         if self.snapshot is not None:
@@ -312,7 +351,8 @@ class Trainer:
         reports = self.validate(self.engine.module)
         if not reports:
             return False
-        mean = float(np.mean([report["t2i"]["R@10"] for report in reports.values()]))
+        mean = told(float(np.mean([report["t2i"]["R@10"] for report in reports.values()])))
+        self.recall = mean
         if self.metrics is not None:
             self.metrics.validation(self.step, self.visits, self.loader.epoch, reports)
             shown = ", ".join(f"{name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
@@ -333,14 +373,16 @@ class Trainer:
                     self.loader.kept_share,
                 )
 
-    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self.stop_requested = True
-
-    def _anywhere(self, *mine: bool) -> list[bool]:
+    def _anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
         """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""
+        stop, ended_anywhere = self._highest(stop, ended)
+        return stop, bool(ended_anywhere)
+
+    def _highest(self, *mine: int) -> list[int]:
         flags = torch.tensor(mine, dtype=torch.int32, device=self.device)
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in flags.tolist()]
+        highest: list[int] = flags.tolist()
+        return highest
 
     def _autocast(self) -> torch.autocast:
         """The precision that DeepSpeed gives the trained towers, for copies of them."""
@@ -361,6 +403,7 @@ class Trainer:
         state: dict[str, Any] = {
             "step": np.int64(self.step),
             "best": np.float64(self.best),
+            "recall": np.float64(self.recall),
         }
         state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
         state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
@@ -372,20 +415,11 @@ class Trainer:
         return state
 
     def _resume(self) -> None:
-        checkpoint = self.checkpoints.latest()
-        saved_config = self.run / "config.yaml"
+        checkpoint = self.checkpoints.newest()
         if checkpoint is None:
-            if self.rank == 0:
-                save_config(self.config, saved_config)
             return
-        changed = differing_keys(load_config(saved_config), self.config)
-        if changed:
-            raise UserError(
-                f"run {self.run}: holds checkpoints of another config ({', '.join(changed[:5])} differ from its"
-                " config.yaml); choose another run folder, or remove this one"
-            )
         state = self.checkpoints.load(self.engine, checkpoint)
-        self.step, self.best = int(state["step"]), float(state["best"])
+        self.step, self.best, self.recall = int(state["step"]), float(state["best"]), float(state["recall"])
         self.loader.restore(_under(state, "loader."))
         self.confidence.restore(_under(state, "confidence."))
         self.bank.restore(_under(state, "bank."))
@@ -403,24 +437,44 @@ class Trainer:
             write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
 
     def _finish(self) -> None:
-        save_model(self.engine, self.run / "model")
+        """The model, ECL's table and the digests of a finished run; each appears whole or not at all."""
+        self._write_final()
         if self.loader.epoch_step > 0:
             self._write_history()
-        if self.metrics is not None and len(self.source):
+        if self.metrics is None:
+            return
+        if len(self.source):
             table = self.confidence
-            rows = np.arange(len(table.kept))
-            pq.write_table(
-                pa.table(
-                    {
-                        "row": rows,
-                        "score": table.mean_score,
-                        "times_seen": table.times_seen,
-                        "kept": table.kept,
-                        "dropped_epoch": table.dropped_epoch,
-                    }
-                ),
-                self.run / "confidence.parquet",
-            )
+            columns = {
+                "row": np.arange(len(table.kept)),
+                "score": table.mean_score,
+                "times_seen": table.times_seen,
+                "kept": table.kept,
+                "dropped_epoch": table.dropped_epoch,
+            }
+            with written_aside(self.run / "confidence.parquet") as file:
+                pq.write_table(pa.table(columns), file)
+        seal(self.run)
+
+    def _write_final(self) -> None:
+        """RUN/model: the best weights by validation, where there is one, or the last, as `training.final` says."""
+        best = self.checkpoints.best() if self.config.training.final == "best" and math.isfinite(self.best) else None
+        aside = self.run / ".model.partial"
+        with writing(self.run / "model"):
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            if best is None or step_of(best) == self.step:
+                save_model(self.engine, aside)
+            elif self.rank == 0:
+                shutil.copytree(best / "model", aside)
+                tell(
+                    f"{self.run / 'model'}: step {step_of(best)}, the best by validation (recall@10 {self.best:.1f};"
+                    f" of the last {self.recall:.1f}); training.final=last takes the last"
+                )
+            if self.rank == 0:
+                digests.write_digests(aside)
+        if self.rank == 0:
+            put_in_place(aside, self.run / "model")
 
 
 class Metrics:
@@ -429,8 +483,8 @@ class Metrics:
     def __init__(self, run: Path, step: int) -> None:
         self.file = run / "metrics.jsonl"
         if self.file.is_file():
-            lines = [line for line in self.file.read_text().splitlines() if _step_of(line) <= step]
-            self.file.write_text("".join(line + "\n" for line in lines))
+            lines = [line for line in self.file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
+            write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
         self.pending: list[dict[str, float]] = []
 
@@ -456,7 +510,7 @@ class Metrics:
         self._write(step, {"visits": visits, "epoch": epoch, "validation": reports})
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
-        with self.file.open("a") as file:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, float):
@@ -473,7 +527,7 @@ def _step_of(line: str) -> int:
     """A line cut short by a crash belongs to no step."""
     try:
         return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return 2**62
 
 

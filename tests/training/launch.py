@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 # Imports take ten seconds: a server does them once, and processes of one rank are forked from it.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["efficientclip.train", "efficientclip.cross_fit", "efficientclip.profile"])
+SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.profile"])
 
 
 def environment(**extra: str) -> dict[str, str]:

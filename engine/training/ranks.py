@@ -1,0 +1,198 @@
+"""The ranks of a run agree before they start, follow rank 0's word, and end together when one of them cannot go on.
+
+Beside the process group they share a few words in torch's TCPStore: the first error of any rank, which all others find
+within a second, whatever collective they wait in.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from .. import stopping
+from ..errors import UserError, message_of, tell
+
+T = TypeVar("T")
+FIRST, HEARD = "efficientclip/first error", "efficientclip/heard"
+POLL_SECONDS = 0.5
+# For ranks that still import what this one has imported.
+JOIN_SECONDS = 60
+HEARD_SECONDS = 5
+LOST_SECONDS = 3
+
+
+class _Words:
+    """This rank's connection to the words; none where it is alone."""
+
+    def __init__(self) -> None:
+        self.store: dist.TCPStore | None = None
+        self.joining = threading.Lock()
+        self.ended = threading.Event()
+
+
+_words = _Words()
+
+
+def rank_of_environment() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_of_environment() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def together(work: Callable[[], int]) -> int:
+    """Run `work` on this rank and return the exit code of all: its own, or 2 (a user's error), or 1 (a defect).
+
+    The first error of any rank is printed once and ends all others within seconds.
+    """
+    _words.ended.clear()
+    try:
+        if world_of_environment() > 1:
+            stopping.before_leaving(lambda code: _is_first(code, "a signal"))
+            threading.Thread(target=_listen, name="ranks", daemon=True).start()
+        code = work()
+    except Exception as error:
+        message = message_of(error)
+        if message is None and _lost_peer(error):
+            if stopping.requested() is not None:
+                stopping.leave_stopped()
+            # Whoever ended the connection may say why, which ends this process.
+            time.sleep(LOST_SECONDS)
+            message = f"rank {rank_of_environment()}: another rank is gone; {stopping.GOES_ON}"
+        code = 1 if message is None else 2
+        if _is_first(code, message or str(error)):
+            tell(traceback.format_exc() if message is None else f"error: {message}")
+            _wait_until_heard()
+    _words.ended.set()
+    return code
+
+
+def told(word: T) -> T:
+    """Rank 0's `word`, on all ranks."""
+    words = [word]
+    dist.broadcast_object_list(words)
+    return words[0]
+
+
+def gathered(word: T) -> list[T]:
+    """The words of all ranks, on all ranks."""
+    words: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(words, word)
+    return words  # type: ignore[return-value]
+
+
+def agree(found: Mapping[str, str], remedies: Mapping[str, str]) -> None:
+    """UserError on all ranks, naming what differs and where, unless all found the same. `found`: name to digest."""
+    everyone = gathered((socket.gethostname(), dict(found)))
+    (first_host, first), *others = everyone
+    for rank, (host, theirs) in enumerate(others, 1):
+        for name in sorted(first.keys() | theirs.keys()):
+            if first.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{name}: rank {rank} on {host} has another than rank 0 on {first_host};"
+                    f" {remedies.get(name, 'give all ranks the same')}"
+                )
+
+
+def _join() -> dist.TCPStore | None:
+    if world_of_environment() == 1:
+        return None
+    with _words.joining:
+        if _words.store is None:
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            _words.store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=rank_of_environment() == 0 and not agent,
+                timeout=timedelta(seconds=JOIN_SECONDS),
+                wait_for_workers=False,
+                # torch's own store of the process group is the same server.
+                multi_tenant=True,
+            )
+        return _words.store
+
+
+def _key(name: str) -> str:
+    return f"{name}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+
+
+def _listen() -> None:
+    """End this process when another rank has an error, or when rank 0, which keeps the words, is gone."""
+    try:
+        store = _join()
+    except Exception:
+        return
+    while store is not None and not _words.ended.wait(POLL_SECONDS):
+        try:
+            found = store.check([_key(FIRST)])
+        except Exception:
+            _rank_0_is_gone()
+            return
+        if found and not _words.ended.is_set():
+            _leave_with(store)
+
+
+def _leave_with(store: dist.TCPStore) -> NoReturn:
+    code = int(store.get(_key(FIRST)).split()[0])
+    with suppress(Exception):
+        store.add(_key(HEARD), 1)
+    if code > 128:
+        stopping.leave_stopped(code - 128)
+    stopping.leave(code)
+
+
+def _rank_0_is_gone() -> None:
+    # At the end of a run rank 0 may leave first.
+    if _words.ended.wait(LOST_SECONDS):
+        return
+    if stopping.requested() is not None:
+        stopping.leave_stopped()
+    stopping.leave(2, f"error: rank 0 is gone; {stopping.GOES_ON}" if rank_of_environment() == 1 else None)
+
+
+def _is_first(code: int, why: str) -> bool:
+    """Whether this rank is the first to end before its time, with exit code `code`; it is where nobody can be asked."""
+    try:
+        store = _join()
+        if store is None:
+            return True
+        mine = f"{code} {rank_of_environment()} {os.getpid()} {why[:500]}"
+        return bool(store.compare_set(_key(FIRST), "", mine).decode(errors="replace") == mine)
+    except Exception:
+        return True
+
+
+def _wait_until_heard() -> None:
+    """Rank 0 keeps the words: it leaves when the others have read them."""
+    if _words.store is None:
+        return
+    deadline = time.monotonic() + HEARD_SECONDS
+    with suppress(Exception):
+        while time.monotonic() < deadline:
+            if _words.store.add(_key(HEARD), 0) >= world_of_environment() - 1:
+                return
+            time.sleep(POLL_SECONDS / 5)
+
+
+def _lost_peer(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    lost = (
+        "connection closed by peer",
+        "connection reset",
+        "broken pipe",
+        "connection refused",
+        "remote process exited",
+    )
+    return isinstance(error, RuntimeError) and any(words in text for words in lost)

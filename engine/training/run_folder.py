@@ -1,0 +1,178 @@
+"""The folder of a run: whose it is, which process is at it, and what makes it whole in itself.
+
+RUN/config.yaml       as it was run, paths absolute
+    identity.json     what the run was trained on, by digest: a store that has moved is known again by it
+    tokenizer/        the store's, so that texts can be encoded without the store
+    digests.json      of everything but checkpoints/ and model/, which have their own; written when the run is finished
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from .. import __version__
+from ..config import Config, differing_keys, identity_keys, load_config, save_config
+from ..data.store import TextStore
+from ..errors import UserError, reading, writing
+from ..files import digests
+from ..files.atomic import put_in_place, write_atomically
+from ..files.lock import NAME as LOCK
+from ..files.lock import held
+from ..files.ownership import LOGS, Kind, claim, mark
+from .ranks import agree, gathered, told
+
+SEEN_SECONDS = 15
+# Written on, or holding digests of their own.
+APART = ("checkpoints", "model", "tensorboard")
+
+
+@contextmanager
+def owned(folder: Path, kind: Kind, doing: str) -> Iterator[None]:
+    """`folder` claimed, marked and locked by rank 0, and seen by every rank.
+
+    UserError when it is not ours to write, another process is at it, or a rank sees another folder at that path.
+    """
+    if dist.get_rank() > 0:
+        _see(folder, told(""))
+        dist.barrier()
+        yield
+        return
+    claim(folder, kind, beside=LOGS)
+    with writing(folder):
+        mark(folder, kind)
+    with held(folder, doing):
+        told((folder / LOCK).read_text(encoding="utf-8"))
+        dist.barrier()
+        yield
+
+
+def _see(folder: Path, lock: str) -> None:
+    """A network file system may show what rank 0 wrote some seconds later."""
+    file, deadline = folder / LOCK, time.monotonic() + SEEN_SECONDS
+    while True:
+        try:
+            if file.read_text(encoding="utf-8") == lock:
+                return
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{folder}: rank {dist.get_rank()} on {socket.gethostname()} does not see the folder that rank 0 writes"
+                " there; all ranks need the same one: put it on a file system that all nodes share"
+            )
+        time.sleep(0.2)
+
+
+def proven(stores: Mapping[str, TextStore]) -> dict[str, str]:
+    """The identity of each store, by name, once every rank knows that it is whole where it looks.
+
+    A node's first rank reads; the others take its word for files that are the very same.
+    """
+    known: digests.Known = {}
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if first:
+        for store in stores.values():
+            known |= store.prove()
+    host = socket.gethostname()
+    for other, theirs in gathered((host, known)):
+        known |= theirs if other == host else {}
+    if not first:
+        for store in stores.values():
+            store.prove(known)
+    return {name: store.identity for name, store in stores.items()}
+
+
+def agreed(config: Config, identity: Mapping[str, Any]) -> None:
+    """UserError, naming rank and host, unless all ranks have the same config, code and data."""
+    settings = "" if config.deepspeed is None else config.deepspeed.read_text(encoding="utf-8")
+    described = json.dumps([identity_keys(config), settings], sort_keys=True, default=str)
+    found = {
+        "config": hashlib.sha256(described.encode()).hexdigest(),
+        "efficientclip": f"{__version__} {_code()}",
+        **{package: importlib.metadata.version(package) for package in ("torch", "deepspeed", "numpy")},
+        **{name: json.dumps(value, sort_keys=True) for name, value in identity.items()},
+    }
+    remedies = {
+        "config": "give all nodes the same YAML, overrides and DeepSpeed JSON",
+        "efficientclip": "install the same version on all nodes",
+    }
+    agree(found, remedies)
+
+
+@cache
+def _code() -> str:
+    """Digest of this package's own modules and its C++ loader."""
+    root, state = Path(__file__).parent.parent, hashlib.sha256()
+    for file in sorted([*root.rglob("*.py"), *root.glob("_loader*.so")]):
+        state.update(file.read_bytes())
+    return state.hexdigest()[:16]
+
+
+def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | Path | None) -> None:
+    """Make the run whole in itself, or, where it holds checkpoints, UserError unless they are of this config and data.
+
+    Rank 0 alone.
+    """
+    run = config.run
+    if any((run / "checkpoints").glob("step-*")):
+        _same_run(config, identity)
+    else:
+        with writing(run):
+            save_config(config, run / "config.yaml")
+            write_atomically(run / "identity.json", json.dumps(identity, indent=1).encode())
+    with writing(run):
+        # A finished run's no longer hold once it goes on.
+        (run / digests.NAME).unlink(missing_ok=True)
+        if tokenizer is not None and not (run / "tokenizer").is_dir():
+            aside = run / ".tokenizer.partial"
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(tokenizer, Path):
+                shutil.copytree(tokenizer, aside)
+            else:
+                tokenizer.save_pretrained(aside)
+            put_in_place(aside, run / "tokenizer")
+
+
+def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
+    run = config.run
+    another = "choose another run folder, or remove this one"
+    changed = differing_keys(load_config(run / "config.yaml", saved=True), config)
+    if changed:
+        raise UserError(
+            f"run {run}: holds checkpoints of another config ({', '.join(changed[:5])} differ from its config.yaml);"
+            f" {another}"
+        )
+    file = run / "identity.json"
+    with reading("run", file, f"restore it, or {another}"):
+        before = json.loads(file.read_text(encoding="utf-8"))
+        moved = sorted(name for name in before.keys() | identity.keys() if before.get(name) != identity.get(name))
+    if moved:
+        raise UserError(
+            f"run {run}: was trained on other data than this config names ({', '.join(moved)} differ from its"
+            f" identity.json); name the same, wherever it lies now, or {another}"
+        )
+
+
+def seal(run: Path) -> None:
+    """Digests of a finished run's own files."""
+    with writing(run):
+        files = [name for name in digests.files_in(run) if name.split("/")[0] not in APART and not _is_log(name)]
+        digests.write_digests(run, digests.described(run, files))
+
+
+def _is_log(name: str) -> bool:
+    return Path(name).match("*.log") or Path(name).match("*.out") or Path(name).match("*.err")
