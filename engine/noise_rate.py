@@ -325,7 +325,7 @@ def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
     columns = {name: getattr(found, name) for name in COLUMNS}
     table = pa.table({"row": np.arange(len(found.p)), **columns})
     told = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
-    told["columns"] = _digest_of(*map(np.ascontiguousarray, columns.values()))
+    told["columns"] = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
     told["sha256"] = _digest_of(*map(str.encode, told.values()))
     with written_aside(folder / FILE) as aside:
         pq.write_table(table.replace_schema_metadata(told), aside)
@@ -347,7 +347,7 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
                 raise ValueError(f"{name} is not finite, or no column of numbers")
         if len(table) == 0 or not np.isin(columns["fold"], (0, 1)).all():
             raise ValueError("a pair is in neither fold")
-        digest = _digest_of(*map(np.ascontiguousarray, columns.values()))
+        digest = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
         if told.get("columns", digest) != digest:
             raise ValueError("is not what was written, its sha256 differs")
     if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
@@ -380,10 +380,10 @@ def _told(schema: pa.Schema) -> dict[str, str]:
     return told
 
 
-def _digest_of(*parts: bytes | npt.NDArray[Any]) -> str:
+def _digest_of(*parts: bytes | memoryview) -> str:
     state = hashlib.sha256()
     for part in parts:
-        state.update(len(part).to_bytes(8, "little"))
+        state.update(memoryview(part).nbytes.to_bytes(8, "little"))
         state.update(part)
     return state.hexdigest()
 

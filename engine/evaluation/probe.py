@@ -24,7 +24,7 @@ TEST_SHARE = 0.2
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1_000.0, 10_000.0)
 
 
-def probe(run: Path, train: Path, test: Path | None, seed: int) -> dict[str, Any]:
+def probe(run: Path, train: Path, test: Path | None, seed: int, store: Path | None = None) -> dict[str, Any]:
     """Accuracy and macro-F1, in per cent, of logistic regression on the text tower's features.
 
     {"accuracy", "macro_f1", "C", "train", "test": numbers of texts, "labels"}. Both files are tables with a text and a
@@ -42,7 +42,7 @@ def probe(run: Path, train: Path, test: Path | None, seed: int) -> dict[str, Any
         texts, labels = texts + more_texts, np.concatenate([labels, more_labels])
         if unknown := sorted(set(more_labels.tolist()) - set(labels[fit].tolist())):
             raise UserError(f"table {test}: no text of {train} has its label {unknown[0]!r}; train on all labels")
-    features_ND = open_run(run).encode_texts(texts, progress=True)
+    features_ND = open_run(run, store).encode_texts(texts, progress=True)
     inner, outer = _split(fit, labels[fit], seed, train)
 
     def fitted(strength: float, rows: Any) -> LogisticRegression:

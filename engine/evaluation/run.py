@@ -170,7 +170,8 @@ def _store_of(folder: Path, place: Path, identity: dict[str, Any] | None) -> Sto
     """The store at `place`; UserError when none is there, or another one than the run trained on."""
     if not (place / "manifest.json").is_file():
         raise UserError(
-            f"run {folder}: trained on the store {place}, which is not there now; say where it lies with --store PATH"
+            f"run {folder}: trained on the store {place}, which is not there now; put it back, or say where"
+            " it lies with --store PATH"
         )
     found = Store(place)
     if identity is not None and found.identity != identity["store"]:

@@ -82,8 +82,8 @@ def read_verdicts(run: Path, store: Store) -> Verdicts | None:
             raise ValueError("its rows are not those of a store, or a score is infinite")
     if len(table) != len(store):
         raise UserError(
-            f"verdicts {file}: tell of {len(table)} pairs, but store {store.path} holds {len(store)}; say where the"
-            " store that the run trained on lies with --store PATH"
+            f"run {run}: {file.name} tells of {len(table)} pairs, but store {store.path} holds {len(store)}; say where"
+            " the store that the run trained on lies with --store PATH"
         )
     noise = store.pairs()["noise"]
     verdicts = Verdicts(

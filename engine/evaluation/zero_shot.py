@@ -31,7 +31,9 @@ TEMPLATES = (
 LISTED_CLASSES = 30
 
 
-def classify(run: Path, data: Path, classes: Path, images: Path | None = None) -> dict[str, Any]:
+def classify(
+    run: Path, data: Path, classes: Path, images: Path | None = None, store: Path | None = None
+) -> dict[str, Any]:
     """Zero-shot accuracy over the labelled pictures of `data`, in per cent.
 
     {"top1", "top5", "mean_per_class", "images", "classes": {name: {"top1", "images"}}, "templates"}. A class is the
@@ -42,7 +44,7 @@ def classify(run: Path, data: Path, classes: Path, images: Path | None = None) -
     the lines from 0, or else label<TAB>name.
     """
     named = read_classes(classes)
-    opened = open_run(run)
+    opened = open_run(run, store)
     labels, rows = [], []
     for sample, feature_D in opened.encode_source(open_labelled(data, images)):
         if len(set(sample.captions)) != 1:

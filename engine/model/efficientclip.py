@@ -213,12 +213,14 @@ def load_model(run: Path) -> EfficientCLIP:
     check_model(run)
     folder = run / "model"
     with reading("model", folder, RESTORE):
-        model, loading = EfficientCLIP.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        load: Any = EfficientCLIP.from_pretrained
+        model, loading = load(folder, dtype=torch.float32, output_loading_info=True)
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if wrong := sorted(map(str, loading[kind])):
                 raise ValueError(f"{len(wrong)} {kind.replace('_keys', '')} weights, {wrong[0]} for one")
     require_finite(model, f"model {folder / 'model.safetensors'}", RESTORE)
-    return model.eval()
+    opened: EfficientCLIP = model.eval()
+    return opened
 
 
 def check_model(run: Path) -> None:

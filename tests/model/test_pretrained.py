@@ -15,7 +15,7 @@ from efficientclip.config import Model, load_config
 from efficientclip.data.batches import Segments
 from efficientclip.errors import UserError
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
-from efficientclip.train import check_positions
+from efficientclip.training.runs import check_positions
 from tests import tiny
 from tests.model import hub
 
@@ -113,7 +113,7 @@ def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
         (hub.clip_vision, "text", {}, "is a clip_vision_model, no text tower"),
         (hub.bert, "image", {}, "is a bert, no image tower"),
         (hub.clip, "image", {"size": 32}, "model.image_tower.size: 32, but .* takes pictures of 16 pixels"),
-        (None, "text", {}, "is no run, model folder or reachable hub id"),
+        (None, "text", {}, "is no model folder, run or reachable hub id"),
     ],
 )
 def test_folders_of_another_kind_are_refused(
