@@ -25,6 +25,7 @@ from ..data.store import Store, Texts, TextStore
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, reading, tell
 from ..files import digests
+from ..files.ownership import kind_of
 from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name
@@ -160,6 +161,11 @@ def trained_on(folder: Path, config: Config, store: Path | None = None) -> Store
     return found
 
 
+def is_store(path: Path) -> bool:
+    """Whether a store lies at `path`, be it broken."""
+    return (path / "manifest.json").is_file() or kind_of(path) == "store"
+
+
 def same_tower(one: str | None, other: str | None) -> bool:
     """Whether two names are of the same frozen weights, whatever their folders are called."""
     found = [WEIGHTS.fullmatch(name or "") for name in (one, other)]
@@ -168,7 +174,7 @@ def same_tower(one: str | None, other: str | None) -> bool:
 
 def _store_of(folder: Path, place: Path, identity: dict[str, Any] | None) -> Store:
     """The store at `place`; UserError when none is there, or another one than the run trained on."""
-    if not (place / "manifest.json").is_file():
+    if not is_store(place):
         raise UserError(
             f"run {folder}: trained on the store {place}, which is not there now; put it back, or say where"
             " it lies with --store PATH"
@@ -277,7 +283,7 @@ def open_data(run: Run, data: Path | None) -> Iterator[Store]:
         yield trained_on(run.folder, run.config, run.store)
         return
     expected, remedy = run.manifest["tower"], f"prepare it with --config {run.folder / 'config.yaml'}"
-    if (data / "manifest.json").is_file():
+    if is_store(data):
         store = Store(data)
         if not same_tower(store.manifest["tower"], expected):
             found = store.manifest["tower"]

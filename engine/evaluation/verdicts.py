@@ -72,9 +72,9 @@ class Detection:
 def read_verdicts(run: Path, store: Store) -> Verdicts | None:
     """confidence.parquet with the store's noise labels; None before the run's end, or without scores."""
     file = run / "confidence.parquet"
+    digests.check_written(run, file.name, remedy=RESTORE)
     if not file.is_file():
         return None
-    digests.check_written(run, file.name, remedy=RESTORE)
     with reading("verdicts", file, RESTORE):
         table = pq.read_table(file, columns=["row", "score", "kept"]).sort_by("row")
         score, kept = table["score"].to_numpy().astype(np.float64), table["kept"].to_numpy().astype(np.bool_)
