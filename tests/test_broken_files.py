@@ -20,7 +20,6 @@ from efficientclip.errors import UserError
 from efficientclip.evaluation.run import read_metrics
 from efficientclip.evaluation.verdicts import read_verdicts
 from efficientclip.files import digests
-from efficientclip.hardware import read_hardware
 from efficientclip.noise_rate import CrossFit, read_cross_fit, read_rate, write_cross_fit
 from efficientclip.training.history import RECORD, open_epoch
 from tests import tiny
@@ -211,22 +210,20 @@ def test_a_cross_fit_of_an_earlier_version_is_looked_at_too(judged: tuple[Path, 
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("content", "message"),
     [
         (
             "metrics.jsonl",
             b'{"step": 1, "visits": 32}\n\xff\xfe\n{"step": 2, "visits": 64}\n',
             "metrics .*jsonl: broken",
         ),
-        ("metrics.jsonl", b'{"step": 1, "visits": 32}\n7\n', "line 2 is not one of a step"),
-        ("hardware.json", b'[{"from_step": 0}]', "hardware .*json: broken"),
-        ("hardware.json", b"\0\0", "hardware .*json: broken"),
+        (b'{"step": 1, "visits": 32}\n7\n', "line 2 is not one of a step"),
     ],
 )
-def test_traces_of_an_unfinished_run_are_looked_at_too(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
+def test_metrics_of_an_unfinished_run_are_looked_at_too(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        (read_metrics if name == "metrics.jsonl" else read_hardware)(tmp_path / name)
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("records", [np.zeros(5), np.zeros((5, 2), RECORD)])

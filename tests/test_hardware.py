@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from efficientclip import hardware
+from efficientclip.errors import UserError
 from efficientclip.hardware import in_words, read_hardware, record_hardware
 
 
@@ -25,3 +26,10 @@ def test_starts_on_another_machine_are_told_apart(tmp_path: Path, monkeypatch: p
     assert in_words(read_hardware(file)).endswith("; then 4 ranks on another")
     record_hardware(file, 7, 8)
     assert [entry["from_step"] for entry in read_hardware(file)] == [0, 7]
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", '["a"]', '[{"from_step": "0", "world_size": 1, "machine": "m"}]'])
+def test_a_broken_record_is_one_message(tmp_path: Path, content: str) -> None:
+    (tmp_path / "hardware.json").write_text(content)
+    with pytest.raises(UserError, match=rf"hardware {tmp_path}/hardware\.json: broken .*; restore it"):
+        read_hardware(tmp_path / "hardware.json")

@@ -132,7 +132,7 @@ def open_run(folder: Path, store: Path | None = None) -> Run:
     place = None if both else store or config.data.store
     manifest: dict[str, Any] = {}
     if place is not None and (store is not None or identity is None or _is_of(place, identity)):
-        manifest = _store_of(folder, place, identity).manifest
+        manifest = _store_of(folder, config, place, identity).manifest
     trained = _trained(folder, whole=identity is not None)
     model = load_model(trained)
     if torch.cuda.is_available():
@@ -156,7 +156,7 @@ def trained_on(folder: Path, config: Config, store: Path | None = None) -> Store
     place = store or config.data.store
     if place is None:
         raise UserError(f"run {folder}: trained from shards, it has no store; name the data to look at")
-    found = _store_of(folder, place, run_identity(folder))
+    found = _store_of(folder, config, place, run_identity(folder))
     found.prove()
     return found
 
@@ -172,7 +172,7 @@ def same_tower(one: str | None, other: str | None) -> bool:
     return one == other or (None not in found and len({match[1] for match in found if match}) == 1)
 
 
-def _store_of(folder: Path, place: Path, identity: dict[str, Any] | None) -> Store:
+def _store_of(folder: Path, config: Config, place: Path, identity: dict[str, Any] | None) -> Store:
     """The store at `place`; UserError when none is there, or another one than the run trained on."""
     if not is_store(place):
         raise UserError(
@@ -182,8 +182,8 @@ def _store_of(folder: Path, place: Path, identity: dict[str, Any] | None) -> Sto
     found = Store(place)
     if identity is not None and found.identity != identity["store"]:
         raise UserError(
-            f"store {place}: is another one than the run {folder} was trained on; say where that one lies with"
-            " --store PATH"
+            f"store {place}: is another one than that of run {folder}, which was trained on {config.data.store}; say"
+            " where that one lies now with --store PATH"
         )
     return found
 

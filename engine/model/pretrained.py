@@ -43,7 +43,8 @@ def load_text_tower(field: str, tower: settings.Tower) -> Loaded:
     if not hasattr(half, "vocab_size"):
         raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no text tower")
     without_dropout(half)
-    model = _load(field, tower, config, attn_implementation=packed.NAME, **without_pooler(config))
+    # No text is read at its pooler, which few checkpoints have.
+    model = _load(field, tower, config, unused="pooler", attn_implementation=packed.NAME, **without_pooler(config))
     return _half(model, "text_model", "text_projection")
 
 
@@ -103,16 +104,22 @@ def _config(field: str, tower: settings.Tower) -> PreTrainedConfig:
     return config
 
 
-def _load(field: str, tower: settings.Tower, config: PreTrainedConfig, **arguments: Any) -> PreTrainedModel:
+def _load(
+    field: str, tower: settings.Tower, config: PreTrainedConfig, *, unused: str | None = None, **arguments: Any
+) -> PreTrainedModel:
     # AutoModel would leave the projection of this one behind.
     whole = CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
     model_class: Any = CLIPVisionModelWithProjection if whole else AutoModel
     with _loading(f"{field}.pretrained", tower.pretrained or ""):
-        model: PreTrainedModel = model_class.from_pretrained(
-            tower.pretrained, config=config, revision=tower.revision or "main", dtype=torch.float32, **arguments
+        arguments |= {"config": config, "revision": tower.revision or "main", "dtype": torch.float32}
+        model, loading = model_class.from_pretrained(tower.pretrained, output_loading_info=True, **arguments)
+    if missing := sorted(key for key in loading["missing_keys"] if unused is None or unused not in key):
+        raise UserError(
+            f"{field}.pretrained: {tower.pretrained} lacks {len(missing)} weights, {missing[0]} for one; {ANEW}"
         )
+    loaded: PreTrainedModel = model
     require_finite(model, f"{field}.pretrained: {tower.pretrained}", ANEW)
-    return model
+    return loaded
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from efficientclip.config import Model, load_config
 from efficientclip.data.batches import Segments
+from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
 from efficientclip.training.runs import check_positions
@@ -147,3 +149,73 @@ def test_texts_longer_than_a_towers_positions_are_refused(
         with pytest.raises(UserError, match=rf"{field.replace('__', '.')}: {positions + 1}, .* has {positions} pos"):
             check_positions(config, tower.positions)
     check_positions(load_config(tiny.config(tmp_path, **fits | {field: 99}, mlm__texts_per_batch=0)), tower.positions)
+
+
+@pytest.mark.parametrize(
+    ("saved", "side"), [(hub.bert, "text"), (hub.chinese_clip, "text"), (hub.clip, "image"), (hub.clip_vision, "image")]
+)
+def test_towers_saved_in_half_precision_train_in_float32(
+    tmp_path: Path, saved: Callable[[Path], Any], side: str
+) -> None:
+    source = saved(tmp_path / "model").half()
+    source.save_pretrained(tmp_path / "model")
+    model = build(side, tmp_path / "model", **({"size": hub.PIXELS} if side == "image" else {}))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    if side == "image":
+        assert model.get_image_features(torch.randn(2, 3, hub.PIXELS, hub.PIXELS)).isfinite().all()
+    else:
+        assert model.get_text_features(*texts()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("not finite", r"model_tower.pretrained: .*model: the weight .*embeddings.* is not finite"),
+        ("cut", r"model_tower\.pretrained: model folder .*model: broken \("),
+        ("empty config", r"model_tower\.pretrained: model folder .*model: broken \("),
+        ("a weight less", r"lacks 1 weights, .*query.weight for one"),
+    ],
+)
+@pytest.mark.parametrize("side", ["text", "image"])
+def test_weights_that_are_broken_are_refused(tmp_path: Path, side: str, damage: str, message: str) -> None:
+    model = tmp_path / "model"
+    (hub.bert if side == "text" else hub.clip_vision)(model)
+    file = model / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if "embedding" in name and weights[name].ndim > 1)
+    if damage == "not finite":
+        weights[name][0] = torch.nan
+        save_file(weights, file, {"format": "pt"})
+    elif damage == "a weight less":
+        del weights[next(name for name in weights if name.endswith(("query.weight", "q_proj.weight")))]
+        save_file(weights, file, {"format": "pt"})
+        message = message.replace("query.weight", r"q(uery|_proj)\.weight")
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    else:
+        (model / "config.json").write_bytes(b"")
+    with pytest.raises(UserError, match=message.replace("model_tower", rf"model\.{side}_tower")):
+        build(side, model, **({"size": hub.PIXELS} if side == "image" else {}))
+
+
+@pytest.mark.parametrize("saved", [hub.bert, hub.roberta, hub.clip])
+def test_weights_without_a_tokenizer_give_none(tmp_path: Path, saved: Callable[[Path], Any]) -> None:
+    saved(tmp_path / "model")
+    with pytest.raises(UserError, match=r"tokenizer .*model: holds no vocabulary"):
+        load_tokenizer(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.txt", b"", "holds no vocabulary"),
+        ("vocab.txt", b"\xff\xfe\0", "broken"),
+        ("tokenizer.json", b"", "broken"),
+        ("tokenizer.json", b"{", "broken"),
+    ],
+)
+def test_a_broken_tokenizer_is_one_message(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    tiny.tokenizer(tmp_path / "made").save_pretrained(tmp_path / "made")
+    (tmp_path / "made" / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"tokenizer {tmp_path}.*: {message}"):
+        load_tokenizer(tmp_path / "made" / name if name == "vocab.txt" else tmp_path / "made")

@@ -45,3 +45,11 @@ def test_folders_that_cannot_teach_are_refused(tmp_path: Path) -> None:
     hub.clip(tmp_path / "mute")
     with pytest.raises(UserError, match="holds no tokenizer"):
         Teacher(Settings(kind="clip", pretrained=str(tmp_path / "mute")))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", np.array([1, 2]), np.array([1.0, np.nan], np.float32)])
+def test_a_broken_mean_is_refused(tmp_path: Path, content: Any) -> None:
+    file = tmp_path / "mean.npy"
+    file.write_bytes(content) if isinstance(content, bytes) else np.save(file, content)
+    with pytest.raises(UserError, match=rf"model\.teacher\.mean {file}: broken"):
+        Teacher(Settings(kind="usem3", mean=file))

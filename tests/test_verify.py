@@ -1,0 +1,147 @@
+"""`efficientclip verify` reads every byte anew and lists all that is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from efficientclip.cli import main
+from efficientclip.data.store import Store
+from efficientclip.errors import UserError
+from efficientclip.files import digests
+from efficientclip.files.ownership import mark
+from efficientclip.noise_rate import CrossFit, write_cross_fit
+from efficientclip.verify import Part, verify
+from tests.test_broken_files import cache, finished
+
+__all__ = ["cache"]
+MODEL = "model/model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    for name in ("store", "run"):
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def broken(parts: list[Part]) -> list[str]:
+    return [part.name for part in parts if part.error is not None]
+
+
+@pytest.mark.parametrize("name", ["store", "run", "run/model", "run/checkpoints/step-00000020"])
+def test_what_is_whole_is_found_so(folder: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert main(["verify", str(folder / name)]) == 0
+    told = capsys.readouterr()
+    assert "whole" in told.out and told.err == ""
+    parts = verify(folder / name)
+    assert broken(parts) == []
+    # TensorBoard's log grows with any later run.
+    uncovered = [part.name for part in parts if part.verdict == "not covered"]
+    assert all(part.startswith("tensorboard/") for part in uncovered)
+    pointers = {"checkpoints/latest", "checkpoints/best"}
+    listed = sum(part.files for part in parts if "weights" not in part.name)
+    assert listed == len({*digests.files_in(folder / name)} - pointers)
+
+
+def test_all_that_is_broken_is_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, step = folder / "run", "checkpoints/step-00000015"
+    flip(run / "confidence.parquet")
+    flip(run / MODEL)
+    (run / step / "state.npz").unlink()
+    (run / "checkpoints" / "best").write_text("step-00000099")
+    (run / "notes.txt").write_text("mine")
+    assert main(["verify", str(run)]) == 2
+    told = capsys.readouterr()
+    assert told.err.count("error:") == 1 and "confidence.parquet: is not what was written" in told.err
+    assert "best: names no checkpoint that is there" in told.err
+    for name in ("confidence.parquet", MODEL, f"{step}/state.npz"):
+        assert name in broken(verify(run)) and name in told.err
+    assert {part.name: part.verdict for part in verify(run)}["notes.txt"] == "not covered"
+
+
+def test_bytes_are_read_whatever_the_cache_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(folder / "store")
+    store.prove()
+    monkeypatch.setattr(digests, "signature", lambda file: (0, 0, 0, 0, hash(file.name)))
+    store.prove()
+    flip(folder / "store" / "features.bin")
+    assert broken(verify(folder / "store")) == ["features.bin"]
+
+
+@pytest.mark.parametrize(("file", "row"), [("tokens.bin", 60000), ("caption_ids.bin", -1), ("features.bin", np.nan)])
+def test_what_no_store_may_hold_is_found_behind_right_digests(folder: Path, file: str, row: float) -> None:
+    store, dtype = folder / "store", {"tokens.bin": np.uint16, "features.bin": np.float16}.get(file, np.int32)
+    values = np.fromfile(store / file, dtype)
+    values[7] = row
+    values.tofile(store / file)
+    manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["sha256"]
+    manifest["files"] |= digests.described(store, [file])
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    (part,) = (part for part in verify(store) if part.error)
+    assert f"{file}: row" in str(part.error)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 2}'])
+def test_a_broken_manifest_is_one_message(folder: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (folder / "store" / "manifest.json").write_text(content)
+    assert main(["verify", str(folder / "store")]) == 2
+    assert "manifest.json: broken" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_found_behind_right_digests(folder: Path) -> None:
+    weights = load_file(folder / "run" / MODEL)
+    weights["text.projection.weight"][0, 0] = torch.inf
+    save_file(weights, folder / "run" / MODEL, {"format": "pt"})
+    digests.write_digests(folder / "run" / "model")
+    (part,) = (part for part in verify(folder / "run") if part.error)
+    assert "the weight text.projection.weight is not finite" in str(part.error)
+
+
+def test_a_run_in_its_course_is_looked_at(folder: Path) -> None:
+    run = folder / "run"
+    (run / digests.NAME).unlink()
+    shutil.rmtree(run / "model")
+    assert broken(verify(run)) == []
+    (run / "metrics.jsonl").write_bytes(b"\0\n\0\n")
+    (run / "identity.json").write_bytes(b"")
+    assert broken(verify(run)) == ["identity.json", "metrics.jsonl"]
+
+
+def test_a_cross_fit_is_looked_at(folder: Path) -> None:
+    store, judged = Store(folder / "store"), folder / "judged"
+    mark(judged, "cross-fit")
+    columns = np.random.default_rng(0).random((4, len(store)))
+    write_cross_fit(judged, store, CrossFit(0.2, 640, np.zeros(len(store), np.int8), *columns))
+    shutil.copytree(folder / "run", judged / "fold-0")
+    shutil.copytree(folder / "run" / "model", judged / "model")
+    assert broken(verify(judged)) == []
+    flip(judged / "cross_fit.parquet")
+    flip(judged / "fold-0" / MODEL)
+    flip(judged / MODEL)
+    assert {"cross_fit.parquet", f"fold-0/{MODEL}", MODEL} <= {*broken(verify(judged))}
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "store/tokens.bin"])
+def test_what_is_nothing_of_ours_is_refused(folder: Path, name: str) -> None:
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match=r"give a store, a run, a model folder or a cross-fit folder"):
+        verify(folder / name)
