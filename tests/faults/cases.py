@@ -32,7 +32,7 @@ PIXELS = 16
 # Figures of time differ between any two runs.
 TIMES = ("seconds", "per_s", "wait_share")
 # What a run holds beside its results.
-BESIDE = ("*/tensorboard/*", "*/hardware.json", "*/checkpoints/*", "*/digests.json", "*/.lock", "*.log")
+BESIDE = ("*/tensorboard/*", "*/hardware.json", "*/checkpoints/*", "*/digests.json", "*/.efficientclip.json", "*/.lock")
 # What a killed call may leave, and the next one must clear away.
 HALF = ("*.partial", "*.partial/*", "*.replaced", "*.replaced/*", "*.tmp", "*/.probe-*", "*/.lock")
 FOREIGN = ("thesis.txt", "data/thesis.txt", "notes/thesis.txt", "notes/chapter/thesis.txt")
@@ -50,6 +50,8 @@ class Command:
     target: str
     ranks: int = 1
     launched: bool = False
+    # What it says of its results when they are there already.
+    made_once: str | None = None
 
     def pointed_at(self, folder: str) -> tuple[str, ...]:
         """The arguments with another folder to write to."""
@@ -81,13 +83,14 @@ RUN, TARGET = ("runs/run",), "run="
 COMMANDS = [
     Command("prepare", "pictures", ("prepare", "SHARDS", "stores/made", "--config", "config.yaml"), ("stores/made",),
             "stores/made"),
-    Command("prepare-texts", "pictures", ("prepare", "texts.txt", "stores/made", "--config", "config.yaml"),
+    Command("prepare-texts", "pictures", ("prepare", "TEXTS", "stores/made", "--config", "config.yaml"),
             ("stores/made",), "stores/made"),
     Command("train", "stores", ("train", "schedule.yaml"), RUN, TARGET),
     Command("train-snapshot", "stores", ("train", "snapshot.yaml"), RUN, TARGET),
     Command("train-calibrated", "judged", ("train", "calibrated.yaml"), RUN, TARGET),
     Command("cross-fit", "stores", ("cross-fit", "calibrated.yaml"), ("judged",), "confidence.cross_fit="),
-    Command("export", "trained", ("export", "runs/run", "exported"), ("exported",), "exported"),
+    Command("export", "trained", ("export", "runs/run", "exported"), ("exported",), "exported",
+            made_once="there is one already"),
     Command("train-2", "stores", ("train", "schedule.yaml"), RUN, TARGET, ranks=2),
     Command("cross-fit-2", "stores", ("cross-fit", "calibrated.yaml"), ("judged",), "confidence.cross_fit=", ranks=2),
     Command("train-launched", "stores", ("train", "schedule.yaml"), RUN, TARGET, ranks=2, launched=True),
@@ -149,8 +152,9 @@ class Bench:
         subprocess.run(["cp", "-a", "--reflink=never", source, str(folder)], check=True)
 
     def arguments(self, command: Command, arguments: tuple[str, ...] | None = None) -> tuple[str, ...]:
-        shards = str(self.root / "bases" / "pictures-shards")
-        return tuple(shards if argument == "SHARDS" else argument for argument in arguments or command.arguments)
+        shared = self.root / "bases" / "pictures-shards"
+        places = {"SHARDS": str(shared), "TEXTS": str(shared / "texts.txt")}
+        return tuple(places.get(argument, argument) for argument in arguments or command.arguments)
 
     def reference(self, command: Command) -> Reference:
         with self.lock:
@@ -211,21 +215,22 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*"))
 
 
-def results_in(folder: Path, command: Command) -> dict[str, str]:
-    """Digests of a command's results by path, of metrics without what tells of time."""
+def results_in(folder: Path, command: Command, named: Path | None = None) -> dict[str, str]:
+    """Digests of a command's results by path, of metrics without what tells of time, and of all files without the
+    folder's name, which is `named` to the command."""
     found = {}
     for made in command.made:
         for file in sorted((folder / made).rglob("*")):
             path = str(file.relative_to(folder))
             if file.is_file() and not any(fnmatch(path, beside) for beside in BESIDE):
-                found[path] = _digest(file)
+                found[path] = _digest(file, named or folder)
         for pointer in sorted((folder / made).rglob("checkpoints/best")):
             found[str(pointer.relative_to(folder))] = pointer.read_text().strip()
     return found
 
 
-def _digest(file: Path) -> str:
-    content = file.read_bytes()
+def _digest(file: Path, named: Path) -> str:
+    content = file.read_bytes().replace(str(named).encode(), b"HERE")
     if file.name == "metrics.jsonl":
         content = repr([timeless(line) for line in content.splitlines()]).encode()
     return hashlib.sha256(content).hexdigest()
@@ -248,9 +253,9 @@ def figures_in(folder: Path, command: Command) -> dict[str, list[dict[str, Any]]
     }
 
 
-def differences(reference: Reference, folder: Path, command: Command) -> list[str]:
+def differences(reference: Reference, folder: Path, command: Command, named: Path) -> list[str]:
     """What in `folder` is not as it is undisturbed: the same bits on one rank, losses within 1e-5 on several."""
-    found = results_in(folder, command)
+    found = results_in(folder, command, named)
     names = set(found) ^ (set(reference.results) | (set(reference.unsteady)))
     wrong = [f"{name} is {'missing' if name not in found else 'too many'}" for name in sorted(names)]
     if command.ranks == 1:
@@ -279,10 +284,11 @@ def half_written(folder: Path, command: Command) -> list[str]:
 def digests_of(folder: Path, except_for: tuple[str, ...]) -> dict[str, str]:
     """Of all files in `folder` but those under `except_for` and beside it (staging)."""
     own = tuple(pattern for made in except_for for pattern in _beside(made))
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     return {
         path: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not any(fnmatch(path := str(file.relative_to(folder)), pattern) for pattern in own)
+        for path, file in files.items()
+        if not any(fnmatch(path, pattern) for pattern in own)
     }
 
 
@@ -293,7 +299,7 @@ def _beside(made: str) -> tuple[str, ...]:
 
 
 def _pictures(bench: Bench, folder: Path) -> None:
-    """Three tars of pictures, beside the base so that all cases read them at one path; a tower, and texts."""
+    """Tars of pictures and texts, beside the base so that all cases read them at one path; a tower."""
     shards = folder.with_name("pictures-shards")
     shards.mkdir()
     random = np.random.default_rng(5)
@@ -315,7 +321,7 @@ def _pictures(bench: Bench, folder: Path) -> None:
     image.save_pretrained(folder / "image-run" / "model")
     tiny.tokenizer(folder)
     lines = ["".join(random.choice(characters, random.integers(1, 60))) for _ in range(400)]
-    (folder / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (shards / "texts.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     _config(folder, "config", **PICTURES)
 
 

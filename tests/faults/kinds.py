@@ -114,8 +114,7 @@ def disk_full(case: Case) -> None:
         room = int(case.random.random() * (1.5 * growth if case.random.random() < 0.8 else 100_000))
         disk.leave_free(room)
         case.tell(f"{room} bytes are free, {growth} are written in all")
-    tree = case.start()
-    ended = tree.wait()
+    ended = case.start().wait()
     case.outcome.hit = ended.codes != [0] * case.command.ranks
     _failed_write(case, ended, "No space left", "space")
     if names:
@@ -150,11 +149,15 @@ def read_only(case: Case) -> None:
 
 def _failed_write(case: Case, ended: Ended, *named: str) -> None:
     """Every rank ends, one of them with a message."""
-    codes = (0, 2) if case.command.ranks == 1 else (0, 2, 128 + signal.SIGTERM)
-    case.observe(ended, codes=codes, limit=ended.seconds)
-    if 2 in ended.codes:
+    case.observe(ended, codes=_failing(case.command), limit=ended.seconds)
+    if 2 in ended.codes and not case.is_done(ended):
         case.outcome.refused = True
         case.refusal(ended, *named)
+
+
+def _failing(command: Command) -> tuple[int, ...]:
+    """Exit codes where a rank may have refused: the launcher tells the others."""
+    return (0, 2) if command.ranks == 1 else (0, 2, 128 + signal.SIGTERM)
 
 
 def at_rest(case: Case, kind: str) -> None:
@@ -175,8 +178,10 @@ def at_rest(case: Case, kind: str) -> None:
     case.outcome.hit = True
     stood = _finished_files(case)
     ended = case.start().wait()
-    case.observe(ended, codes=(0, 2), limit=ended.seconds)
-    if 2 in ended.codes:
+    case.observe(ended, codes=_failing(case.command), limit=ended.seconds)
+    if case.is_done(ended):
+        case.compare(except_for=path)
+    elif 2 in ended.codes:
         case.outcome.refused = True
         case.refusal(ended, file.name, *_checkpoint(path))
         now = _finished_files(case)
@@ -239,7 +244,7 @@ def second_process(case: Case) -> None:
     others = first.wait()
     for one in (ended, others):
         case.observe(one, codes=(0, 2), limit=one.seconds)
-    refused = [one for one in (ended, others) if 2 in one.codes]
+    refused = [one for one in (ended, others) if 2 in one.codes and not case.is_done(one)]
     if len(refused) == 2:
         case.problem(END, "both calls refuse", ended.output + others.output)
     elif refused:

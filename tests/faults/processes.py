@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,6 +29,8 @@ MARK = "EFFICIENTCLIP_FAULT"
 # Seconds that anything may take to end after it was told to.
 PATIENCE = 20.0
 ENDLESS = 90.0
+# DeepSpeed's looks once a second.
+LAUNCHER_POLL = 0.5
 ENGINE = ("efficientclip.cli", "efficientclip.train", "efficientclip.cross_fit", "efficientclip.prepare",
           "efficientclip.export")  # fmt: skip
 TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -170,15 +172,17 @@ class Tree:
 
         `relaunched`: as a launcher does, end the other ranks once one has failed.
         """
-        started, told = time.monotonic(), False
+        started, failed, told = time.monotonic(), 0.0, False
         while time.monotonic() < started + seconds:
             codes = self.codes()
             if None not in codes and not self.members():
                 break
-            if relaunched and not told and None in codes and any(code not in (None, 0) for code in codes):
-                told = True
-                for pid in self.pids():
-                    send(pid, signal.SIGTERM)
+            if relaunched and None in codes and any(code not in (None, 0) for code in codes):
+                failed = failed or time.monotonic()
+                if not told and time.monotonic() > failed + LAUNCHER_POLL:
+                    told = True
+                    for pid in self.pids():
+                        send(pid, signal.SIGTERM)
             time.sleep(0.005 if None in codes else 0.05)
         took, codes = time.monotonic() - started, self.codes()
         left = self.members()
@@ -246,7 +250,7 @@ def until(reached: Callable[[], bool], process: Tree, seconds: float = ENDLESS) 
 
 
 def tracebacks(output: str) -> tuple[int, int]:
-    """How many tracebacks the engine printed, and how many DeepSpeed's launcher."""
+    """How many stacks of frames the engine printed, Python's and C++'s, and how many DeepSpeed's launcher."""
     engine = launcher = 0
     for part in output.split("Traceback (most recent call last)")[1:]:
         frames = [line for line in part.splitlines() if line.lstrip().startswith('File "')]
@@ -255,11 +259,9 @@ def tracebacks(output: str) -> tuple[int, int]:
             launcher += 1
         else:
             engine += 1
-    return engine, launcher
+    return engine + output.count("(most recent call first):"), launcher
 
 
-def errors(output: str) -> Iterator[str]:
-    """The lines that tell a user what went wrong, without those around them."""
-    for line in re.split(r"[\r\n]+", output):
-        if line.startswith("error: "):
-            yield line
+def errors(output: str) -> list[str]:
+    """What tells a user what went wrong: from `error: ` to the end of its indented lines."""
+    return [found.rstrip() for found in re.findall(r"^error: .*\n?(?:[ \t]+.*\n?)*", output, re.MULTILINE)]
