@@ -22,6 +22,8 @@ def launched(
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    # Its warnings at connections that end with their ranks are stack traces.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from .distributed import end_process
     from .ranks import together
 

@@ -146,6 +146,9 @@ def _leave_with(store: dist.TCPStore) -> NoReturn:
     code = int(store.get(_key(FIRST)).split()[0])
     with suppress(Exception):
         store.add(_key(HEARD), 1)
+        if rank_of_environment() == 0:
+            # The words go with this process: the others read them first.
+            _wait_until_heard()
     if code > 128:
         stopping.leave_stopped(code - 128)
     stopping.leave(code)
@@ -173,12 +176,10 @@ def _is_first(code: int, why: str) -> bool:
 
 
 def _wait_until_heard() -> None:
-    """Rank 0 keeps the words: it leaves when the others have read them."""
-    if _words.store is None:
-        return
+    """Wait until all ranks but the one whose word it is have read it."""
     deadline = time.monotonic() + HEARD_SECONDS
     with suppress(Exception):
-        while time.monotonic() < deadline:
+        while _words.store is not None and time.monotonic() < deadline:
             if _words.store.add(_key(HEARD), 0) >= world_of_environment() - 1:
                 return
             time.sleep(POLL_SECONDS / 5)
