@@ -33,8 +33,8 @@ REMEDIES = {
 # Rust's and C++'s libraries put the system's error into a text.
 OS_ERROR = re.compile(r"\(os error (\d+)\)|\[?errno:? ?(\d+)\]?", re.IGNORECASE)
 TEXTS = {os.strerror(code).lower(): code for code in REMEDIES}
-# PyTorch's file writer tells no cause.
-UNTOLD = re.compile(r"PytorchStreamWriter|unexpected pos|inline_container", re.IGNORECASE)
+# PyTorch's file writer and NumPy's `tofile` tell no cause.
+UNTOLD = re.compile(r"PytorchStreamWriter|unexpected pos|inline_container|\d+ requested and \d+ written", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -57,7 +57,7 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A full or read-only disk, or a missing right, under any library's exception becomes a UserError that names `path`."""
+    """A full or read-only disk, or a missing right, under any library's exception becomes an error naming `path`."""
     try:
         yield
     except UserError:

@@ -32,6 +32,15 @@ def written_aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def as_umask(folder: Path) -> None:
+    """Give the files in `folder` the modes that new files have: safetensors writes 0600 whatever the umask is."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names in a folder, survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import UserError
@@ -19,9 +19,9 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 @contextmanager
 def held(folder: Path, doing: str) -> Iterator[None]:
-    """Hold `folder`, which exists, for this process. UserError names the process that holds it already.
+    """Hold `folder`, made if it is absent, for this process. UserError names the process that holds it already.
 
-    The lock file goes with the context. NFS keeps such locks across hosts unless its mount says otherwise, which is told.
+    The lock file goes with the context. NFS keeps such locks across hosts; a mount that says otherwise is told.
     """
     file = folder / NAME
     handle = _acquire(file, doing)
@@ -38,6 +38,8 @@ def held(folder: Path, doing: str) -> Iterator[None]:
 
 def _acquire(file: Path, doing: str) -> int:
     while True:
+        # Its last holder may have renamed it, or removed it.
+        file.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,9 +52,9 @@ def _acquire(file: Path, doing: str) -> int:
                 ) from None
             if error.errno in UNSUPPORTED:
                 raise UserError(
-                    f"{doing} {file.parent}: its file system cannot lock files ({os.strerror(error.errno or 0)}), so two"
-                    " processes could write there at once; mount it with locks (NFS: without nolock, lockd running), or"
-                    " choose a folder elsewhere"
+                    f"{doing} {file.parent}: its file system cannot lock files ({os.strerror(error.errno or 0)}), so"
+                    " two processes could write there at once; mount it with locks (NFS: without nolock, lockd"
+                    " running), or choose a folder elsewhere"
                 ) from error
             raise
         if _is(handle, file):
@@ -60,8 +62,10 @@ def _acquire(file: Path, doing: str) -> int:
         # Its last holder removed it between our opening and locking it.
         os.close(handle)
     described = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "doing": doing})
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, described.encode(), 0)
+    # On a full disk the lock holds all the same.
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, described.encode(), 0)
     return handle
 
 

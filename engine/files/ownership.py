@@ -16,6 +16,10 @@ from .atomic import recover, write_atomically
 Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
 MARK = ".efficientclip.json"
 MADE_BY = "made by efficientclip"
+# Profiles say by their format whose they are.
+MARKS = (MADE_BY.encode(), b'"efficientclip-profile-')
+# Earlier versions wrote these into runs without a mark.
+RESULTS = ("report.html", "results.json", "search.png", "audit.html", "audit.parquet")
 # What shells and schedulers put beside a run before it starts.
 LOGS = ("*.log", "*.out", "*.err")
 
@@ -23,7 +27,7 @@ LOGS = ("*.log", "*.out", "*.err")
 def mark(folder: Path, kind: Kind) -> None:
     """Make `folder` ours, as a `kind`; a mark that is there stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    if kind_of(folder) != kind:
+    if not (folder / MARK).is_file():
         content = {"kind": kind, "made_by": f"efficientclip {__version__}"}
         write_atomically(folder / MARK, json.dumps(content).encode())
 
@@ -81,15 +85,14 @@ def claim(
                 f"{shown}: holds what efficientclip did not write ({_some(foreign)}) and stays as it is; name a folder"
                 " that is empty or does not exist yet"
             )
-        if existing != "go on" and target.is_mount():
-            raise UserError(f"{shown}: is a mount point, which cannot be renamed; name a folder in it")
+    if existing != "go on" and target.is_mount():
+        raise UserError(f"{shown}: is a mount point, which cannot be renamed; name a folder in it")
+    if found is None:
         return target
     if found != kind:
         raise UserError(f"{shown}: is a {found}, and stays as it is; name another folder")
     if existing == "refuse":
-        raise UserError(
-            f"{shown}: there is one already, made of something else; --replace puts the new one in its place"
-        )
+        raise UserError(f"{shown}: there is one already; --replace puts the new one in its place")
     if existing == "replace" and (foreign := _beyond(target, {*files, MARK})):
         raise UserError(
             f"{shown}: holds files that are no part of it ({_some(foreign)}), which replacing it would remove; move"
@@ -98,16 +101,24 @@ def claim(
     return target
 
 
-def claim_file(file: Path, *, replace: bool = False) -> Path:
-    """`file`, when it may be written: absent, or made by us; anything else needs `replace`, the user's --replace."""
-    _require_folder_above(Path(os.path.realpath(file)), str(file))
-    if file.is_dir():
-        raise UserError(f"{file}: is a folder; name a file")
-    if file.exists() and not replace and kind_of(file.parent) is None and not _bears_mark(file):
+def claim_file(file: Path, *, replace: bool = False, instead: str = "name another file") -> Path:
+    """The file that `file` names, links followed, when it may be written: absent, or made by us.
+
+    Anything else needs `replace`, the user's --replace. `instead` is what to do where the folder cannot be written.
+    """
+    target = Path(os.path.realpath(file))
+    _require_folder_above(target, str(file))
+    if target.exists() and not target.is_file():
+        raise UserError(f"{file}: is no file, but a {'folder' if target.is_dir() else 'device'}; name a file")
+    above = next(parent for parent in target.parents if parent.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{file}: {above} cannot be written; {instead}")
+    earlier = target.name in RESULTS and kind_of(target.parent) == "run"
+    if target.exists() and not (replace or earlier or _bears_mark(target)):
         raise UserError(
             f"{file}: exists, and efficientclip did not write it; --replace overwrites it, or name another file"
         )
-    return file
+    return target
 
 
 def _bears_mark(file: Path) -> bool:
@@ -115,7 +126,8 @@ def _bears_mark(file: Path) -> bool:
     with file.open("rb") as stream:
         head = stream.read(1 << 16)
         stream.seek(max(0, os.fstat(stream.fileno()).st_size - (1 << 16)))
-        return MADE_BY.encode() in head or MADE_BY.encode() in stream.read()
+        foot = stream.read()
+    return any(known in head or known in foot for known in MARKS)
 
 
 def _require_folder_above(target: Path, shown: str) -> None:
@@ -125,7 +137,8 @@ def _require_folder_above(target: Path, shown: str) -> None:
 
 
 def _beyond(folder: Path, files: set[str]) -> list[str]:
-    inside = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    inside = (path.relative_to(folder).as_posix() for path in found)
     return sorted(name for name in inside if name not in files)
 
 
