@@ -1,135 +1,210 @@
-"""`efficientclip prepare`: pictures, parallel text or plain text become a store, once, resumably and atomically."""
+"""`efficientclip prepare`: pictures, parallel text or plain text become a store, once, resumably and atomically.
+
+STORE.partial/identity.json          the mark by which the folder is ours, what is being made
+             /part-DIGEST.parquet    a finished part, named by what it was made of: it is kept as long as that stays
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .config import Config
+from .data import sources
 from .data.images import ImageBatch, ImageLoader
+from .data.parts import Item, Made, bad_of, batches, digest, is_kept, merge, write_part
 from .data.shards import BadSample, Sample
 from .data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
 from .data.store import (
-    FORMAT,
+    ANEW,
     PAIR_FILES,
     TEXT_FILES,
+    files_of,
     finish,
     read_manifest,
+    settle,
     staging,
     token_dtype,
-    write_ids,
     write_tokens,
 )
 from .data.tokenizer import fingerprint, load_tokenizer
-from .errors import UserError
+from .errors import UserError, reading, writing
+from .files import lock
 from .files.atomic import write_atomically
-from .model.frozen import FrozenImages, teacher_name
+from .files.digests import check_sizes
+from .files.ownership import claim, kind_of
+from .model.frozen import FrozenImages, image_tower_name, teacher_name
 from .model.teacher import Teacher
 
 PARALLEL_CHUNK = 8192
 ENCODE_BATCH = 256
 LISTED_BAD_SAMPLES = 1000
-PAIR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("image_id", pa.int32()),
-        ("caption_id", pa.int32()),
-        ("noise", pa.bool_()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-    ]
-)
 
 
-@dataclass
-class Item:
-    """One distinct frozen row of a part: its feature and the captions that stand on it."""
+@dataclass(frozen=True)
+class Part:
+    """A piece of a source, and what its rows depend on: other pieces may change without it."""
 
-    hash: bytes
-    feature: bytes
-    key: str
-    source: str
-    shard: str
-    offset: int
-    length: int
-    captions: list[str]
-    noise: list[bool | None]
+    of: list[Any]
+    make: Callable[[Any], Made]
 
-
-Part = tuple[list[Item], list[BadSample]]
+    @property
+    def file(self) -> str:
+        return f"part-{hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:32]}.parquet"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a pair store is made of, in parts that an interrupted call keeps; `samples` is their number, if known."""
+    """What a pair store is made of, in parts that an interrupted call keeps; `samples` is their number, if known.
+
+    `outside`: pictures lie in files of their own, which may change, or come, while `files` stay.
+    """
 
     files: Sequence[Path]
     tower: str
-    parts: Sequence[Callable[[Any], Part]]
+    parts: Sequence[Part]
     samples: int | None
+    outside: bool
 
 
-def prepare(source: Path, path: Path, config: Config, images: Path | None = None) -> dict[str, Any]:
+def prepare(
+    source: Path, path: Path, config: Config, images: Path | None = None, *, replace: bool = False
+) -> dict[str, Any]:
     """Make a store at `path`: of whatever `open_source` reads, a zh<TAB>en `.tsv` or a `.txt`.
 
     Pictures go through the image tower, the English side through the teacher, and a `.txt` needs no tower. `images` is
-    where the picture paths in `source` start, as for `open_source`.
+    where the picture paths in `source` start, as for `open_source`. A store of something else stays, unless `replace`.
 
     Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest.
     """
     if not source.exists():
         raise UserError(f"source {source}: no such file or folder")
-    if source.suffix == ".txt":
-        return _prepare_texts(source, path, config)
-    return _prepare_pairs(source, path, config, images)
-
-
-def _prepare_pairs(source: Path, path: Path, config: Config, images: Path | None) -> dict[str, Any]:
+    target = claim(path, "store", sources=[source, *([] if images is None else [images])])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    recipe = _parallel_recipe(source, config) if is_parallel(source) else _picture_recipe(source, config, images)
-    identity = {
-        "kind": "pairs",
-        "source": str(source),
-        "source_fingerprint": _fingerprint(recipe.files),
-        "tower": recipe.tower,
-        "tokenizer": fingerprint(tokenizer),
-    }
-    if images is not None:
-        identity["images"] = str(images)
-    if (made := _up_to_date(path, identity)) is not None:
+    of_texts = source.suffix == ".txt"
+    identity: dict[str, Any] = {"kind": "texts" if of_texts else "pairs", "source": os.path.realpath(source)}
+    build: Callable[[Path], dict[str, Any]]
+    if of_texts:
+        files: Sequence[Path] = [source]
+        identity["max_text_tokens"] = config.data.max_text_tokens
+        build = partial(_build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
+    else:
+        recipe = _parallel_recipe(source, config) if is_parallel(source) else _picture_recipe(source, config, images)
+        files = recipe.files
+        claim(path, "store", sources=files)
+        identity |= {"tower": recipe.tower, "images_folder": None if images is None else os.path.realpath(images)}
+        build = partial(_build_pairs, recipe, source, target.name, config.data.max_bad_share, tokenizer)
+    identity |= {"source_fingerprint": _fingerprint(files), "tokenizer": fingerprint(tokenizer)}
+    if (made := _standing(target, identity, replace)) is not None:
         return made
-    folder = _open_staging(path, identity)
+    folder = staging(target)
+    _require_ours(folder)
+    with lock.held(folder, "preparing"):
+        # Another process may have made it while this one read the source.
+        if (made := _standing(target, identity, replace)) is not None:
+            if os.listdir(folder) == [lock.NAME]:
+                shutil.rmtree(folder)
+            return made
+        if (made := _whole(folder, identity)) is not None:
+            settle(folder, target)
+            return made
+        _clear(folder)
+        write_atomically(folder / "identity.json", json.dumps(identity, ensure_ascii=False).encode())
+        manifest = {**identity, **build(folder)}
+        finish(folder, target, manifest, TEXT_FILES if of_texts else PAIR_FILES)
+    return manifest
+
+
+def _standing(target: Path, identity: dict[str, Any], replace: bool) -> dict[str, Any] | None:
+    """The manifest of the store at `target`, if it is whole and of that `identity`.
+
+    None where a new one may take its place; UserError where none may.
+    """
+    if kind_of(target) != "store":
+        claim(target, "store", existing="replace")
+        return None
+    try:
+        manifest = read_manifest(target)
+        check_sizes(target, manifest["files"], ANEW)
+        differing = [key for key, value in identity.items() if not _is_same(key, manifest.get(key), value)]
+        if not differing:
+            return manifest
+        told = (f"{key} is {manifest.get(key)} there and {identity[key]} now" for key in differing)
+        why = f"made of something else ({', '.join(told)})"
+    except UserError as error:
+        why = str(error)
+    if not replace:
+        raise UserError(f"store {target}: {why}; --replace puts the new one in its place, once that is whole")
+    claim(target, "store", existing="replace", files=files_of(target))
+    return None
+
+
+def _is_same(key: str, there: Any, now: Any) -> bool:
+    # Earlier versions kept the path as it was spelled.
+    return there == now or (key == "source" and there is not None and os.path.realpath(there) == now)
+
+
+def _require_ours(folder: Path) -> None:
+    """UserError where the staging folder holds what no call of this command wrote."""
+    ours = (folder / "identity.json").is_file() or kind_of(folder) == "store"
+    inside = folder.is_symlink() or (os.listdir(folder) if folder.is_dir() else folder.exists())
+    if inside and not ours and inside != [lock.NAME]:
+        raise UserError(
+            f"{folder}: the store is built there, but efficientclip did not write what is there, which stays as it is;"
+            " move it away, or name another store"
+        )
+
+
+def _whole(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished store of that `identity`, which only was not renamed yet."""
+    if not (folder / "manifest.json").is_file():
+        return None
+    try:
+        manifest = read_manifest(folder)
+        check_sizes(folder, manifest["files"], ANEW)
+    except UserError:
+        return None
+    return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an interrupted call left, but its finished parts."""
+    for name in (*PAIR_FILES, "manifest.json"):
+        (folder / name).unlink(missing_ok=True)
+    for half in folder.glob(".*.partial"):
+        half.unlink()
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+
+
+def _build_pairs(
+    recipe: Recipe, source: Path, name: str, max_bad_share: float, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, Any]:
+    """Write a pair store's files into `folder`; returns their part of the manifest."""
     files: list[Path] = []
     listed: list[dict[str, str]] = []
     causes, seen = Counter[str](), 0
     with tqdm(total=recipe.samples, unit="sample") as bar:
-        for number, make in enumerate(recipe.parts):
-            bar.set_description(f"{path.name}, part {number + 1} of {len(recipe.parts)}")
-            file = folder / f"part-{number:05d}.parquet"
-            before, kept = bar.n, file.exists()
+        for number, part in enumerate(recipe.parts):
+            bar.set_description(f"{name}, part {number + 1} of {len(recipe.parts)}")
+            file = folder / part.file
+            before, kept = bar.n, is_kept(file)
             if not kept:
-                _write_part(file, *make(bar))
-            bad = json.loads(pq.read_schema(file).metadata[b"bad"])
+                write_part(file, *part.make(bar))
+            bad = bad_of(file)
             causes.update(entry["cause"] for entry in bad)
             listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
             found = pq.read_metadata(file).num_rows + len(bad)
@@ -144,31 +219,43 @@ def _prepare_pairs(source: Path, path: Path, config: Config, images: Path | None
     if seen == 0:
         raise UserError(f"source {source}: empty, no sample found")
     share = causes.total() / seen
-    if share > config.data.max_bad_share or causes.total() == seen:
+    if share > max_bad_share or causes.total() == seen:
+        if recipe.outside:
+            # The pictures may be mended before the next call.
+            for file in files:
+                if bad_of(file):
+                    file.unlink()
         counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
         raise UserError(
             f"source {source}: {share:.1%} of {seen} samples are bad ({counts}; first: {listed[0]['key']} in"
-            f" {listed[0]['shard']}), data.max_bad_share is {config.data.max_bad_share:.1%}; mend the source or"
-            " raise the limit"
+            f" {listed[0]['shard']}), data.max_bad_share is {max_bad_share:.1%}; mend the source or raise the limit"
         )
-    merged = _merge(folder, files, tokenizer)
-    manifest = {**identity, **merged, "bad_counts": dict(causes), "bad_samples": listed}
-    for file in files:
-        file.unlink()
-    finish(folder, path, manifest, PAIR_FILES)
-    return manifest
+    with writing(folder):
+        merged = merge(folder, files, tokenizer)
+    return {**merged, "bad_counts": dict(causes), "bad_samples": listed}
 
 
 def _picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
-    encoder = FrozenImages(config)
+    if config.model.image_tower is None:
+        raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
+    name = image_tower_name(config.model.image_tower)
+    # Loaded when the first part is to be made, if one is.
+    encoder = cache(lambda: FrozenImages(config))
     opened = open_source(source, images)
-    make = partial(_shard_part, encoder) if is_tars(source) else partial(_source_part, encoder)
-    pieces: Sequence[Any] = opened.files if is_tars(source) else opened.parts
-    return Recipe(opened.files, encoder.name, [partial(make, piece) for piece in pieces], opened.pictures)
+    if is_tars(source):
+        parts = [Part([name, _described(tar)], partial(_shard_part, encoder, tar)) for tar in opened.files]
+    else:
+        of = [name, *map(_described, opened.files), None if images is None else os.path.realpath(images)]
+        parts = [
+            Part([*of, sources.PART, number], partial(_source_part, encoder, part))
+            for number, part in enumerate(opened.parts)
+        ]
+    return Recipe(opened.files, name, parts, opened.pictures, outside=not is_tars(source))
 
 
-def _shard_part(encoder: FrozenImages, shard: Path, bar: Any) -> Part:
+def _shard_part(load: Callable[[], FrozenImages], shard: Path, bar: Any) -> Made:
     items: list[Item] = []
+    encoder = load()
     tower, started = encoder.tower, time.perf_counter()
     with ImageLoader(
         shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
@@ -195,7 +282,8 @@ def _samples(shard: Path, batch: ImageBatch) -> Iterator[Sample]:
         )
 
 
-def _source_part(encoder: FrozenImages, part: Callable[[], Iterator[Sample | BadSample]], bar: Any) -> Part:
+def _source_part(load: Callable[[], FrozenImages], part: Callable[[], Iterator[Sample | BadSample]], bar: Any) -> Made:
+    encoder = load()
     items: list[Item] = []
     bad: list[BadSample] = []
     started, waited = time.perf_counter(), encoder.waited_seconds
@@ -218,7 +306,7 @@ def _captioned(sample: Sample | BadSample) -> Sample | BadSample:
 
 def _item(sample: Sample, feature: bytes) -> Item:
     return Item(
-        hash=_digest(sample.image),
+        hash=digest(sample.image),
         feature=feature,
         key=sample.key,
         source=sample.source,
@@ -242,10 +330,11 @@ def _parallel_recipe(source: Path, config: Config) -> Recipe:
             f" pictures needs a first line with one of {', '.join(PICTURE_COLUMNS)} and one of"
             f" {', '.join(CAPTION_COLUMNS)}"
         )
-    teacher = Teacher(config.model.teacher)
+    name = teacher_name(config.model.teacher)
+    teacher = cache(partial(Teacher, config.model.teacher))
     lines = _read_lines(source)
 
-    def part(start: int, bar: Any) -> Part:
+    def make(start: int, bar: Any) -> Made:
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
@@ -254,10 +343,10 @@ def _parallel_recipe(source: Path, config: Config) -> Recipe:
                 bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
             else:
                 good.append((number, caption, english))
-        features = _fp16_rows(teacher.encode([english for *_, english in good], progress=source.name)) if good else []
+        features = _fp16_rows(teacher().encode([english for *_, english in good], progress=source.name)) if good else []
         items = [
             Item(
-                hash=_digest(english.encode()),
+                hash=digest(english.encode()),
                 feature=feature,
                 key=f"line {number}",
                 source="parallel",
@@ -271,234 +360,62 @@ def _parallel_recipe(source: Path, config: Config) -> Recipe:
         ]
         return items, bad
 
-    parts = [partial(part, start) for start in range(0, len(lines), PARALLEL_CHUNK)]
-    return Recipe([source], teacher_name(config.model.teacher), parts, len(lines))
+    of = [name, _described(source), PARALLEL_CHUNK]
+    parts = [Part([*of, start], partial(make, start)) for start in range(0, len(lines), PARALLEL_CHUNK)]
+    return Recipe([source], name, parts, len(lines), outside=False)
 
 
-def _prepare_texts(source: Path, path: Path, config: Config) -> dict[str, Any]:
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    identity = {
-        "kind": "texts",
-        "source": str(source),
-        "source_fingerprint": _fingerprint([source]),
-        "tokenizer": fingerprint(tokenizer),
-        "max_text_tokens": config.data.max_text_tokens,
-    }
-    if (made := _up_to_date(path, identity)) is not None:
-        return made
+def _build_texts(
+    source: Path, name: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> dict[str, Any]:
+    """Write a text store's files into `folder`; returns their part of the manifest."""
     lines = [line for line in _read_lines(source) if line.strip()]
     if not lines:
         raise UserError(f"source {source}: empty, no text found")
-    inner = config.data.max_text_tokens - 2
+    inner = max_tokens - 2
 
     def pieces() -> Iterator[list[int]]:
-        for batch in _batches(tqdm(lines, desc=f"tokens of {path.name}", unit="text"), 1024):
+        for batch in batches(tqdm(lines, desc=f"tokens of {name}", unit="text"), 1024):
             for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
                 for start in range(0, len(tokens), inner):
                     yield [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]
 
-    folder = _open_staging(path, identity)
     dtype = token_dtype(len(tokenizer))
-    texts = write_tokens(folder, pieces(), dtype)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    manifest = {
-        **identity,
+    with writing(folder):
+        texts = write_tokens(folder, pieces(), dtype)
+        tokenizer.save_pretrained(folder / "tokenizer")
+    return {
         "texts": texts,
         "token_dtype": dtype.name,
         "vocabulary": len(tokenizer),
         "special_tokens": sorted(tokenizer.all_special_ids),
         "mask_token": tokenizer.mask_token_id,
     }
-    finish(folder, path, manifest, TEXT_FILES)
-    return manifest
 
 
 def _read_lines(source: Path) -> list[str]:
+    """Lines as editors and `wc` count them; Unicode's other separators are part of a text."""
+    with reading("source", source, "copy it again"):
+        content = source.read_bytes()
     try:
-        return source.read_text(encoding="utf-8").splitlines()
+        text = content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"source {source}: byte {error.start} is not UTF-8; convert it with iconv -t UTF-8") from error
-
-
-def _up_to_date(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of the store at `path`, if it was made of the same source by the same tower and tokenizer."""
-    file = path / "manifest.json"
-    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("format") != FORMAT:
-        return None
-    manifest = read_manifest(path)
-    return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
-
-
-def _open_staging(path: Path, identity: dict[str, Any]) -> Path:
-    folder = staging(path)
-    mark = folder / "identity.json"
-    if not mark.is_file() or json.loads(mark.read_text(encoding="utf-8")) != identity:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_atomically(mark, json.dumps(identity, ensure_ascii=False).encode())
-    return folder
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines if lines[-1] else lines[:-1]
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    described = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    described = [(Path(place).name, size, changed) for place, size, changed in map(_described, files)]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
 
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _described(file: Path) -> tuple[str, int, int]:
+    found = file.stat()
+    return os.path.realpath(file), found.st_size, found.st_mtime_ns
 
 
 def _fp16_rows(features_MD: np.ndarray[Any, Any]) -> list[bytes]:
     if not np.isfinite(features_MD).all():
         raise UserError("features: the frozen tower gave NaN or infinity; check its weights and model.teacher.mean")
     return [row.tobytes() for row in features_MD.astype(np.float16)]
-
-
-def _write_part(file: Path, items: list[Item], bad: list[BadSample]) -> None:
-    schema = pa.schema(
-        [
-            ("hash", pa.binary()),
-            ("feature", pa.binary()),
-            ("key", pa.string()),
-            ("source", pa.string()),
-            ("shard", pa.string()),
-            ("offset", pa.int64()),
-            ("length", pa.int64()),
-            ("captions", pa.list_(pa.string())),
-            ("noise", pa.list_(pa.bool_())),
-        ],
-        metadata={"bad": json.dumps([asdict(entry) for entry in bad], ensure_ascii=False)},
-    )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([vars(item) for item in items], schema=schema), sink)
-    write_atomically(file, sink.getvalue().to_pybytes())
-
-
-def _merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
-
-    Ids count in the order of first occurrence. Of all parts together only digests and ids are held, never texts.
-    """
-    row_digests, caption_digests = bytearray(), bytearray()
-    counts = []
-    for file in files:
-        table = pq.read_table(file, columns=["hash", "captions"])
-        row_digests += b"".join(table["hash"].to_pylist())
-        counts.append(pc.list_value_length(table["captions"]).to_numpy())
-        caption_digests += b"".join(_digest(caption.encode()) for caption in _flat(table, "captions").to_pylist())
-    image_of_row, rows = _ids(row_digests)
-    image_ids = np.repeat(image_of_row, np.concatenate(counts))
-    caption_ids, captions = _ids(caption_digests)
-    del row_digests, caption_digests, counts, image_of_row
-    pairs = np.unique(image_ids.astype(np.int64) << 32 | caption_ids, return_index=True)[1]
-    pairs.sort()
-    image_ids, caption_ids = image_ids[pairs], caption_ids[pairs]
-    width = _write_rows(folder, files, rows)
-    _write_pairs(folder, files, pairs, image_ids, caption_ids)
-    dtype = token_dtype(len(tokenizer))
-    texts = tqdm(_texts(files, captions), desc="captions", unit="text", total=len(captions))
-    batches = (tokenizer(batch)["input_ids"] for batch in _batches(texts, 4096))
-    write_tokens(folder, chain.from_iterable(batches), dtype)
-    write_ids(folder, image_ids, caption_ids, len(captions))
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return {
-        "width": width,
-        "pairs": len(pairs),
-        "images": len(rows),
-        "captions": len(captions),
-        "token_dtype": dtype.name,
-        "vocabulary": len(tokenizer),
-    }
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _ids(digests: bytearray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """An id for each digest of 16 bytes, counted in the order of first occurrence, and where each id occurs first."""
-    high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-    # Stable: of equal digests the first stands first.
-    order = np.lexsort((low, high))
-    new = np.ones(len(order), bool)
-    new[1:] = _changes(high[order])
-    new[1:] |= _changes(low[order])
-    firsts = order[new]
-    by_occurrence = np.argsort(firsts)
-    rank = np.empty(len(firsts), np.int32)
-    rank[by_occurrence] = np.arange(len(firsts), dtype=np.int32)
-    ids = np.empty(len(order), np.int32)
-    ids[order] = rank[np.cumsum(new, dtype=np.int32) - 1]
-    return ids, firsts[by_occurrence]
-
-
-def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    changed: npt.NDArray[np.bool_] = values[1:] != values[:-1]
-    return changed
-
-
-def _flat(table: pa.Table, column: str) -> pa.Array:
-    flat: pa.Array = pc.list_flatten(table[column]).combine_chunks()
-    return flat
-
-
-def _chosen(chosen: npt.NDArray[np.int64], start: int, count: int) -> npt.NDArray[np.int64]:
-    """Those of the ascending `chosen` that lie in the next `count` from `start`, counted from there."""
-    first, last = np.searchsorted(chosen, (start, start + count))
-    return chosen[first:last] - start
-
-
-def _write_rows(folder: Path, files: list[Path], rows: npt.NDArray[np.int64]) -> int:
-    """features.bin of the parts' `rows`, ascending; returns their width."""
-    start = width = 0
-    with (folder / "features.bin").open("wb") as stream:
-        for file in files:
-            features = pq.read_table(file, columns=["feature"])["feature"]
-            for feature in features.take(_chosen(rows, start, len(features))).to_pylist():
-                stream.write(feature)
-                width = len(feature) // 2
-            start += len(features)
-    return width
-
-
-def _write_pairs(
-    folder: Path,
-    files: list[Path],
-    pairs: npt.NDArray[np.int64],
-    image_ids: npt.NDArray[np.int32],
-    caption_ids: npt.NDArray[np.int32],
-) -> None:
-    """pairs.parquet of the parts' `pairs`, ascending, with the ids of each."""
-    start = done = 0
-    with pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA) as writer:
-        for file in files:
-            table = pq.read_table(file).drop_columns(["hash", "feature"]).combine_chunks()
-            captions, noise = _flat(table, "captions"), _flat(table, "noise")
-            chosen = _chosen(pairs, start, len(captions))
-            rows = table.take(pc.list_parent_indices(table["captions"]).combine_chunks().take(chosen)).combine_chunks()
-            here = slice(done, done + len(chosen))
-            columns = {
-                "caption": captions.take(chosen),
-                "image_id": image_ids[here],
-                "caption_id": caption_ids[here],
-                "noise": noise.take(chosen),
-            }
-            arrays = [columns[name] if name in columns else rows[name] for name in PAIR_SCHEMA.names]
-            writer.write_table(pa.table(arrays, names=PAIR_SCHEMA.names).cast(PAIR_SCHEMA))
-            start, done = start + len(captions), here.stop
-
-
-def _texts(files: list[Path], captions: npt.NDArray[np.int64]) -> Iterator[str]:
-    """The parts' `captions`, ascending."""
-    start = 0
-    for file in files:
-        texts = _flat(pq.read_table(file, columns=["captions"]), "captions")
-        yield from texts.take(_chosen(captions, start, len(texts))).to_pylist()
-        start += len(texts)

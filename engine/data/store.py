@@ -81,17 +81,11 @@ class TextStore:
 
         What was read once and not touched since is not read again, unless `anew`. Returns digests by file signature.
         """
-        self.check_manifest()
         found = digests.check(self.path, self.manifest["files"], ANEW, known=known, anew=anew)
         if anew or not digests.seen(found, f"format {FORMAT}, {self.kind}"):
             self.check_contents()
             digests.note_seen(found, f"format {FORMAT}, {self.kind}")
         return found
-
-    def check_manifest(self) -> None:
-        """UserError when the manifest is not as it was written; those of earlier versions do not tell."""
-        if self.manifest.get("sha256", digest := _manifest_digest(self.manifest)) != digest:
-            raise UserError(f"{self.path / 'manifest.json'}: is not what was written (its sha256 differs); {ANEW}")
 
     def check_contents(self) -> None:
         """UserError naming the first file and row that no store may hold."""
@@ -198,9 +192,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if manifest.get("format") != FORMAT:
             raise UserError(
-                f"store {path}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
+                f"store {file}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
                 f" `efficientclip prepare SOURCE {path}`"
             )
+        # Earlier versions wrote none.
+        if manifest.get("sha256", digest := _manifest_digest(manifest)) != digest:
+            raise UserError(f"store {file}: is not what was written (its sha256 differs); {ANEW}")
         needed = PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES
         if missing := [name for name in needed if not isinstance(manifest["files"][name]["bytes"], int)]:
             raise ValueError(f"no size of {missing[0]}")
@@ -256,7 +253,6 @@ def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[s
         whole = {"format": FORMAT, **manifest, "files": described}
         whole["sha256"] = _manifest_digest(whole)
         write_atomically(folder / "manifest.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
-        mark(folder, "store")
     settle(folder, path)
 
 
@@ -269,6 +265,7 @@ def settle(folder: Path, path: Path) -> None:
     for pattern in LEFTOVERS:
         for left in folder.glob(pattern):
             left.unlink()
+    mark(folder, "store")
     put_in_place(folder, target)
     (target / lock.NAME).unlink(missing_ok=True)
 

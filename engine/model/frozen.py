@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import torch
 from .. import config as settings
 from ..data.pictures import decode_square, normalise
 from ..data.shards import BadSample, Sample
-from ..errors import UserError
+from ..errors import UserError, reading
 from .efficientclip import build_model
 
 PICTURES_AT_ONCE = 256
@@ -92,19 +93,31 @@ def _decoded(sample: Sample | BadSample, *, size: int) -> tuple[Sample, npt.NDAr
 
 
 def image_tower_name(tower: settings.ImageTower) -> str:
-    """Identity of a tower's weights: features of another tower are refused by it."""
+    """Identity of a tower's weights and of the pixels it is given: features of another tower are refused by it."""
     if tower.pretrained is None:
         raise UserError(
             "model.image_tower.architecture: fresh weights cannot encode; give model.image_tower.pretrained"
         )
+    pixels = json.dumps([tower.size, [float(value) for value in (*tower.mean, *tower.std)]])
+    seen = f"pixels {hashlib.sha256(pixels.encode()).hexdigest()[:8]}"
     folder = Path(tower.pretrained)
-    for file in (folder / "model" / "model.safetensors", folder / "model.safetensors"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                return f"{folder.name}@{hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
-    if folder.is_dir():
-        raise UserError(f"model.image_tower.pretrained: {folder} holds no model.safetensors; has its run finished?")
-    return f"{tower.pretrained}@{tower.revision or 'main'}"
+    if not folder.is_dir():
+        return f"{tower.pretrained}@{tower.revision or 'main'}, {seen}"
+    for held in (folder / "model", folder):
+        # As transformers chooses: one file before shards, safetensors before PyTorch's own.
+        for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
+            if files := sorted(held.glob(pattern)):
+                return f"{folder.name}@{_digest_of(files)[:16]}, {seen}"
+    raise UserError(f"model.image_tower.pretrained: {folder} holds no weights of a model; has its run finished?")
+
+
+def _digest_of(files: Sequence[Path]) -> str:
+    """Of the content of one file, or of the digests of several."""
+    digests = []
+    for file in files:
+        with reading("weights", file, "restore the file from a copy"), file.open("rb") as stream:
+            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def frozen_name(config: settings.Config) -> str:

@@ -3,66 +3,23 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
-from transformers import ResNetConfig
 
 from efficientclip import prepare as stage
-from efficientclip.config import Config, load_config
-from efficientclip.data import sources
+from efficientclip.config import Config
+from efficientclip.data import parts, sources
 from efficientclip.data.shards import BadSample, read_picture
 from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
-from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig
 from efficientclip.prepare import prepare
-from tests import tiny
+from tests.data.tars import CAPTIONS, as_table, good, png, write_tar
 from tests.formats import chinese_clip, files
-
-
-def png(seed: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def good(number: int, caption: str = "猫") -> dict[str, bytes]:
-    return {f"{number:03d}.png": png(number), f"{number:03d}.txt": caption.encode()}
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Config:
-    tiny.tokenizer(tmp_path)
-    resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-    model = EfficientCLIP(EfficientCLIPConfig(image={**resnet.to_dict(), "image_size": 16}, width=tiny.WIDTH))
-    model.save_pretrained(tmp_path / "image-run" / "model")
-    return load_config(
-        tiny.config(
-            tmp_path,
-            data__tokenizer=str(tmp_path / "vocab.txt"),
-            data__max_text_tokens=8,
-            data__max_bad_share=0.9,
-            model__image_tower={"pretrained": str(tmp_path / "image-run"), "size": 16},
-        )
-    )
 
 
 def test_store_holds_every_image_and_caption_once(tmp_path: Path, config: Config) -> None:
@@ -178,9 +135,6 @@ def test_a_damaged_store_is_refused(tmp_path: Path, config: Config) -> None:
         Store(tmp_path / "made")
 
 
-CAPTIONS = {0: ["猫", "红鸟"], 1: ["狗"], 2: ["猫"]}
-
-
 def as_chinese_clip(folder: Path, pictures: Mapping[int, bytes]) -> Path:
     texts = {
         caption: [n for n in CAPTIONS if caption in CAPTIONS[n]]
@@ -204,18 +158,6 @@ def as_coco(folder: Path, pictures: Mapping[int, bytes]) -> Path:
     notes = [{"image_id": n, "caption": caption} for n, captions in CAPTIONS.items() for caption in captions]
     (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
     return folder / "coco.json"
-
-
-def as_table(folder: Path, pictures: Mapping[int, bytes], suffix: str = ".csv") -> Path:
-    files(folder / "images", {f"{n}.png": content for n, content in pictures.items()})
-    rows = [(f"images/{n}.png", caption) for n, captions in CAPTIONS.items() for caption in captions]
-    file = folder / f"table{suffix}"
-    if suffix == ".parquet":
-        pq.write_table(pa.table(dict(zip(("image", "caption"), zip(*rows, strict=True), strict=True))), file)
-    else:
-        separator = "," if suffix == ".csv" else "\t"
-        file.write_text("".join(separator.join(row) + "\n" for row in [("Image", "caption"), *rows]), encoding="utf-8")
-    return file
 
 
 def as_tsv(folder: Path, pictures: Mapping[int, bytes]) -> Path:
@@ -298,7 +240,8 @@ def test_interrupted_call_over_another_source_goes_on(
     assert encoded == [1, 1, 1, 1]
     with images.open("a") as stream:
         stream.write(f"3\t{base64.b64encode(png(3)).decode()}\n")
-    assert prepare(images, tmp_path / "made", config)["bad_counts"] == {"image without caption": 1}
+    made = prepare(images, tmp_path / "made", config, replace=True)
+    assert made["bad_counts"] == {"image without caption": 1}
 
 
 @pytest.mark.parametrize(
@@ -323,6 +266,12 @@ def test_what_a_file_is_taken_for_is_told(
         prepare(tmp_path / name, tmp_path / "made", without)
 
 
+@pytest.mark.parametrize("line", ["猫\u2028狗\tcat", "猫\u0085狗\tcat", "猫\x0b狗\tcat", "猫\r狗\tcat"])
+def test_only_line_ends_end_a_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.tsv").write_bytes(f"\ufeff{line}\r\n鸟\tbird\n\n鱼\tfish".encode())
+    assert stage._read_lines(tmp_path / "t.tsv") == [line, "鸟\tbird", "", "鱼\tfish"]
+
+
 def test_a_changed_picture_file_is_told_when_it_is_shown(tmp_path: Path) -> None:
     (tmp_path / "x_imgs.tsv").write_text("1\t!!!!\n")
     with pytest.raises(UserError, match=r"x_imgs\.tsv: no picture at byte 2 .* prepare the store anew"):
@@ -335,6 +284,6 @@ def test_ids_count_in_the_order_of_first_occurrence() -> None:
     digests = [b"".join(random.choice([b"a" * 8, b"b" * 8, b"c" * 8], 2).tolist()) for _ in range(200)]
     known: dict[bytes, int] = {}
     expected = [known.setdefault(digest, len(known)) for digest in digests]
-    ids, firsts = stage._ids(bytearray(b"".join(digests)))
+    ids, firsts = parts._ids(bytearray(b"".join(digests)))
     assert ids.tolist() == expected and len(known) == 9
     assert firsts.tolist() == [digests.index(digest) for digest in known]

@@ -1,0 +1,322 @@
+"""What stands at a store's path is never lost, and an interrupted, killed or stopped `prepare` goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efficientclip import prepare as stage
+from efficientclip.cli import main
+from efficientclip.config import Config, ImageTower
+from efficientclip.data import sources
+from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
+from efficientclip.errors import UserError
+from efficientclip.files import lock
+from efficientclip.model.frozen import image_tower_name
+from efficientclip.prepare import prepare
+from tests import tiny
+from tests.data.tars import CAPTIONS, as_table, good, png, write_shards, write_tar
+from tests.formats import files
+from tests.training import launch
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that were encoded."""
+    real, names = stage.ImageLoader, []
+
+    def noted(shard: Path, **settings: Any) -> Any:
+        names.append(shard.name)
+        return real(shard, **settings)
+
+    monkeypatch.setattr(stage, "ImageLoader", noted)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ("shards", "foreign", r"efficientclip did not write \(thesis\.txt\) and stays"),
+        ("shards", "shards", "is or holds the source"),
+        ("shards/0.tar", "shards", "is or holds the source"),
+        ("shards", ".", "is or holds the source"),
+        ("table.csv", "foreign", "is or holds the source"),
+        ("shards", "thesis.txt", "is a file; name a folder"),
+        ("shards", "thesis.txt/store", "thesis.txt is a file, where a folder is wanted"),
+        ("shards", "run", "is a run, and stays as it is"),
+        ("shards", "half", r"half\.partial: the store is built there, but efficientclip did not write what is there"),
+    ],
+)
+def test_nothing_but_a_store_is_written_over(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, source: str, target: str, message: str
+) -> None:
+    write_shards(tmp_path / "shards")
+    files(
+        tmp_path,
+        {
+            "thesis.txt": b"three years",
+            "foreign/thesis.txt": b"three years",
+            "half.partial/part-00000.parquet": b"mine",
+            "run/config.yaml": b"",
+            "run/checkpoints/latest": b"",
+            "table.csv": "image,caption\na.png,猫\n".encode(),
+        },
+    )
+    monkeypatch.setattr(stage, "FrozenImages", None)
+    before = contents(tmp_path)
+    images = tmp_path / "foreign" if source == "table.csv" else None
+    for replace in (False, True):
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / source, tmp_path / target, config, images, replace=replace)
+    assert contents(tmp_path) == before
+
+
+def test_a_link_stays_and_its_target_becomes_the_store(tmp_path: Path, config: Config) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "made").symlink_to(tmp_path / "disk" / "made")
+    shards = write_shards(tmp_path / "shards", 1)
+    prepare(shards, tmp_path / "made", config)
+    assert (tmp_path / "made").is_symlink() and len(Store(tmp_path / "disk" / "made")) == 2
+    assert prepare(shards, tmp_path / "disk" / "made", config)["pairs"] == 2
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["made"]
+
+
+def with_pixels(config: Config, **changes: Any) -> Config:
+    tower = config.model.image_tower
+    assert tower is not None
+    model = config.model.model_copy(update={"image_tower": tower.model_copy(update=changes)})
+    return config.model_copy(update={"model": model})
+
+
+def with_tokenizer(folder: Path, config: Config) -> Config:
+    (folder / "other").mkdir()
+    tiny.tokenizer(folder / "other")
+    with (folder / "other" / "vocab.txt").open("a") as vocabulary:
+        vocabulary.write("新\n")
+    data = config.data.model_copy(update={"tokenizer": str(folder / "other" / "vocab.txt")})
+    return config.model_copy(update={"data": data})
+
+
+def test_a_store_of_something_else_stays_until_the_new_one_is_whole(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, path = write_shards(tmp_path / "shards"), tmp_path / "made"
+    prepare(shards, path, config)
+    before = contents(path)
+    others = {
+        "tower is image-run@.* there and image-run@": (shards, with_pixels(config, mean=(0.4, 0.5, 0.6))),
+        "tokenizer is .* there": (shards, with_tokenizer(tmp_path, config)),
+        "source is .*/shards there and .*/0.tar now": (shards / "0.tar", config),
+    }
+    for message, (source, changed) in others.items():
+        with pytest.raises(UserError, match=f"{message}.*--replace"):
+            prepare(source, path, changed)
+    assert contents(path) == before
+    (path / "notes.txt").write_text("mine")
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"no part of it \(notes\.txt\)"):
+        patched.setattr(stage, "FrozenImages", None)
+        prepare(shards / "0.tar", path, config, replace=True)
+    (path / "notes.txt").unlink()
+    real, usable = stage.FrozenImages.encode_pixels, []
+
+    def noted(self: Any, pixels: Any) -> Any:
+        usable.append(len(Store(path)))
+        return real(self, pixels)
+
+    monkeypatch.setattr(stage.FrozenImages, "encode_pixels", noted)
+    prepare(shards / "0.tar", path, config, replace=True)
+    assert usable == [6] and len(Store(path)) == 2
+    assert not [found.name for found in tmp_path.iterdir() if "made" in found.name and found != path]
+
+
+def test_a_damaged_store_is_made_anew_on_demand(tmp_path: Path, config: Config) -> None:
+    shards = write_shards(tmp_path / "shards")
+    made = prepare(shards, tmp_path / "made", config)
+    (tmp_path / "made" / "image_ids.bin").unlink()
+    with pytest.raises(UserError, match=r"image_ids\.bin: is missing.*--replace"):
+        prepare(shards, tmp_path / "made", config)
+    assert (
+        prepare(shards, tmp_path / "made", config, replace=True)["pairs"]
+        == made["pairs"]
+        == len(Store(tmp_path / "made"))
+    )
+
+
+def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
+    tmp_path: Path, config: Config, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, path = write_shards(tmp_path / "shards"), tmp_path / "made"
+
+    def interrupted(using: Config) -> list[str]:
+        encoded.clear()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(stage, "merge", _interrupt)
+            prepare(shards, path, using)
+        return encoded
+
+    assert interrupted(config) == ["0.tar", "1.tar", "2.tar"]
+    assert interrupted(with_tokenizer(tmp_path, config)) == []
+    write_tar(shards / "00.tar", good(50))
+    assert interrupted(config) == ["00.tar"]
+    write_tar(shards / "1.tar", good(60) | good(61))
+    assert interrupted(config) == ["1.tar"]
+    assert interrupted(with_pixels(config, std=(0.3, 0.3, 0.3))) == ["0.tar", "00.tar", "1.tar", "2.tar"]
+    encoded.clear()
+    (tmp_path / "linked").symlink_to(shards)
+    monkeypatch.chdir(tmp_path)
+    assert prepare(Path("linked"), Path("made"), config)["images"] == 7
+    assert prepare(shards, path, config)["images"] == 7
+    assert encoded == []
+    names = {*PAIR_FILES, "tokenizer", "manifest.json", ".efficientclip.json"}
+    assert {found.name for found in path.iterdir()} == names
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_store_that_was_only_not_renamed_yet_is_not_made_again(
+    tmp_path: Path, config: Config, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("efficientclip.data.store.settle", _interrupt)
+        prepare(shards, tmp_path / "made", config)
+    encoded.clear()
+    assert prepare(shards, tmp_path / "made", config)["pairs"] == len(Store(tmp_path / "made")) == 6
+    assert encoded == [] and not staging(tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.9])
+def test_pictures_that_come_later_are_read(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, limit: float
+) -> None:
+    monkeypatch.setattr(sources, "PART", 1)
+    table = as_table(tmp_path, {number: png(number) for number in CAPTIONS})
+    picture = tmp_path / "images" / "1.png"
+    content = picture.read_bytes()
+    picture.unlink() if limit == 0.9 else picture.write_bytes(content[:100])
+    limited = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_share": limit})})
+    with monkeypatch.context() as patched, pytest.raises((UserError, KeyboardInterrupt)):
+        patched.setattr(stage, "merge", _interrupt)
+        prepare(table, tmp_path / "made", limited)
+    picture.write_bytes(content)
+    made = prepare(table, tmp_path / "made", limited)
+    assert (made["images"], made["bad_samples"]) == (3, [])
+    # Where pictures start is part of what a store is made of.
+    assert prepare(table, tmp_path / "made", limited) == json.loads((tmp_path / "made" / "manifest.json").read_text())
+    with pytest.raises(UserError, match=f"images_folder is None there and {tmp_path} now"):
+        prepare(table, tmp_path / "made", limited, tmp_path)
+
+
+def test_a_second_call_names_the_process_that_is_at_it(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(write_shards(tmp_path / "shards")), str(tmp_path / "made"), "--config"]
+    with lock.held(staging(tmp_path / "made"), "preparing"):
+        assert main(["prepare", *arguments, str(tmp_path / "config.yaml")]) == 2
+    told = capsys.readouterr().err
+    assert f"process {os.getpid()} on {socket.gethostname()}" in told and told.count("error:") == 1
+    assert main(["prepare", *arguments, str(tmp_path / "config.yaml")]) == 0
+
+
+def test_what_another_call_made_meanwhile_is_not_made_again(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, path = write_shards(tmp_path / "shards"), tmp_path / "made"
+
+    def other(folder: Path) -> None:
+        monkeypatch.undo()
+        prepare(shards, path, config)
+
+    monkeypatch.setattr(stage, "_require_ours", other)
+    assert prepare(shards, path, config)["pairs"] == 6
+    assert not staging(path).exists() and not (path / lock.NAME).exists()
+
+
+def test_a_full_disk_is_one_message_and_the_same_command_goes_on(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, path = write_shards(tmp_path / "shards"), tmp_path / "made"
+    expected = prepare(shards, tmp_path / "expected", config)["pairs"]
+    arguments = ["prepare", str(shards), str(path), "--config", str(tmp_path / "config.yaml")]
+    sizes = [found.stat().st_size for found in (tmp_path / "expected").rglob("*") if found.is_file()]
+    tried = 0
+    # Each limit stops another file.
+    for limit in sorted({0, *(size - 1 for size in sizes if size)}):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            code = main(arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        told = capsys.readouterr().err
+        assert code == 2 and told.count("error:") == 1 and "Traceback" not in told and "made" in told, told
+        assert not path.exists()
+        tried += 1
+    assert tried > 5
+    assert main(arguments) == 0
+    assert len(Store(path)) == expected
+    assert contents(path).keys() == contents(tmp_path / "expected").keys()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_killed_call_goes_on_to_the_same_store(tmp_path: Path, config: Config, signum: int, code: int) -> None:
+    shards, path, log = write_shards(tmp_path / "shards", 8), tmp_path / "made", tmp_path / "log"
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    arguments = ["prepare", str(shards), str(path), "--config", str(tmp_path / "config.yaml")]
+    script = Path(__file__).with_name("slow_prepare.py")
+    process = launch.start(log, *arguments, script=script)
+    wanted, deadline = int(random.integers(1, 8)), time.monotonic() + 60
+    while not log.exists() or log.read_text().count("encoding") < wanted:
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.1))
+    assert process.pid is not None
+    os.kill(process.pid, signum)
+    process.join(5)
+    assert process.exitcode == code, log.read_text()
+    told = log.read_text()
+    assert "Traceback" not in told and not path.exists()
+    assert signum == signal.SIGKILL or f"stopped by {signal.Signals(signum).name}; the same command goes on" in told
+    left = len(list(staging(path).glob("part-*.parquet")))
+    assert left in (wanted - 1, wanted)
+    again = launch.start(log, *arguments, script=script)
+    again.join(60)
+    assert again.exitcode == 0, log.read_text()
+    assert log.read_text().count("encoding") == 8 - left
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("names", [["model.safetensors"], ["model-1.safetensors", "model-2.safetensors"],
+                                   ["pytorch_model.bin"], ["pytorch_model-1.bin", "pytorch_model-2.bin"]])  # fmt: skip
+def test_a_towers_name_changes_with_its_weights_and_its_pixels(tmp_path: Path, names: list[str]) -> None:
+    tower = ImageTower(pretrained=str(tmp_path / "tower"), size=16)
+    files(tmp_path / "tower", {"config.json": b"{}"})
+    with pytest.raises(UserError, match="holds no weights of a model"):
+        image_tower_name(tower)
+    files(tmp_path / "tower", {name: name.encode() for name in names})
+    found = {image_tower_name(tower)}
+    for change in ({"size": 32}, {"mean": (0, 0.5, 0)}, {"std": (1, 1, 0.5)}):
+        found.add(image_tower_name(tower.model_copy(update=change)))
+    files(tmp_path / "tower", {names[-1]: b"other"})
+    found.add(image_tower_name(tower))
+    assert len(found) == 5 and all(name.startswith("tower@") for name in found)
