@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, stopping
 from .errors import UserError, reported
 
 PICTURES = (
@@ -16,7 +16,9 @@ PICTURES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code. The signals of a caller with `argv` of its own stay as they are."""
+    if argv is None:
+        stopping.watch()
     parser = _parser()
     given, rest = parser.parse_known_args(argv)
     if rest and ("overrides" not in given or any(item.startswith("-") for item in rest)):
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("store", type=Path, metavar="STORE", help="folder to write")
     prepare.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in SOURCE start")
+    _add_replace(prepare, "a store of something else that is there goes once the new one is whole")
     prepare.add_argument("--config", type=Path, required=True, help="names the frozen tower and the tokenizer")
     prepare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
@@ -92,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--output", type=Path, metavar="FILE.json", help="figures; the trace lies beside it (default: RUN-profile.json)"
     )
+    _add_replace(profile)
     # The `deepspeed` launcher sets it.
     profile.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
@@ -115,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text-test", type=Path, metavar="FILE", help="its test (default: a fifth of --text-train)")
     evaluate.add_argument("--seed", type=int, default=0, help="of that fifth (default: 0)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
+    _add_replace(evaluate)
 
     search = command(_search, "search", "find pictures for a text and write them as one picture")
     _add_run(search)
@@ -122,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--data", type=Path, help="a store or pictures to search (default: what the run trained on)")
     search.add_argument("--top", type=int, default=10, help="number of pictures (default: 10)")
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
+    _add_replace(search)
 
     report = command(_report, "report", "write the run's report: one page that opens from disk")
     _add_run(report)
@@ -132,10 +138,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="stores or .tar files; the gallery shows the first (default: data.validation of the run)",
     )
+    report.add_argument(
+        "--output", type=Path, metavar="FILE.html", help="page; results.json lies beside it (default: RUN/report.html)"
+    )
+    _add_replace(report)
 
     export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
     _add_run(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    _add_replace(export, "an earlier export that is there goes once the new one is whole")
 
     audit = command(_audit, "audit", "what ECL did to each pair of a finished run: a table, and a page to judge it by")
     _add_run(audit)
@@ -144,11 +155,20 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--export", type=Path, metavar="DIR", help="write the kept pairs there, as webdataset shards")
     audit.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard at most (default: 10000)")
     audit.add_argument("--shard-gb", type=float, default=1.0, help="gigabytes a shard at most (default: 1)")
+    _add_replace(audit)
+
+    verify = command(_verify, "verify", "read all of a store, run, model or cross-fit, and tell whether it is whole")
+    verify.add_argument("path", type=Path, metavar="PATH", help="its folder")
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a trained run")
+    parser.add_argument("--store", type=Path, metavar="PATH", help="where the store that it trained on lies now")
+
+
+def _add_replace(parser: argparse.ArgumentParser, help: str = "write over a file that another program made") -> None:
+    parser.add_argument("--replace", action="store_true", help=help)
 
 
 def _demo_data(given: argparse.Namespace) -> None:
@@ -171,7 +191,7 @@ def _prepare(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .prepare import prepare
 
-    manifest = prepare(given.source, given.store, config, given.images)
+    manifest = prepare(given.source, given.store, config, given.images, replace=given.replace)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
     print(
@@ -238,6 +258,7 @@ def _profile(given: argparse.Namespace) -> None:
             given.config,
             given.overrides,
             output=given.output,
+            replace=given.replace,
             warm_up=given.warm_up,
             measured=given.steps,
             traced=given.traced,
@@ -255,6 +276,10 @@ def _evaluate(given: argparse.Namespace) -> None:
         raise UserError("--classes and --images: need DATA, not --text-train")
     if given.json is not None and not given.json.parent.is_dir():
         raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
+    if given.json is not None:
+        from .files.ownership import claim_file
+
+        given.json = claim_file(given.json, replace=given.replace)
     _silence_model_files()
     from rich.console import Console
 
@@ -264,15 +289,15 @@ def _evaluate(given: argparse.Namespace) -> None:
     if given.text_train is not None:
         from .evaluation.probe import probe, probe_table
 
-        report = probe(given.run, given.text_train, given.text_test, given.seed)
+        report = probe(given.run, given.text_train, given.text_test, given.seed, given.store)
         table = probe_table(report, title)
     elif given.classes is not None:
         from .evaluation.zero_shot import class_table, classify
 
-        report = classify(given.run, given.data, given.classes, given.images)
+        report = classify(given.run, given.data, given.classes, given.images, given.store)
         table = class_table(report, title)
     else:
-        report = evaluate(given.run, given.data, given.images)
+        report = evaluate(given.run, given.data, given.images, given.store)
         table = recall_table(report, title)
     Console().print(table)
     if given.json is not None:
@@ -286,17 +311,17 @@ def _search(given: argparse.Namespace) -> None:
     from rich.console import Console
 
     from .evaluation.search import draw_matches, match_table, search
+    from .files.ownership import claim_file
 
     file = given.output or given.run / "search.png"
-    matches = search(given.run, given.query, given.data, given.top)
+    target = claim_file(file, replace=given.replace, instead="name a picture elsewhere by --output FILE.png")
+    matches = search(given.run, given.query, given.data, given.top, given.store)
     Console().print(match_table(matches, given.query))
-    draw_matches(matches, given.query, file)
+    draw_matches(matches, given.query, target)
     print(file)
 
 
 def _report(given: argparse.Namespace) -> None:
-    from .config import load_config
-
     tables = {}
     for item in given.data or ():
         name, _, path = item.partition("=")
@@ -305,17 +330,18 @@ def _report(given: argparse.Namespace) -> None:
         tables[name] = Path(path)
     _silence_model_files()
     from .evaluation.report import write_report
+    from .evaluation.run import run_config
 
     if not tables and (given.run / "config.yaml").is_file():
-        tables = load_config(given.run / "config.yaml").data.validation
-    print(write_report(given.run, tables))
+        tables = run_config(given.run).data.validation
+    print(write_report(given.run, tables, given.output, replace=given.replace, store=given.store))
 
 
 def _export(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .export import export
 
-    opens = export(given.run, given.out)
+    opens = export(given.run, given.out, replace=given.replace, store=given.store)
     print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card, name a licence there")
 
 
@@ -323,17 +349,31 @@ def _audit(given: argparse.Namespace) -> None:
     for option in ("top", "shard_samples", "shard_gb"):
         if getattr(given, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(given, option)}: give more than 0")
-    from .evaluation.audit import open_audit, write_audit
+    from .evaluation.audit import claim_audit, open_audit, write_audit
+    from .evaluation.subset import claim_export, export_kept
 
-    audit = open_audit(given.run)
-    for file in write_audit(audit, given.out or given.run, given.top):
+    out = given.out or given.run
+    claim_audit(given.run, out, replace=given.replace)
+    audit = open_audit(given.run, given.store)
+    if given.export is not None:
+        claim_export(audit, given.export)
+    for file in write_audit(audit, out, given.top, replace=given.replace):
         print(file)
     if given.export is not None:
-        from .evaluation.subset import export_kept
-
         size = round(given.shard_gb * 1e9)
         shards, pairs = export_kept(audit, given.export, samples=given.shard_samples, size=size)
         print(f"{given.export}: {pairs:,} kept pairs in {shards:,} shards; `efficientclip prepare` reads them")
+
+
+def _verify(given: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from .verify import broken, part_table, verify
+
+    parts = verify(given.path)
+    Console().print(part_table(parts, str(given.path)))
+    if (error := broken(parts)) is not None:
+        raise error
 
 
 def _silence_model_files() -> None:

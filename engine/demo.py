@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from .config import Teacher as TeacherConfig
 from .errors import UserError
-from .files.atomic import write_atomically
+from .files.atomic import put_in_place, recover, write_atomically
+from .files.ownership import claim, mark
 from .model.teacher import Teacher
 
 NPM = {
@@ -102,9 +103,14 @@ def build_demo_data(
     """Write the demo's shards, texts, teacher mean and vocabulary under `directory`; cached after one call.
 
     `image_size` is the edge of the square pictures in pixels. Texts and the teacher's mean, once written, are
-    kept: delete them to make them anew. UserError, before any download, where a tool or package is missing.
+    kept: delete them to make them anew. UserError, before any download, where a tool or package is missing, or the
+    folder holds anything else.
     """
+    # A call of an earlier version that was cut short left its downloads alone.
+    directory = claim(directory, "demo data", beside=(".cache",))
     check_tools()
+    mark(directory, "demo data")
+    recover(directory / "train")
     cache = directory / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     packages = _download(cache)
@@ -134,8 +140,7 @@ def _write_train(directory: Path, train: list[Picture]) -> None:
     staging.mkdir()
     for number in range(0, len(train), SHARD_SAMPLES):
         write_shard(staging / f"{number // SHARD_SAMPLES:05d}.tar", "train", train[number : number + SHARD_SAMPLES])
-    shutil.rmtree(directory / "train", ignore_errors=True)
-    staging.replace(directory / "train")
+    put_in_place(staging, directory / "train")
 
 
 def check_tools() -> None:

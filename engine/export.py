@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,12 @@ from transformers import (
 )
 
 from . import config as settings
-from .errors import UserError
+from . import stopping
+from .errors import UserError, reading, writing
 from .evaluation.run import Run, open_run, read_metrics
+from .files import digests
+from .files.atomic import as_umask, put_in_place
+from .files.ownership import claim, kind_of, mark
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
@@ -34,15 +38,15 @@ TEXT_TYPES = ("bert", "chinese_clip_text_model")
 IMAGE_TYPES = ("clip_vision_model", "chinese_clip_vision_model")
 
 
-def export(run: Path, out: Path) -> type[PreTrainedModel]:
-    """Write the towers of `run` to the new folder `out`, with their processor and a card; returns the class to open it.
+def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = None) -> type[PreTrainedModel]:
+    """Write the towers of `run` to the folder `out`, with their processor and a card; returns the class to open it.
 
     ChineseCLIPModel for a BERT read at [CLS] beside CLIP's ViT, EfficientCLIP for any other towers. Features and logit
-    scale are those of the run. UserError when the run is unfinished or has no image tower, or `out` is not empty.
+    scale are those of the run. UserError when the run is unfinished or has no image tower, or `out` is not empty;
+    `replace`: an earlier export may be there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"export {out}: not empty; give a folder that does not exist yet")
-    opened = open_run(run)
+    target = claim(out, "model", sources=[run], existing="replace" if replace else "refuse", files=_files_of(out))
+    opened = open_run(run, store)
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"run {run}: unfinished, holds checkpoints alone; run the same `train` command to its end")
     tower = opened.config.model.image_tower
@@ -55,14 +59,23 @@ def export(run: Path, out: Path) -> type[PreTrainedModel]:
     model = load_model(run)
     model.image, model.config.image = opened.frozen.model.cpu(), opened.frozen.description
     whole = _chinese_clip(model) if _fits_chinese_clip(model) else model
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as staging:
-        folder = Path(staging) / "model"
-        whole.save_pretrained(folder)
-        _processor(opened, tower).save_pretrained(folder)
-        (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
-        folder.replace(out)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with stopping.scratch(Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))) as staging:
+            folder = staging / "model"
+            whole.save_pretrained(folder)
+            _processor(opened, tower).save_pretrained(folder)
+            (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
+            as_umask(folder)
+            digests.write_digests(folder)
+            mark(folder, "model")
+            put_in_place(folder, target)
     return type(whole)
+
+
+def _files_of(out: Path) -> list[str]:
+    """Relative paths of everything that belongs to the export at `out`, if there is one."""
+    return [*digests.read_digests(out), digests.NAME] if kind_of(out) == "model" else []
 
 
 def _fits_chinese_clip(model: EfficientCLIP) -> bool:
@@ -168,7 +181,7 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
         "",
         "## Recall",
         "",
-        *_recall(opened.folder / "results.json", validations[-1]["validation"] if validations else {}),
+        *_recall(opened.folder, validations[-1]["validation"] if validations else {}),
         "",
         "## Intended use",
         "",
@@ -186,8 +199,9 @@ def _data(opened: Run) -> Iterator[str]:
         yield f"- images and captions of {', '.join(shard.name for shard in opened.config.data.shards)}"
         return
     source = Path(str(manifest["source"])).name if "source" in manifest else opened.store.name
-    pairs, images, captions = (manifest[kind] for kind in ("pairs", "images", "captions"))
-    yield f"- {pairs:,} pairs of {images:,} images and {captions:,} captions: {source}"
+    # Without its store, a run does not know how many pairs it had.
+    counts = [f"{manifest[kind]:,} {kind}" for kind in ("pairs", "images", "captions") if kind in manifest]
+    yield f"- {f'{counts[0]} of {counts[1]} and {counts[2]}: ' if len(counts) == 3 else ''}{source}"
     if bad := sum(manifest.get("bad_counts", {}).values()):
         yield f"- {bad:,} bad samples were left out"
     kept = opened.folder / "confidence.parquet"
@@ -208,9 +222,16 @@ def _resources(opened: Run, steps: list[dict[str, Any]]) -> Iterator[str]:
     yield f"- hardware: {in_words(read_hardware(opened.folder / 'hardware.json'))}"
 
 
-def _recall(results: Path, validation: dict[str, Any]) -> Iterator[str]:
-    """From the report where there is one, else from the last validation."""
-    tables: Mapping[str, Any] = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else validation
+def _recall(run: Path, tables: Mapping[str, Any]) -> list[str]:
+    """From the report where there is one, else from the last validation: `tables`."""
+    results = run / "results.json"
+    with reading("results", results, f"write it anew by `efficientclip report {run}`"):
+        if results.is_file():
+            tables = json.loads(results.read_text(encoding="utf-8"))
+        return list(_recall_table({name: report for name, report in tables.items() if name != "made_by"}))
+
+
+def _recall_table(tables: Mapping[str, Any]) -> Iterator[str]:
     if not tables:
         yield "Not measured: the run has neither validation data nor a report (`efficientclip report`)."
         return

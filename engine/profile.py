@@ -29,11 +29,13 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function, schedule
 from torch.profiler import profile as torch_profile
 
+from . import stopping
 from .config import Config
 from .data.batches import Batch
 from .data.pairs import PairSource
-from .errors import UserError
-from .files.atomic import write_atomically
+from .errors import UserError, writing
+from .files.atomic import write_atomically, written_aside
+from .files.ownership import claim_file
 from .hardware import device_name, hardware
 from .model.efficientclip import EfficientCLIP
 from .plan import (
@@ -49,8 +51,8 @@ from .plan import (
     picture_training_work,
     short,
 )
-from .train import set_up
 from .training.distributed import end_process, join_process_group
+from .training.runs import set_up
 from .training.trainer import Trainer, Validate
 
 COLLECTIVES = (
@@ -174,7 +176,12 @@ class ProfiledTrainer(Trainer):
         )
 
     def _write_trace(self, profiler: Any) -> None:
-        profiler.export_chrome_trace(str(self.trace))
+        # torch compresses by the name's ending.
+        made = self.config.run.with_name("trace.json.gz")
+        with writing(made):
+            profiler.export_chrome_trace(str(made))
+        with written_aside(self.trace) as aside:
+            shutil.copyfile(made, aside)
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         captions = tokens = texts = 0
@@ -187,8 +194,8 @@ class ProfiledTrainer(Trainer):
         self.counts.append([captions, tokens, texts, batch.tokens - tokens, batch.masked])
         return super()._train_step(batch)
 
-    def _anywhere(self, *mine: bool) -> list[bool]:
-        stop, *others = super()._anywhere(*mine)
+    def _anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
+        stop, ended = super()._anywhere(stop, ended)
         self.recorder.end_step()
         if self.rank == 0 and self.step > self.warm_up + self.measured:
             self.profiler.step()
@@ -204,7 +211,7 @@ class ProfiledTrainer(Trainer):
                 self.validate(self.engine.module)
             with self.span("end"):
                 self._finish()
-        return [stop or self.step == self.last_step, *others]
+        return stop or int(self.step == self.last_step), ended
 
 
 def profile(
@@ -213,6 +220,7 @@ def profile(
     overrides: Sequence[str],
     *,
     output: Path | None = None,
+    replace: bool = False,
     warm_up: int = 10,
     measured: int = 20,
     traced: int = 3,
@@ -226,10 +234,11 @@ def profile(
     output = output or Path(f"{config.run.name}-profile.json")
     if output.suffix != ".json" or not output.parent.is_dir():
         raise UserError(f"--output {output}: name a .json file in a folder that exists")
+    trace = output.with_suffix(".trace.json.gz")
+    # A trace bears no mark: it is ours when the profile beside it is.
+    claim_file(output if output.exists() or not trace.exists() else trace, replace=replace)
     started = time.perf_counter()
-    make = partial(
-        ProfiledTrainer, warm_up=warm_up, measured=measured, traced=traced, trace=output.with_suffix(".trace.json.gz")
-    )
+    make = partial(ProfiledTrainer, warm_up=warm_up, measured=measured, traced=traced, trace=trace)
     join_process_group()
     with _scratch(config.run) as folder, set_up(config.model_copy(update={"run": folder}), make) as trainer:
         start_seconds = time.perf_counter() - started
@@ -237,7 +246,7 @@ def profile(
         with communication_in(trainer.recorder):
             trainer.train()
         if trainer.step < trainer.last_step:
-            raise UserError(f"profile: stopped by SIGTERM after {trainer.step} of {trainer.last_step} steps")
+            stopping.leave_stopped()
         found = _gathered(trainer, base, start_seconds)
         if trainer.rank == 0:
             made = _profile(config, path, overrides, trainer, found, traced)
@@ -252,10 +261,8 @@ def _scratch(run: Path) -> Iterator[Path]:
     parent = next(folder for folder in run.absolute().parents if folder.is_dir())
     made = [tempfile.mkdtemp(prefix=f".{run.name}-profile-", dir=parent) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made)
-    try:
-        yield Path(str(made[0])) / run.name
-    finally:
-        shutil.rmtree(str(made[0]), ignore_errors=True)
+    with stopping.scratch(Path(str(made[0]))) as folder:
+        yield folder / run.name
 
 
 def _known_bytes(trainer: Trainer) -> int:
@@ -391,6 +398,7 @@ def main() -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
     from .cli import main as command
 
+    stopping.watch(quiet=int(os.environ.get("RANK", 0)) > 0)
     end_process(command(["profile", *sys.argv[1:]]))
 
 

@@ -14,6 +14,9 @@ from PIL import Image
 from efficientclip import demo
 from efficientclip.demo import Concept, Picture
 from efficientclip.errors import UserError
+from efficientclip.files import atomic
+from efficientclip.files.ownership import kind_of
+from tests.formats import files
 
 
 def concept(number: int, english: str | None = None) -> Concept:
@@ -114,6 +117,52 @@ def test_train_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     demo._write_train(tmp_path, training_pictures(1))
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["00000.tar"]
     assert not (tmp_path / "train.partial").exists()
+
+
+def test_train_cut_short_in_its_replacement_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo._write_train(tmp_path, training_pictures(3))
+    before = [path.read_bytes() for path in (tmp_path / "train").iterdir()]
+    real, calls = atomic.os.replace, []
+
+    def dying(source: Path, target: Path) -> None:
+        calls.append(source)
+        if source.name == "train.partial":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(atomic.os, "replace", dying)
+        demo._write_train(tmp_path, training_pictures(1))
+    assert not (tmp_path / "train").exists()
+    atomic.recover(tmp_path / "train")
+    assert [path.read_bytes() for path in (tmp_path / "train").iterdir()] == before
+    demo._write_train(tmp_path, training_pictures(1))
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({}, "reached"),
+        ({".cache/openmoji-17.0.0.tgz": b""}, "reached"),
+        ({"manifest.json": b'{"pictures": {}, "noise_share": 0.3, "sha256": {}}', "train/00000.tar": b""}, "reached"),
+        ({"train/thesis.txt": b"three years"}, r"did not write \(train\) and stays as it is"),
+        ({"config.yaml": b"", "checkpoints/latest": b""}, "is a run"),
+    ],
+)
+def test_only_demo_data_is_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, bytes], message: str
+) -> None:
+    def reached(cache: Path) -> None:
+        raise UserError("reached")
+
+    monkeypatch.setattr(demo, "check_tools", lambda: None)
+    monkeypatch.setattr(demo, "_download", reached)
+    files(tmp_path / "demo", held)
+    with pytest.raises(UserError, match=message):
+        demo.build_demo_data(tmp_path / "demo")
+    assert (kind_of(tmp_path / "demo") == "demo data") == (message == "reached")
+    assert {name: (tmp_path / "demo" / name).read_bytes() for name in held} == held
 
 
 def test_picture_is_square_rgb_over_white() -> None:

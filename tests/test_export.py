@@ -15,11 +15,15 @@ from transformers import AutoModel, ChineseCLIPModel, ChineseCLIPProcessor, ResN
 from efficientclip.cli import main
 from efficientclip.config import load_config, save_config
 from efficientclip.data.store import Store
+from efficientclip.errors import UserError
 from efficientclip.evaluation.run import Run, open_run
 from efficientclip.export import export
+from efficientclip.files import digests
+from efficientclip.files.ownership import MARK
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig, build_model
 from efficientclip.model.frozen import image_tower_name
 from tests import tiny
+from tests.formats import files
 from tests.model import hub
 
 LONG = "猫狗" * 30
@@ -53,6 +57,7 @@ def trained(folder: Path, tower: str, **changes: Any) -> Path:
     config = load_config(tiny.config(folder, **settings))
     manifest = folder / "store" / "manifest.json"
     stored = json.loads(manifest.read_text())
+    del stored["sha256"]
     tower_name = config.model.image_tower and image_tower_name(config.model.image_tower)
     manifest.write_text(json.dumps({**stored, "tower": tower_name, "source": "/data/pictures"}))
     model = build_model(config.model, seed=0, vocabulary=stored["vocabulary"], sides=("text",))
@@ -164,12 +169,16 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path) -> None:
     ):
         assert part in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "clip"), "")
-    results = {"test": {"t2i": {"R@1": 1.5, "R@5": 2, "R@10": 3}, "i2t": {"R@1": 4, "R@5": 5, "R@10": 6}}}
-    results["test"] |= {"candidates": 7, "texts": 8}  # type: ignore[dict-item]
-    (run / "results.json").write_text(json.dumps(results))
+    results = {"t2i": {"R@1": 1.5, "R@5": 2, "R@10": 3}, "i2t": {"R@1": 4, "R@5": 5, "R@10": 6}}
+    results |= {"candidates": 7, "texts": 8}  # type: ignore[dict-item]
+    (run / "results.json").write_text(json.dumps({"made_by": "made by efficientclip 0", "test": results}))
     export(run, tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
     assert "| test | text → image | 7 | 1.5 | 2.0 | 3.0 |" in card and "held" not in card
+    (run / "results.json").write_text('{"test": {"t2i": ')
+    with pytest.raises(UserError, match=r"results\.json: broken .*write it anew by `efficientclip report "):
+        export(run, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,8 +188,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
         assert message in printed and printed.count("error:") == 1
 
     run = trained(tmp_path, "clip")
-    refused(run, run, "run: not empty")
-    refused(run, run / "config.yaml", "config.yaml: not empty")
+    refused(run, run, "is or holds the source")
+    refused(run, run / "config.yaml", "config.yaml: is a file")
     refused(tmp_path / "none", tmp_path / "out", "none: no config.yaml")
     model = run / "model"
     unfinished = run / "checkpoints" / "step-00000010"
@@ -193,6 +202,29 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.Captu
     save_config(other, run / "config.yaml")
     refused(run, tmp_path / "out", "no image tower to export")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, out = trained(tmp_path, "clip"), tmp_path / "out"
+    arguments = ["export", str(run), str(out)]
+    assert main(arguments) == 0
+    digests.check(out, read := digests.read_digests(out), "")
+    assert read.keys() == {path.name for path in out.iterdir()} - {digests.NAME, MARK}
+    modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+    (out / "README.md").write_text("as it was exported first")
+    assert main(arguments) == 2
+    assert "--replace" in capsys.readouterr().err and (out / "README.md").read_text() == "as it was exported first"
+    (out / "LICENCE").write_text("mine")
+    assert main([*arguments, "--replace"]) == 2
+    assert "no part of it (LICENCE)" in capsys.readouterr().err
+    (out / "LICENCE").unlink()
+    assert main([*arguments, "--replace"]) == 0
+    assert "Chinese texts" in (out / "README.md").read_text() and not list(tmp_path.glob(".*"))
+    files(tmp_path / "foreign", {"thesis.txt": b"three years"})
+    assert main(["export", str(run), str(tmp_path / "foreign"), "--replace"]) == 2
+    assert "did not write (thesis.txt)" in capsys.readouterr().err
 
 
 def test_the_command_says_how_to_open_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,11 +180,17 @@ def test_what_is_no_profile_is_refused(folder: Path, tmp_path: Path, capsys: pyt
         (["--steps", "30"], "the run has 20 steps"),
         (["--steps", "0"], "must be 1 at least"),
         (["--output", "none/x.json"], "--output none/x.json"),
+        (["--output", "{folder}/mine.json"], "mine.json: exists, and efficientclip did not write it"),
+        (["--output", "{folder}/lone.json"], "lone.trace.json.gz: exists, and efficientclip did not write it"),
     ],
 )
 def test_mistakes_are_explained(folder: Path, arguments: list[str], message: str) -> None:
+    for name in ("mine.json", "lone.trace.json.gz"):
+        (folder / name).write_text("mine")
+    arguments = [argument.format(folder=folder) for argument in arguments]
     printed = run(1, str(folder / "config.yaml"), *arguments, module="efficientclip.profile", code=2)
     assert message in printed
+    assert {(folder / name).read_text() for name in ("mine.json", "lone.trace.json.gz")} == {"mine"}
     assert "Traceback" not in printed
     assert not list(folder.glob(".*"))
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from .. import __version__
 from ..config import Config
 from ..data.store import Store
 from ..errors import UserError
-from ..files.atomic import write_atomically
+from ..files.atomic import write_atomically, written_aside
+from ..files.ownership import MADE_BY, claim_file
 from ..hardware import in_words, machine_name, read_hardware
 from ..training.history import epoch_files, open_epoch
 from .charts import histogram, sparkline
 from .gallery import Card, judged_card
 from .report import Chart, Figure, template
-from .run import run_config
+from .run import run_config, trained_on
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 ROWS = 1 << 16
@@ -50,7 +51,8 @@ SCHEMA = pa.schema(
         ("epoch_score", pa.list_(pa.float32())),
         ("epoch_kept", pa.list_(pa.bool_())),
         ("centroid_score", pa.float32()),
-    ]
+    ],
+    metadata={"made_by": f"{MADE_BY} {__version__}"},
 )
 
 
@@ -85,7 +87,7 @@ class Table:
     epochs: list[Epoch]
 
 
-def open_audit(run: Path) -> Audit:
+def open_audit(run: Path, store: Path | None = None) -> Audit:
     """UserError when the folder is no finished text run, or its store or history are not those it trained with."""
     config = run_config(run)
     if config.training.tower != "text" or config.data.store is None:
@@ -94,43 +96,45 @@ def open_audit(run: Path) -> Audit:
     file = run / "confidence.parquet"
     if not file.is_file():
         raise UserError(f"run {run}: not finished, so confidence.parquet is not there; train it to its end first")
-    if not config.data.store.is_dir():
-        raise UserError(
-            f"run {run}: trained on the store {config.data.store}, which is not there now; put it back, link it there,"
-            " or, if the path is relative, call from the folder where the run was trained"
-        )
-    store = Store(config.data.store)
+    found = trained_on(run, config, store)
     epochs = epoch_files(run)
-    counts = {file: pq.read_metadata(file).num_rows} | {epoch: len(open_epoch(epoch)) for epoch in epochs}
-    for told, count in counts.items():
-        if count != len(store):
+    verdicts = read_verdicts(run, found)
+    for epoch in epochs:
+        if (count := len(open_epoch(epoch))) != len(found):
             raise UserError(
-                f"run {run}: {told.relative_to(run)} tells of {count} pairs, but store {store.path} holds {len(store)}"
+                f"run {run}: {epoch.relative_to(run)} tells of {count} pairs, but store {found.path} holds {len(found)}"
                 " now; put the store that the run trained on back, or train anew"
             )
     if not epochs:
         raise UserError(f"run {run}: has no history/, an earlier version trained it; train it anew")
-    verdicts = read_verdicts(run, store)
     if verdicts is None:
         raise UserError(
             f"run {run}: no pair was scored, all epochs were warm-up; raise training.pair_visits or lower"
             " confidence.warmup_epochs"
         )
-    return Audit(run, config, store, verdicts, epochs, caption_centroid_scores(store))
+    return Audit(run, config, found, verdicts, epochs, caption_centroid_scores(found))
 
 
-def write_audit(audit: Audit, out: Path, count: int) -> tuple[Path, Path]:
+def claim_audit(run: Path, out: Path, *, replace: bool = False) -> tuple[Path, Path]:
+    """The table and the page that `write_audit` writes into `out`; UserError where something else is there."""
+    instead = f"name another folder: efficientclip audit {run} OUT"
+    table, page = (claim_file(out / name, replace=replace, instead=instead) for name in ("audit.parquet", "audit.html"))
+    return table, page
+
+
+def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -> tuple[Path, Path]:
     """Write OUT/audit.parquet and OUT/audit.html, `count` pairs of a kind on the page; returns both."""
+    table, file = claim_audit(audit.folder, out, replace=replace)
     verdicts = audit.verdicts
     # Where nothing is dropped, the lowest scores of all are the surest noise.
-    judged = replace(verdicts, kept=verdicts.kept & ~verdicts.kept.all())
+    judged = dataclasses.replace(verdicts, kept=verdicts.kept & ~verdicts.kept.all())
     kinds = {
         "noise": judged.surest(kept=False, count=count),
         "borderline": verdicts.borderline(count),
         "clean": verdicts.surest(kept=True, count=count),
     }
     out.mkdir(parents=True, exist_ok=True)
-    made = _write_table(audit, out / "audit.parquet", np.concatenate(list(kinds.values())))
+    made = _write_table(audit, table, np.concatenate(list(kinds.values())))
     cards = {kind: [_card(made.shown[row], verdicts) for row in rows.tolist()] for kind, rows in kinds.items()}
     compared = beside_baseline(verdicts, audit.centroid)
     page = template("audit.html").render(
@@ -152,7 +156,7 @@ def write_audit(audit: Audit, out: Path, count: int) -> tuple[Path, Path]:
         hardware=machine_name(),
         versions=f"efficientclip {__version__}",
     )
-    write_atomically(out / "audit.html", page.encode())
+    write_atomically(file, page.encode())
     return out / "audit.parquet", out / "audit.html"
 
 
@@ -161,9 +165,9 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
     found: dict[int, dict[str, Any]] = {}
     sources: pa.Table | None = None
     counts = np.zeros((len(audit.epochs), 4), np.int64)
-    temporary = file.with_name(file.name + ".tmp")
     with (
-        pq.ParquetWriter(temporary, SCHEMA) as writer,
+        written_aside(file) as aside,
+        pq.ParquetWriter(aside, SCHEMA) as writer,
         tqdm(total=len(audit.store), desc=file.name, unit="pair", unit_scale=True) as bar,
     ):
         for first, pairs, scores in _chunks(audit):
@@ -186,7 +190,6 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
             found |= {pair["row"]: pair for pair in chunk.take(wanted - first).to_pylist()}
             sources = _add_sources(sources, chunk)
             bar.update(len(pairs))
-    os.replace(temporary, file)
     listed = [] if sources is None else sources.sort_by([("pairs", "descending")]).to_pylist()
     return Table(found, listed, [Epoch(*row) for row in counts.tolist()])
 
@@ -251,7 +254,7 @@ def _add_sources(known: pa.Table | None, chunk: pa.Table) -> pa.Table:
 def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
     card = judged_card(pair, verdicts, pair["row"], history)
-    return replace(card, note=f"{card.note} · {'kept' if pair['kept'] else 'dropped'}")
+    return dataclasses.replace(card, note=f"{card.note} · {'kept' if pair['kept'] else 'dropped'}")
 
 
 def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:

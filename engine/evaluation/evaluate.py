@@ -11,18 +11,20 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from .. import __version__
 from ..data.sources import Source, is_tars, open_source
 from ..data.store import Store, edges
 from ..errors import UserError
 from ..files.atomic import write_atomically
+from ..files.ownership import MADE_BY
 from ..objectives.retrieval import CUTOFFS, retrieval_report
-from .run import Run, open_data, open_run
+from .run import Run, is_store, open_data, open_run
 
 MEASURES = (*(f"R@{k}" for k in CUTOFFS), "mean_recall", "mean_rank", "median_rank")
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 
 
-def evaluate(run: Path, data: Path, images: Path | None = None) -> dict[str, Any]:
+def evaluate(run: Path, data: Path, images: Path | None = None, store: Path | None = None) -> dict[str, Any]:
     """Retrieval between all captions and all images of `data`: a store, tars, or what else `open_source` reads.
 
     {"t2i": {"R@1", "R@5", "R@10", "mean_recall" in per cent, "mean_rank", "median_rank", "queries"}, "i2t": {…},
@@ -34,10 +36,10 @@ def evaluate(run: Path, data: Path, images: Path | None = None) -> dict[str, Any
     stand before its best one. Chinese-CLIP's scripts differ in ties alone: there the candidate that the file has first
     wins, so that a tower which maps everything to one point owes its recall to the order of the file.
     """
-    opened = open_run(run)
-    if is_tars(data) or (data / "manifest.json").is_file():
-        with open_data(opened, data) as store:
-            return measure(opened, store)
+    opened = open_run(run, store)
+    if is_store(data) or is_tars(data):
+        with open_data(opened, data) as found:
+            return measure(opened, found)
     return _measure_source(opened, open_source(data, images))
 
 
@@ -72,7 +74,8 @@ def _measure_source(run: Run, source: Source) -> dict[str, Any]:
 
 def write_json(reports: Mapping[str, Any], file: Path) -> None:
     """Write results whole or not at all."""
-    write_atomically(file, (json.dumps(reports, ensure_ascii=False, indent=1) + "\n").encode())
+    content = {"made_by": f"{MADE_BY} {__version__}", **reports}
+    write_atomically(file, (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode())
 
 
 def recall_table(report: Mapping[str, Any], title: str) -> Table:

@@ -15,14 +15,14 @@ import torch
 from markupsafe import Markup
 
 from .. import __version__
-from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically
+from ..files.ownership import MADE_BY, claim_file
 from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
 from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
-from .run import open_data, open_run, read_metrics
+from .run import open_data, open_run, read_metrics, trained_on
 from .verdicts import Detection, Verdicts, detection, read_verdicts
 
 
@@ -40,30 +40,43 @@ class Chart:
     svg: Markup
 
 
-def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
-    """Write RUN/report.html and RUN/results.json; returns the page. `tables`: set names to stores or tars.
+def write_report(
+    run: Path,
+    tables: Mapping[str, Path],
+    output: Path | None = None,
+    *,
+    replace: bool = False,
+    store: Path | None = None,
+) -> Path:
+    """Write the page `output`, by default RUN/report.html, and results.json beside it; returns the page.
 
-    The gallery shows the first set. ECL's part needs confidence.parquet, which the end of training writes.
+    `tables`: set names to stores or tars, the gallery shows the first. ECL's part needs confidence.parquet, which the
+    end of training writes. UserError, before any work, where something else is there; `replace` overwrites it.
     """
-    opened = open_run(run)
+    instead = "name a page elsewhere by --output FILE.html"
+    file = claim_file(output or run / "report.html", replace=replace, instead=instead)
+    figures = claim_file(file.with_name("results.json"), replace=replace, instead=instead)
+    opened = open_run(run, store)
     if opened.store is None:
         raise UserError(f"run {run}: trained from shards, without a store to report on; use `efficientclip evaluate`")
+    store_trained = trained_on(run, opened.config, opened.store)
     results: dict[str, Any] = {}
     gallery: dict[str, list[Answers]] = {}
     for name, path in tables.items():
-        with open_data(opened, path) as store:
-            results[name] = measure(opened, store)
-            if len(results) == 1 and has_pictures(store):
-                gallery = {"named": named_queries(opened, store), "free": free_queries(opened, store)}
-    write_json(results, run / "results.json")
-    trained_on = Store(opened.store)
+        with open_data(opened, path) as data:
+            results[name] = measure(opened, data)
+            if len(results) == 1 and has_pictures(data):
+                gallery = {"named": named_queries(opened, data), "free": free_queries(opened, data)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(results, figures)
     steps, validations = read_metrics(run / "metrics.jsonl")
-    verdicts = read_verdicts(run, trained_on)
+    verdicts = read_verdicts(run, store_trained)
     detected = None if verdicts is None else detection(verdicts)
-    data_arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
+    arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
+    arguments += ["--output", str(output)] if output else []
     page = template("report.html").render(
         run=opened,
-        store=trained_on.manifest,
+        store=store_trained.manifest,
         parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
         figures=list(_figures(results, steps, detected)),
         results=results,
@@ -72,18 +85,17 @@ def write_report(run: Path, tables: Mapping[str, Path]) -> Path:
         charts=list(_training_charts(steps, validations)),
         ecl_charts=[] if verdicts is None else list(_ecl_charts(steps, verdicts, detected)),
         detection=detected,
-        dropped=[] if verdicts is None else surest_pairs(verdicts, trained_on, kept=False),
-        kept=[] if verdicts is None else surest_pairs(verdicts, trained_on, kept=True),
+        dropped=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=False),
+        kept=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=True),
         config=(run / "config.yaml").read_text(encoding="utf-8"),
-        command=shlex.join(["efficientclip", "report", str(run), *data_arguments]),
+        command=shlex.join(["efficientclip", "report", str(run), *arguments]),
         written=datetime.now().astimezone(),
         machine=in_words(read_hardware(run / "hardware.json")),
         hardware=machine_name(),
         versions=f"efficientclip {__version__}, torch {torch.__version__}",
     )
-    file = run / "report.html"
     write_atomically(file, page.encode())
-    return file
+    return output or run / "report.html"
 
 
 def template(name: str) -> jinja2.Template:
@@ -95,6 +107,7 @@ def template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["made_by"] = f"{MADE_BY} {__version__}"
     return environment.get_template(name)
 
 

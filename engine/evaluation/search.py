@@ -26,11 +26,13 @@ from rich.text import Text
 
 from efficientclip.kernels import top_k
 
+from .. import __version__
 from ..data.pictures import decode_square
 from ..data.shards import read_picture
 from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically
+from ..files.ownership import MADE_BY
 from .run import open_data, open_run
 
 COLUMNS = 5
@@ -48,12 +50,12 @@ class Match:
     pixels: npt.NDArray[np.uint8]
 
 
-def search(run: Path, query: str, data: Path | None, top: int) -> list[Match]:
+def search(run: Path, query: str, data: Path | None, top: int, store: Path | None = None) -> list[Match]:
     """The `top` images nearest to `query`, best first; by default from the run's training store."""
-    opened = open_run(run)
-    with open_data(opened, data or opened.store) as store:
-        scores_1T, ids_1T = nearest(store, opened.encode_texts([query]), top)
-        found = pairs_by(store, "image_id", ids_1T)
+    opened = open_run(run, store)
+    with open_data(opened, data) as searched:
+        scores_1T, ids_1T = nearest(searched, opened.encode_texts([query]), top)
+        found = pairs_by(searched, "image_id", ids_1T)
         return [
             Match(
                 score=float(score),
@@ -147,7 +149,7 @@ def draw_matches(matches: Sequence[Match], query: str, file: Path) -> None:
         title = "\n".join([f"{match.score:.3f}", *map(shown, lines)])
         place.set_title(title, fontproperties=font, fontsize=9)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": f"{MADE_BY} {__version__}"})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, picture.getvalue())
 

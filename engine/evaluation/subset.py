@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,8 +24,9 @@ from tqdm import tqdm
 
 from ..data.shards import Members, caption_entries, read_members, read_record
 from ..data.store import Store
-from ..errors import UserError
-from ..files.atomic import sync, write_atomically
+from ..errors import UserError, reading
+from ..files.atomic import write_atomically, written_aside
+from ..files.ownership import claim, mark
 from .audit import Audit, tables_of
 
 # A header, and content rounded up, in bytes.
@@ -69,8 +69,9 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
     """Write the kept pairs to shards of at most `samples` samples and `size` bytes; returns how many shards and pairs.
 
     A picture keeps the captions that were kept, and goes with the last of them. Keys stay; one that a shard holds
-    already begins the next. UserError when pictures are gone or changed, or `folder` holds another export.
+    already begins the next. UserError when pictures are gone or changed, or `folder` holds anything else.
     """
+    folder = claim_export(audit, folder)
     store, kept = audit.store, audit.verdicts.kept
     _check_shards(store)
     identity = {
@@ -95,6 +96,11 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
     return len(shards), sum(shard["pairs"] for shard in shards)
 
 
+def claim_export(audit: Audit, folder: Path) -> Path:
+    """The folder that `folder` names; UserError when shards of kept pairs may not be written there."""
+    return claim(folder, "kept pairs", sources=[audit.folder, audit.store.path])
+
+
 def _check_shards(store: Store) -> None:
     named: set[str] = set()
     for batch in pq.ParquetFile(store.path / "pairs.parquet").iter_batches(columns=["shard", "length"]):
@@ -113,15 +119,14 @@ def _open(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """export.json of an export that is to go on, or a new one."""
     file = folder / "export.json"
     if not file.is_file():
-        if list(folder.glob("*.tar")):
-            raise UserError(f"--export {folder}: holds tars of something else; choose an empty folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        mark(folder, "kept pairs")
         record = {"identity": identity, "shards": [], "next": vars(Position()), "finished": False}
         write_atomically(file, json.dumps(record, indent=1).encode())
         return record
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["identity"] != identity:
-        differing = ", ".join(name for name, value in identity.items() if record["identity"].get(name) != value)
+    with reading("export", file, f"remove {folder} and export anew"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        differing = ", ".join(name for name, value in identity.items() if record["identity"][name] != value)
+    if differing:
         raise UserError(f"--export {folder}: holds another export ({differing} differ); choose another folder")
     for shard in record["shards"]:
         tar = folder / shard["name"]
@@ -134,28 +139,22 @@ def _write_shard(
     file: Path, sample: KeptSample | None, stream: Iterator[KeptSample], bar: tqdm[Any], *, samples: int, size: int
 ) -> tuple[dict[str, Any], Position, KeptSample | None]:
     """Write one shard, from `sample` on; returns its record, the position behind it and the next one's first sample."""
-    temporary = file.with_name(file.name + ".partial")
     keys: set[str] = set()
     pairs, end = 0, Position()
-    with temporary.open("wb") as raw:
-        with tarfile.open(fileobj=raw, mode="w") as tar:
-            held = 0
-            while sample is not None and sample.key not in keys and len(keys) < samples:
-                held += sample.size
-                if keys and held > size:
-                    break
-                for suffix, content in sample.members.items():
-                    member = tarfile.TarInfo(f"{sample.key}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                keys.add(sample.key)
-                pairs, end = pairs + sample.pairs, sample.end
-                bar.update(sample.pairs)
-                sample = next(stream, None)
-        raw.flush()
-        os.fsync(raw.fileno())
-    os.replace(temporary, file)
-    sync(file.parent)
+    with written_aside(file) as aside, tarfile.open(aside, mode="w") as tar:
+        held = 0
+        while sample is not None and sample.key not in keys and len(keys) < samples:
+            held += sample.size
+            if keys and held > size:
+                break
+            for suffix, content in sample.members.items():
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            keys.add(sample.key)
+            pairs, end = pairs + sample.pairs, sample.end
+            bar.update(sample.pairs)
+            sample = next(stream, None)
     made = {"name": file.name, "samples": len(keys), "pairs": pairs, "bytes": file.stat().st_size}
     return made, end, sample
 

@@ -307,8 +307,11 @@ def test_mistakes_end_in_one_message(
     assert "has no history/" in refused(capsys, built.run)
     assert "--top 0" in refused(capsys, copy, "--top", 0)
     (copy / "history" / "epoch-00002.npy").rename(tmp_path / "aside.npy")
-    assert "epoch-00002.npy is missing" in refused(capsys, copy)
+    assert "epoch-00002.npy: is missing" in refused(capsys, copy)
     (tmp_path / "aside.npy").rename(copy / "history" / "epoch-00002.npy")
+    # As an earlier version made it: without digests, so that its config may be changed.
+    for name in ("digests.json", "identity.json"):
+        (copy / name).unlink()
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(audited.store), str(tmp_path / "gone")))
     assert f"{tmp_path}/gone, which is not there now; put it back" in refused(capsys, copy)
@@ -352,12 +355,37 @@ def test_an_export_is_not_mixed_with_another(
     audited: Audited, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(audited.shards, tmp_path / "tars")
-    assert "holds tars of something else" in refused(capsys, audited.run, tmp_path, "--export", tmp_path / "tars")
+    assert "did not write (0.tar, 1.tar)" in refused(capsys, audited.run, tmp_path, "--export", tmp_path / "tars")
+    assert not (tmp_path / "audit.html").exists()
     assert main(["audit", str(audited.run), str(tmp_path), "--export", str(tmp_path / "kept")]) == 0
     arguments = [audited.run, tmp_path, "--export", tmp_path / "kept"]
     assert "(samples differ)" in refused(capsys, *arguments, "--shard-samples", 5)
     (tmp_path / "kept" / "00000.tar").unlink()
     assert "00000.tar: gone or changed" in refused(capsys, *arguments)
+
+
+def test_only_its_own_table_and_page_are_written_over(
+    audited: Audited, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("audit.html", "audit.parquet"):
+        (tmp_path / name).write_text("mine")
+        with monkeypatch.context() as patched:
+            patched.setattr("efficientclip.evaluation.audit.Store", None)
+            assert f"{name}: exists, and" in refused(capsys, audited.run, tmp_path)
+    assert {file.read_text() for file in tmp_path.iterdir()} == {"mine"}
+    assert main(["audit", str(audited.run), str(tmp_path), "--replace"]) == 0
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != audited.run)
+    assert f"{audited.run} cannot be written; name another folder: efficientclip audit" in refused(capsys, audited.run)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("efficientclip.evaluation.audit._add_sources", interrupt)
+        # By now they are ours.
+        main(["audit", str(audited.run), str(tmp_path)])
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_store_of_text_has_captions_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

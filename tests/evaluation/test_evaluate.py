@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from efficientclip import __version__
 from efficientclip.cli import main
 from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
@@ -220,7 +221,18 @@ def test_tar_folder_and_store_agree_and_json_holds_the_result(world: World, tmp_
     assert evaluate(world.run, folder) == expected
     file = tmp_path / "result.json"
     assert main(["evaluate", str(world.run), str(world.tar), "--json", str(file)]) == 0
-    assert json.loads(file.read_text()) == expected
+    assert json.loads(file.read_text()) == {"made_by": f"made by efficientclip {__version__}", **expected}
+
+
+def test_only_its_own_json_is_written_over(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "result.json"
+    file.write_text('{"mine": 1}')
+    assert main(["evaluate", str(tmp_path / "none"), str(world.store), "--json", str(file)]) == 2
+    assert "result.json: exists, and efficientclip did not write it" in capsys.readouterr().err
+    assert file.read_text() == '{"mine": 1}'
+    for option in (["--replace"], []):
+        assert main(["evaluate", str(world.run), str(world.store), "--json", str(file), *option]) == 0
+    assert "t2i" in json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("pointers", [("best", "latest"), ("latest",)])
@@ -247,6 +259,7 @@ def test_a_store_of_another_tower_or_tokenizer_is_refused(world: World, tmp_path
     store = tmp_path / "other"
     shutil.copytree(world.store, store)
     manifest = json.loads((store / "manifest.json").read_text())
+    del manifest["sha256"]
     (store / "manifest.json").write_text(json.dumps(manifest | {key: "other"}))
     with pytest.raises(UserError, match=message):
         evaluate(world.run, store)
@@ -272,5 +285,5 @@ def test_features_that_are_not_finite_are_an_error(world: World, tmp_path: Path)
     features = np.fromfile(store / "features.bin", np.float16)
     features[5] = np.nan
     features.tofile(store / "features.bin")
-    with pytest.raises(UserError, match="features.bin: is not what was written"):
+    with pytest.raises(UserError, match=r"features\.bin: is not what was written"):
         evaluate(world.run, store)

@@ -47,6 +47,7 @@ def test_the_page_shows_everything_and_fetches_nothing(world: World) -> None:
     arguments = ["--data", f"held <b>out</b>={world.tar}", f"again={world.store}"]
     assert main(["report", str(world.run), *arguments]) == 0
     results = json.loads((world.run / "results.json").read_text())
+    assert results.pop("made_by").startswith("made by efficientclip ")
     assert results == {name: evaluate(world.run, world.store) for name in ("held <b>out</b>", "again")}
     page = page_of(world.run)
     assert "&lt;script src=" in page and "<script" not in page and "<b>" not in page
@@ -62,9 +63,35 @@ def test_sets_come_from_the_config_and_ecl_needs_a_finished_run(world: World) ->
     for name in ("confidence.parquet", "metrics.jsonl"):
         (world.run / name).unlink()
     assert main(["report", str(world.run)]) == 0
-    assert list(json.loads((world.run / "results.json").read_text())) == ["held"]
+    assert list(json.loads((world.run / "results.json").read_text())) == ["made_by", "held"]
     page = page_of(world.run)
     assert "What ECL believes" not in page and "<svg" not in page
+
+
+def test_a_page_elsewhere_leaves_the_run_as_it_is(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, results = tmp_path / "pages" / "mine.html", tmp_path / "pages" / "results.json"
+    arguments = ["report", str(world.run), "--output", str(page)]
+    before = sorted(world.run.iterdir())
+    with monkeypatch.context() as patched:
+        # As a folder on a read-only disk answers.
+        patched.setattr("os.access", lambda path, mode: Path(path) != world.run)
+        assert main(["report", str(world.run)]) == 2
+        assert "cannot be written; name a page elsewhere by --output FILE.html" in capsys.readouterr().err
+        assert main(arguments) == 0
+    assert sorted(world.run.iterdir()) == before
+    assert '<meta name="generator" content="made by efficientclip ' in page.read_text(encoding="utf-8")
+    assert f"--output {page}" in page.read_text(encoding="utf-8") and "held" in json.loads(results.read_text())
+    for file in (page, results):
+        content = file.read_bytes()
+        file.write_text("mine")
+        assert main(arguments) == 2
+        assert f"{file.name}: exists, and efficientclip did not write it" in capsys.readouterr().err
+        assert file.read_text() == "mine"
+        file.write_bytes(content)
+    page.write_text("mine")
+    assert main([*arguments, "--replace"]) == 0
 
 
 def test_a_set_without_name_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efficientclip import __version__
 from efficientclip.cli import main
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
@@ -33,6 +34,26 @@ def test_command_writes_a_readable_picture(world: World, capsys: pytest.CaptureF
         assert picture.width > 500 and picture.height > 500
     printed = capsys.readouterr().out
     assert "[红]猫$" in printed and printed.count("│") >= PICTURES
+
+
+def test_only_its_own_picture_is_written_over(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "holiday.png"
+    arguments = ["search", str(world.run), "猫", "--top", "1", "--output", str(file)]
+    file.write_bytes(b"mine")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "search", None)
+        assert main(arguments) == 2
+    assert "holiday.png: exists, and efficientclip did not write it" in capsys.readouterr().err
+    assert file.read_bytes() == b"mine"
+    assert main([*arguments, "--replace"]) == 0
+    with Image.open(file) as picture:
+        assert picture.info["Software"] == f"made by efficientclip {__version__}"
+    assert main(arguments) == 0
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert main(arguments[:-2]) == 2
+    assert "cannot be written; name a picture elsewhere by --output" in capsys.readouterr().err
 
 
 def test_without_a_chinese_font_the_picture_comes_with_a_notice(
