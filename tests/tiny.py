@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import yaml
 from transformers import BertTokenizer
 
-from efficientclip.data.store import PAIR_FILES, TEXT_FILES, finish, staging, token_dtype, write_ids, write_tokens
+from efficientclip.data.store import (
+    PAIR_FILES,
+    TEXT_FILES,
+    finish,
+    read_manifest,
+    staging,
+    token_dtype,
+    write_ids,
+    write_tokens,
+)
 from efficientclip.data.tokenizer import fingerprint
 
 CHARACTERS = "猫狗鸟鱼红蓝黄绿大小上下天地山水火木金土人手足口目日月星云雨风雪花草树果"
@@ -73,6 +82,14 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
     }
     finish(folder, path, manifest, PAIR_FILES)
     return path
+
+
+def finished_again(path: Path) -> None:
+    """Give the changed store at `path` the digests of what it holds now."""
+    manifest = read_manifest(path)
+    path.rename(staging(path))
+    described = {key: value for key, value in manifest.items() if key not in ("format", "files", "sha256")}
+    finish(staging(path), path, described, PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES)
 
 
 def text_store(path: Path, *, texts: int = 60, seed: int = 1) -> Path:

@@ -70,6 +70,8 @@ def together(work: Callable[[], int]) -> int:
             time.sleep(LOST_SECONDS)
             message = f"rank {rank_of_environment()}: another rank is gone; {stopping.GOES_ON}"
         code = 1 if message is None else 2
+        # What the listening thread would find now is this rank's own word.
+        _words.ended.set()
         if _is_first(code, message or str(error)):
             tell(traceback.format_exc() if message is None else f"error: {message}")
             _wait_until_heard()
@@ -143,8 +145,9 @@ def _listen() -> None:
 
 
 def _leave_with(store: dist.TCPStore) -> NoReturn:
-    code = int(store.get(_key(FIRST)).split()[0])
+    code = 2
     with suppress(Exception):
+        code = int(store.get(_key(FIRST)).split()[0])
         store.add(_key(HEARD), 1)
         if rank_of_environment() == 0:
             # The words go with this process: the others read them first.

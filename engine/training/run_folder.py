@@ -16,7 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..files.lock import held
 from ..files.ownership import LOGS, Kind, claim, mark
 from .ranks import agree, gathered, told
 
-SEEN_SECONDS = 15
+SEEN_SECONDS = 6
 # Written on, or holding digests of their own.
 APART = ("checkpoints", "model", "tensorboard")
 
@@ -61,14 +61,13 @@ def owned(folder: Path, kind: Kind, doing: str) -> Iterator[None]:
 
 
 def _see(folder: Path, lock: str) -> None:
-    """A network file system may show what rank 0 wrote some seconds later."""
+    """A network file system may show what rank 0 wrote some seconds later; opening the folder has it ask anew."""
     file, deadline = folder / LOCK, time.monotonic() + SEEN_SECONDS
     while True:
-        try:
+        with suppress(OSError):
+            os.listdir(folder.parent)
             if file.read_text(encoding="utf-8") == lock:
                 return
-        except OSError:
-            pass
         if time.monotonic() > deadline:
             raise UserError(
                 f"{folder}: rank {dist.get_rank()} on {socket.gethostname()} does not see the folder that rank 0 writes"

@@ -1,0 +1,163 @@
+"""A checkpoint is believed when its digests hold; a run never begins again while one is there, and loses none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from tests.faults import damage as damages
+from tests.training.launch import run
+from tests.training.test_resume import figures
+
+EVERY = {"training__checkpoint_every": 5, "training__pair_visits": 640}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("checkpoints")
+    tiny.pair_store(path / "store")
+    tiny.text_store(path / "texts")
+    run(1, str(config(path, "whole")))
+    return path
+
+
+def config(folder: Path, name: str, **changes: object) -> Path:
+    file = tiny.config(folder, **({"run": str(folder / name)} | EVERY | changes))
+    return file.rename(folder / f"{name}.yaml")
+
+
+@pytest.fixture
+def half(folder: Path, tmp_path: Path) -> tuple[Path, str]:
+    """A run that ended before its model was written, and its config."""
+    shutil.copytree(folder / "whole", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "model")
+    return tmp_path / "run", str(config(folder, tmp_path.name, run=str(tmp_path / "run")))
+
+
+def cut(file: Path) -> None:
+    damages.cut(file, np.random.default_rng())
+
+
+def flip(file: Path) -> None:
+    print(damages.flip(file, np.random.default_rng()))
+
+
+NEWEST = "checkpoints/step-00000020"
+DEEPSPEED = f"{NEWEST}/deepspeed/mp_rank_00_model_states.pt"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        (f"{NEWEST}/state.npz", cut),
+        (DEEPSPEED, flip),
+        (f"{NEWEST}/digests.json", Path.unlink),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else Path(value).name,
+)
+def test_a_broken_newest_checkpoint_is_passed_over_and_told(
+    folder: Path, half: tuple[Path, str], file: str, damage: Callable[[Path], object]
+) -> None:
+    damage(half[0] / file)
+    output = run(1, half[1])
+    assert "notice: " in output and "going on from step-00000015" in output and NEWEST in output
+    assert figures(half[0]) == figures(folder / "whole")
+    assert (half[0] / "checkpoints" / "latest").read_text() == "step-00000020"
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "step-00000099", "\0\xff"], ids=["missing", "empty", "dangling", "garbage"]
+)
+def test_latest_is_a_hint(folder: Path, half: tuple[Path, str], content: str | None) -> None:
+    latest = half[0] / "checkpoints" / "latest"
+    latest.unlink()
+    if content is not None:
+        latest.write_text(content)
+    before = figures(half[0])
+    assert "resuming" in (output := run(1, half[1])) and "at step 20 " in output
+    assert figures(half[0]) == before == figures(folder / "whole")
+    assert (half[0] / "model" / "config.json").is_file()
+
+
+def test_a_run_does_not_begin_again_where_no_checkpoint_is_whole(half: tuple[Path, str]) -> None:
+    for state in half[0].glob("checkpoints/step-*/state.npz"):
+        state.unlink()
+    before = sorted(path.name for path in (half[0] / "checkpoints").iterdir())
+    output = run(1, half[1], code=2)
+    assert "no checkpoint is whole" in output and "state.npz" in output and "Traceback" not in output
+    assert sorted(path.name for path in (half[0] / "checkpoints").iterdir()) == before
+
+
+def test_what_is_pointed_to_is_not_pruned(half: tuple[Path, str]) -> None:
+    """A run that goes on from an old checkpoint does not lose its new ones to later, broken ones."""
+    folder = half[0] / "checkpoints"
+    shutil.copytree(folder / "step-00000020", folder / "step-00000090")
+    shutil.copytree(folder / "step-00000020", folder / "step-00000095")
+    for name in ("step-00000020", "step-00000090", "step-00000095"):
+        (folder / name / "state.npz").unlink()
+    run(1, half[1])
+    assert {"step-00000015", "step-00000020"} <= {path.name for path in folder.iterdir()}
+    assert (folder / (folder / "latest").read_text() / "digests.json").is_file()
+
+
+def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
+    file = config(folder, "blown", optimizer__lr=1e30, optimizer__clip=0, mlm__texts_per_batch=0)
+    output = run(1, str(file), code=2)
+    assert "parameter " in output and "is not finite" in output and "Traceback" not in output
+
+
+def test_the_best_by_validation_is_the_model(folder: Path) -> None:
+    """Validation falls from the first epoch on: the targets are random."""
+    changes = {"training__pair_visits": 960, "training__validate_every": 1, "optimizer__lr": 0.03}
+    output = run(1, str(config(folder, "best", **changes)))
+    best = (folder / "best" / "checkpoints" / "best").read_text()
+    recall = [
+        (line["step"], line["validation"]["held"]["t2i"]["R@10"])
+        for line in map(json.loads, (folder / "best" / "metrics.jsonl").read_text().splitlines())
+        if "validation" in line
+    ]
+    chosen = max(recall, key=lambda found: found[1])
+    assert int(best.removeprefix("step-")) == chosen[0]
+    weights = load_file(folder / "best" / "model" / "model.safetensors")
+    kept = load_file(folder / "best" / "checkpoints" / best / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], kept[name]) for name in weights)
+    if chosen[0] != recall[-1][0]:
+        assert f"step {chosen[0]}, the best by validation" in output
+    output = run(1, str(folder / "best.yaml"), "training.final=last")
+    weights = load_file(folder / "best" / "model" / "model.safetensors")
+    kept = load_file(folder / "best" / "checkpoints" / f"step-{recall[-1][0]:08d}" / "model" / "model.safetensors")
+    assert all(torch.equal(weights[name], kept[name]) for name in weights)
+
+
+def test_a_nan_in_a_pair_names_it(folder: Path, tmp_path: Path) -> None:
+    """Whoever writes a store with NaN and right digests is told the row before anything trains."""
+    shutil.copytree(folder / "store", tmp_path / "store")
+    file = tmp_path / "store" / "features.bin"
+    features = np.fromfile(file, np.float16).reshape(-1, tiny.WIDTH)
+    features[7, 3] = np.nan
+    features.tofile(file)
+    tiny.finished_again(tmp_path / "store")
+    given = tiny.config(tmp_path, run=str(tmp_path / "run"), mlm__texts=str(folder / "texts"))
+    output = run(1, str(given), code=2)
+    assert "features.bin: row 7 is not finite" in output and "Traceback" not in output
+
+
+def test_a_start_with_a_nan_names_the_parameter(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "whole" / "model", tmp_path / "start" / "model")
+    file = tmp_path / "start" / "model" / "model.safetensors"
+    weights = load_file(file)
+    name = "text.projection.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    (file.parent / "digests.json").unlink()
+    given = config(folder, "nan", model__start_from=str(tmp_path / "start"))
+    output = run(1, str(given), code=2)
+    assert name in output and "not finite" in output and "Traceback" not in output
