@@ -212,11 +212,7 @@ def test_a_cross_fit_of_an_earlier_version_is_looked_at_too(judged: tuple[Path, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            "metrics.jsonl",
-            b'{"step": 1, "visits": 32}\n\xff\xfe\n{"step": 2, "visits": 64}\n',
-            "metrics .*jsonl: broken",
-        ),
+        (b'{"step": 1, "visits": 32}\n\xff\xfe\n{"step": 2, "visits": 64}\n', r"metrics .*metrics\.jsonl: broken"),
         (b'{"step": 1, "visits": 32}\n7\n', "line 2 is not one of a step"),
     ],
 )
