@@ -40,6 +40,8 @@ from efficientclip.objectives.retrieval import best_ranks
 Floats = npt.NDArray[np.float64]
 
 SCHEDULE = ["confidence.selection=schedule", "confidence.drop_share=0.19", "confidence.drops=2"]
+# Arms are compared at equal visits, not at the best of each by validation.
+FIXED = ["training.threads=1", "training.final=last"]
 CALIBRATED = ["confidence.selection=calibrated"]
 ARMS = {
     "none": ["confidence.selection=none"],
@@ -88,7 +90,7 @@ def without_noise(store: Path, target: Path) -> None:
 def run(config: Path, arm: str, seed: int, store: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
     """Train one arm on one core; its run and its CPU seconds."""
     target, seconds = folder / f"{arm}-{seed}", 0.0
-    arguments = [str(config), f"seed={seed}", f"data.store={store}", "training.threads=1", *ARMS[arm], *overrides]
+    arguments = [str(config), f"seed={seed}", f"data.store={store}", *FIXED, *ARMS[arm], *overrides]
     if CALIBRATED[0] in arguments:
         verdicts = folder / f"cross-fit-{seed}"
         found, seconds = judged(config, Store(store), verdicts, seed, overrides)

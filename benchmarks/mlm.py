@@ -37,7 +37,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 from tqdm import tqdm
 
-from benchmarks.ecl import SCHEDULE, ranks_of
+from benchmarks.ecl import FIXED, SCHEDULE, ranks_of
 from benchmarks.measuring import RESULTS, hardware, kept, once, record
 from benchmarks.noise_rate import demo_pictures
 from efficientclip.config import load_config
@@ -108,7 +108,7 @@ def train(config: Path, arm: str, seed: int, overrides: list[str], folder: Path)
     texts = round(UNPAIRED_SHARE * load_config(config, overrides).training.batch_size) if arm != "off" else 0
     changes = [f"mlm.texts_per_batch={texts}", *([f"mlm.texts={folder / arm}-store"] if texts else [])]
     changes += [f"training.max_caption_tokens={LONGEST}", f"data.max_text_tokens={LONGEST}"]
-    arguments = [str(config), f"run={target}", f"seed={seed}", "training.threads=1", *SCHEDULE, *changes, *overrides]
+    arguments = [str(config), f"run={target}", f"seed={seed}", *FIXED, *SCHEDULE, *changes, *overrides]
     return target, once(target, "train", *arguments)[0]
 
 

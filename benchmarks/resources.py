@@ -36,7 +36,7 @@ from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ecl import SCHEDULE
+from benchmarks.ecl import FIXED, SCHEDULE
 from benchmarks.measuring import RESULTS, Row, hardware, kept, once, record
 from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
@@ -101,7 +101,7 @@ def stage(target: Path, *arguments: str, counted: Callable[[], tuple[float, int]
 
 def training(config: Path, run: Path, *overrides: str) -> Spent:
     """A run of `config` in one process on one thread."""
-    arguments = [f"run={run}", "training.threads=1", *overrides]
+    arguments = [f"run={run}", *FIXED, *overrides]
     return stage(run, "train", str(config), *arguments, counted=lambda: counted(load_config(config, arguments)))
 
 

@@ -251,8 +251,9 @@ def _profile(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     from .profile import profile
     from .training.distributed import end_process
+    from .training.ranks import together
 
-    def run() -> None:
+    def run() -> int:
         profile(
             config,
             given.config,
@@ -263,8 +264,9 @@ def _profile(given: argparse.Namespace) -> None:
             measured=given.steps,
             traced=given.traced,
         )
+        return 0
 
-    end_process(reported(run))
+    end_process(together(run))
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import resource
+import secrets
 import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -244,9 +244,9 @@ def profile(
         start_seconds = time.perf_counter() - started
         base = _peak_bytes(trainer.device) - _known_bytes(trainer)
         with communication_in(trainer.recorder):
-            trainer.train()
+            stopped_by = trainer.train()
         if trainer.step < trainer.last_step:
-            stopping.leave_stopped()
+            stopping.leave_stopped(stopped_by)
         found = _gathered(trainer, base, start_seconds)
         if trainer.rank == 0:
             made = _profile(config, path, overrides, trainer, found, traced)
@@ -259,9 +259,11 @@ def profile(
 def _scratch(run: Path) -> Iterator[Path]:
     """A folder in the place of `run`, on its file system and the same for all ranks, that goes with the context."""
     parent = next(folder for folder in run.absolute().parents if folder.is_dir())
-    made = [tempfile.mkdtemp(prefix=f".{run.name}-profile-", dir=parent) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made)
-    with stopping.scratch(Path(str(made[0]))) as folder:
+    named = [parent / f".{run.name}-profile-{secrets.token_hex(4)}"]
+    dist.broadcast_object_list(named)
+    with stopping.scratch(named[0]) as folder:
+        if dist.get_rank() == 0:
+            folder.mkdir()
         yield folder / run.name
 
 

@@ -160,7 +160,7 @@ class ImagePairLoader:
         )
 
     def _seed(self) -> int:
-        return (self.config.seed << 40) + self.step * self.world_size + self.rank
+        return ((self.config.seed << 40) + self.step * self.world_size + self.rank) % 2**63
 
 
 class HeldOutImages:

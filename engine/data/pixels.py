@@ -85,7 +85,7 @@ class PicturePairs(PairSource):
 
     def inputs(self, trained_ids_M: IntArray, step: int, rank: int, world_size: int) -> dict[str, Any]:
         m = len(trained_ids_M)
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        generator = torch.Generator().manual_seed(((self.seed << 32) + step) % 2**63)
         # Drawn for the whole batch, then sliced: the views do not depend on the world size.
         draws = torch.rand((m * world_size, 11), generator=generator)[rank * m : (rank + 1) * m]
         pixels = self.pictures.pixels[torch.from_numpy(trained_ids_M)]

@@ -99,16 +99,20 @@ def image_tower_name(tower: settings.ImageTower) -> str:
             "model.image_tower.architecture: fresh weights cannot encode; give model.image_tower.pretrained"
         )
     pixels = json.dumps([tower.size, [float(value) for value in (*tower.mean, *tower.std)]])
-    seen = f"pixels {hashlib.sha256(pixels.encode()).hexdigest()[:8]}"
-    folder = Path(tower.pretrained)
+    return f"{_weights_name('model.image_tower', tower)}, pixels {hashlib.sha256(pixels.encode()).hexdigest()[:8]}"
+
+
+def _weights_name(field: str, tower: settings.Tower | settings.Teacher) -> str:
+    """A hub id with its revision, or a folder with the digest of its weights."""
+    folder = Path(tower.pretrained or "")
     if not folder.is_dir():
-        return f"{tower.pretrained}@{tower.revision or 'main'}, {seen}"
+        return f"{tower.pretrained}@{tower.revision or 'main'}"
     for held in (folder / "model", folder):
         # As transformers chooses: one file before shards, safetensors before PyTorch's own.
         for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
             if files := sorted(held.glob(pattern)):
-                return f"{folder.name}@{_digest_of(files)[:16]}, {seen}"
-    raise UserError(f"model.image_tower.pretrained: {folder} holds no weights of a model; has its run finished?")
+                return f"{folder.name}@{_digest_of(files)[:16]}"
+    raise UserError(f"{field}.pretrained: {folder} holds no weights of a model; has its run finished?")
 
 
 def _digest_of(files: Sequence[Path]) -> str:
@@ -130,7 +134,8 @@ def frozen_name(config: settings.Config) -> str:
 
 
 def teacher_name(teacher: settings.Teacher) -> str:
-    name = teacher.kind if teacher.kind == "usem3" else f"{teacher.pretrained}@{teacher.revision or 'main'}"
+    """Identity of a teacher's weights and of the mean that is subtracted."""
+    name = teacher.kind if teacher.kind == "usem3" else _weights_name("model.teacher", teacher)
     if teacher.mean is None:
         return name
     if not teacher.mean.is_file():
