@@ -1,7 +1,7 @@
 """`efficientclip prepare`: pictures, parallel text or plain text become a store, once, resumably and atomically.
 
 STORE.partial/identity.json          the mark by which the folder is ours, what is being made
-             /part-DIGEST.parquet    a finished part, named by what it was made of: it is kept as long as that stays
+             /part-OF-SHA.parquet    a finished part, by digests of what it was made of and of its content
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import Config
 from .data import sources
 from .data.images import ImageBatch, ImageLoader
-from .data.parts import Item, Made, bad_of, batches, digest, is_kept, merge, write_part
+from .data.parts import Item, Made, bad_of, batches, digest, kept_part, merge, write_part
 from .data.shards import BadSample, Sample
 from .data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
 from .data.store import (
@@ -45,7 +46,7 @@ from .data.tokenizer import fingerprint, load_tokenizer
 from .errors import UserError, reading, writing
 from .files import lock
 from .files.atomic import write_atomically
-from .files.digests import check_sizes
+from .files.digests import check
 from .files.ownership import claim, kind_of
 from .model.frozen import FrozenImages, image_tower_name, teacher_name
 from .model.teacher import Teacher
@@ -63,8 +64,8 @@ class Part:
     make: Callable[[Any], Made]
 
     @property
-    def file(self) -> str:
-        return f"part-{hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:32]}.parquet"
+    def name(self) -> str:
+        return hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,19 @@ def _standing(target: Path, identity: dict[str, Any], replace: bool) -> dict[str
         return None
     try:
         manifest = read_manifest(target)
-        check_sizes(target, manifest["files"], ANEW)
+        check(target, manifest["files"], ANEW)
         differing = [key for key, value in identity.items() if not _is_same(key, manifest.get(key), value)]
         if not differing:
+            # A call killed after the rename left it.
+            with suppress(OSError):
+                (target / lock.NAME).unlink(missing_ok=True)
             return manifest
         told = (f"{key} is {manifest.get(key)} there and {identity[key]} now" for key in differing)
-        why = f"made of something else ({', '.join(told)})"
+        why = f"store {target}: made of something else ({', '.join(told)})"
     except UserError as error:
         why = str(error)
     if not replace:
-        raise UserError(f"store {target}: {why}; --replace puts the new one in its place, once that is whole")
+        raise UserError(f"{why}; --replace puts the new one in its place, once that is whole")
     claim(target, "store", existing="replace", files=files_of(target))
     return None
 
@@ -161,8 +165,8 @@ def _is_same(key: str, there: Any, now: Any) -> bool:
 def _require_ours(folder: Path) -> None:
     """UserError where the staging folder holds what no call of this command wrote."""
     ours = (folder / "identity.json").is_file() or kind_of(folder) == "store"
-    inside = folder.is_symlink() or (os.listdir(folder) if folder.is_dir() else folder.exists())
-    if inside and not ours and inside != [lock.NAME]:
+    inside = {*os.listdir(folder)} if folder.is_dir() and not folder.is_symlink() else {folder.name}
+    if os.path.lexists(folder) and not ours and inside - {lock.NAME, ".identity.json.partial"}:
         raise UserError(
             f"{folder}: the store is built there, but efficientclip did not write what is there, which stays as it is;"
             " move it away, or name another store"
@@ -175,7 +179,7 @@ def _whole(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         manifest = read_manifest(folder)
-        check_sizes(folder, manifest["files"], ANEW)
+        check(folder, manifest["files"], ANEW)
     except UserError:
         return None
     return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
@@ -200,17 +204,15 @@ def _build_pairs(
     with tqdm(total=recipe.samples, unit="sample") as bar:
         for number, part in enumerate(recipe.parts):
             bar.set_description(f"{name}, part {number + 1} of {len(recipe.parts)}")
-            file = folder / part.file
-            before, kept = bar.n, is_kept(file)
-            if not kept:
-                write_part(file, *part.make(bar))
+            before, kept = bar.n, kept_part(folder, part.name)
+            file = kept or write_part(folder, part.name, *part.make(bar))
             bad = bad_of(file)
             causes.update(entry["cause"] for entry in bad)
             listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
             found = pq.read_metadata(file).num_rows + len(bad)
             seen += found
             bar.update(found - (bar.n - before))
-            if kept:
+            if kept is not None:
                 # The rate is that of the parts made now.
                 bar.initial += found
             if recipe.samples is None:

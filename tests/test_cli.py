@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,30 @@ def test_features_is_another_name_of_prepare(tmp_path: Path, monkeypatch: pytest
     for name in ("prepare", "features"):
         assert main([name, "a.csv", "s", "--images", "d", "--config", config, "seed=3"]) == 0
     assert [(*given[:2], given[2].seed, given[3]) for given in seen] == [(Path("a.csv"), Path("s"), 3, Path("d"))] * 2
+
+
+WAITING = """
+import sys, time
+from efficientclip import cli
+
+def wait(given):
+    print("at it", flush=True)
+    time.sleep(60)
+
+cli._prepare = wait
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_any_command_with_its_code(signum: signal.Signals) -> None:
+    command = [sys.executable, "-c", WAITING, "prepare", "a.tar", "s", "--config", "c"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "at it\n"
+        process.send_signal(signum)
+        _, told = process.communicate(timeout=5)
+    assert process.returncode == 128 + signum
+    assert told == f"stopped by {signum.name}; the same command goes on\n"
 
 
 def test_help_and_version_load_no_torch() -> None:

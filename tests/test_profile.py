@@ -20,6 +20,7 @@ from efficientclip.hardware import read_hardware
 from efficientclip.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
 from efficientclip.profile import Recorder
 from tests import tiny
+from tests.training import launch
 from tests.training.launch import metrics, run
 
 WARM_UP, STEPS = 2, 4
@@ -193,6 +194,19 @@ def test_mistakes_are_explained(folder: Path, arguments: list[str], message: str
     assert {(folder / name).read_text() for name in ("mine.json", "lone.trace.json.gz")} == {"mine"}
     assert "Traceback" not in printed
     assert not list(folder.glob(".*"))
+
+
+def test_a_signal_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    arguments = [str(folder / "config.yaml"), *OPTIONS, "--output", str(tmp_path / "x.json")]
+    process = launch.start(tmp_path / "log", *arguments, module="efficientclip.profile")
+    deadline = time.monotonic() + 60
+    while not list(folder.glob(".run-profile-*")):
+        assert process.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 143, (tmp_path / "log").read_text()
+    assert not list(folder.glob(".*")) and [file.name for file in tmp_path.iterdir()] == ["log"]
 
 
 def test_time_counts_to_the_innermost_span(monkeypatch: pytest.MonkeyPatch) -> None:

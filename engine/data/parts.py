@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import reading
 from ..files.atomic import write_atomically
+from ..files.digests import sha256
 from .shards import BadSample
 from .store import token_dtype, write_ids, write_tokens
 
@@ -56,7 +57,8 @@ class Item:
 Made = tuple[list[Item], list[BadSample]]
 
 
-def write_part(file: Path, items: list[Item], bad: list[BadSample]) -> None:
+def write_part(folder: Path, name: str, items: list[Item], bad: list[BadSample]) -> Path:
+    """Write a part of that name, in place of any other; returns its file."""
     schema = pa.schema(
         [
             ("hash", pa.binary()),
@@ -73,15 +75,24 @@ def write_part(file: Path, items: list[Item], bad: list[BadSample]) -> None:
     )
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([vars(item) for item in items], schema=schema), sink)
-    write_atomically(file, sink.getvalue().to_pybytes())
+    content = sink.getvalue().to_pybytes()
+    file = folder / f"part-{name}-{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+    for other in folder.glob(f"part-{name}-*.parquet"):
+        other.unlink()
+    write_atomically(file, content)
+    return file
 
 
-def is_kept(file: Path) -> bool:
-    """Whether an earlier call finished this part; pictures that were missing then may be there now."""
-    try:
-        return not any(entry["cause"].startswith("picture file") for entry in bad_of(file))
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
-        return False
+def kept_part(folder: Path, name: str) -> Path | None:
+    """The part of that name that an earlier call finished, if it is as it was written.
+
+    One without some pictures, because their files were missing, is made again: they may be there now.
+    """
+    for file in folder.glob(f"part-{name}-*.parquet"):
+        whole = file.stem.endswith(sha256(file)[:32])
+        if whole and not any(entry["cause"].startswith("picture file") for entry in bad_of(file)):
+            return file
+    return None
 
 
 def bad_of(file: Path) -> list[dict[str, str]]:

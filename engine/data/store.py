@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -271,11 +272,11 @@ def settle(folder: Path, path: Path) -> None:
 
 
 def files_of(path: Path) -> Iterator[str]:
-    """Relative paths of everything that belongs to the store at `path`, if there is one."""
-    if not (path / "manifest.json").is_file():
-        return
-    with reading("store manifest", path / "manifest.json", "move the folder away"):
-        yield from json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-    yield from ("manifest.json", "identity.json", MARK, lock.NAME)
+    """Relative paths of everything that belongs to the store at `path`, whatever state that is in."""
+    yield from (*PAIR_FILES, "manifest.json", "identity.json", MARK, lock.NAME)
+    listed: list[str] = []
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        listed = [name for name in files if name.startswith("tokenizer/")]
     # Earlier versions did not list it.
-    yield from (f"tokenizer/{name}" for name in digests.files_in(path / "tokenizer"))
+    yield from listed or (f"tokenizer/{name}" for name in digests.files_in(path / "tokenizer"))

@@ -79,7 +79,9 @@ def claim(
         raise UserError(f"{shown}: is a file; name a folder")
     found = kind_of(target)
     if found is None:
-        foreign = sorted(name for name in os.listdir(target) if not any(fnmatch(name, known) for known in beside))
+        # Killed over its mark, a command left half of it.
+        known = (*beside, f".{MARK}.partial")
+        foreign = sorted(name for name in os.listdir(target) if not any(fnmatch(name, one) for one in known))
         if foreign:
             raise UserError(
                 f"{shown}: holds what efficientclip did not write ({_some(foreign)}) and stays as it is; name a folder"

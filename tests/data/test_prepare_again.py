@@ -144,17 +144,28 @@ def test_a_store_of_something_else_stays_until_the_new_one_is_whole(
     assert not [found.name for found in tmp_path.iterdir() if "made" in found.name and found != path]
 
 
-def test_a_damaged_store_is_made_anew_on_demand(tmp_path: Path, config: Config) -> None:
-    shards = write_shards(tmp_path / "shards")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("image_ids.bin", None, r"image_ids\.bin: is missing"),
+        ("tokenizer/tokenizer_config.json", "flipped", "is not what was written"),
+        ("manifest.json", None, "no manifest.json"),
+        ("manifest.json", "cut", "broken"),
+    ],
+)
+def test_a_damaged_store_is_made_anew_on_demand(
+    tmp_path: Path, config: Config, name: str, content: str | None, message: str
+) -> None:
+    shards, file = write_shards(tmp_path / "shards"), tmp_path / "made" / name
     made = prepare(shards, tmp_path / "made", config)
-    (tmp_path / "made" / "image_ids.bin").unlink()
-    with pytest.raises(UserError, match=r"image_ids\.bin: is missing.*--replace"):
+    whole = file.read_bytes()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:] if content == "flipped" else whole[:100])
+    with pytest.raises(UserError, match=f"{message}.*--replace"):
         prepare(shards, tmp_path / "made", config)
-    assert (
-        prepare(shards, tmp_path / "made", config, replace=True)["pairs"]
-        == made["pairs"]
-        == len(Store(tmp_path / "made"))
-    )
+    assert prepare(shards, tmp_path / "made", config, replace=True)["pairs"] == made["pairs"]
+    assert file.read_bytes() == whole
 
 
 def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
@@ -171,6 +182,9 @@ def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
 
     assert interrupted(config) == ["0.tar", "1.tar", "2.tar"]
     assert interrupted(with_tokenizer(tmp_path, config)) == []
+    part = min(staging(path).glob("part-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    part.write_bytes(part.read_bytes().replace("猫".encode(), "狗".encode(), 1))
+    assert interrupted(config) == ["0.tar"]
     write_tar(shards / "00.tar", good(50))
     assert interrupted(config) == ["00.tar"]
     write_tar(shards / "1.tar", good(60) | good(61))
