@@ -117,8 +117,9 @@ class Reference:
 class Bench:
     """Bases and references, made on the spot under `root` when they are first wanted."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.resolve()
+    def __init__(self, root: Path, undisturbed: int = 2) -> None:
+        """`undisturbed` runs of each command tell what is the same in every run."""
+        self.root, self.undisturbed = root.resolve(), undisturbed
         self.bases: dict[str, Path] = {}
         self.references: dict[str, Reference] = {}
         self.lock = threading.RLock()
@@ -175,18 +176,19 @@ class Bench:
             return self.startup
 
     def _undisturbed(self, command: Command) -> Reference:
-        runs = [self._run(command) for _ in range(2)]
-        (folder, growth, seen, seconds), (other, _, seen_again, seconds_again) = runs
-        results, again = results_in(folder, command), results_in(other, command)
-        unsteady = sorted(name for name in results | again if results.get(name) != again.get(name))
+        runs = [self._run(command) for _ in range(self.undisturbed)]
+        made = [results_in(folder, command) for folder, *_ in runs]
+        names = {name for results in made for name in results}
+        unsteady = sorted(name for name in names if len({results.get(name) for results in made}) > 1)
         if command.ranks == 1 and unsteady:
-            print(f"{command.name}: two undisturbed runs differ in {', '.join(unsteady)}: not compared", flush=True)
+            print(f"{command.name}: undisturbed runs differ in {', '.join(unsteady)}: not compared", flush=True)
+        folder, growth, seen, _ = runs[0]
         return Reference(
-            {name: digest for name, digest in results.items() if name not in unsteady},
+            {name: digest for name, digest in made[0].items() if name not in unsteady},
             figures_in(folder, command),
-            min(seconds, seconds_again),
+            min(seconds for *_, seconds in runs),
             growth,
-            [path for path in seen if path in set(seen_again)],
+            [path for path in seen if all(path in paths for _, _, paths, _ in runs)],
             unsteady,
         )
 

@@ -51,9 +51,9 @@ class Plan:
 
 def _enter(plan: Plan) -> None:
     """The forked process."""
-    os.setsid()
     for signum in TOLD:
         signal.signal(signum, signal.SIG_DFL)
+    os.setsid()
     with plan.log.open("ab") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
@@ -115,6 +115,9 @@ class Tree:
         assert process.pid is not None
         self.roots.append(process)
         self.sessions.add(process.pid)
+        # Before, a signal would meet the server's handlers.
+        while process.exitcode is None and not _leads_session(process.pid):
+            time.sleep(0.0005)
         return process
 
     def fork_ranks(self, module: str, arguments: Sequence[str], namespaces: Sequence[Namespace | None]) -> None:
@@ -201,6 +204,12 @@ class Tree:
 
     def output(self) -> str:
         return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in self.logs)
+
+
+def _leads_session(pid: int) -> bool:
+    with suppress(ProcessLookupError):
+        return os.getsid(pid) == pid
+    return True
 
 
 def send(pid: int, signum: int) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.faults.cases import Bench
@@ -13,8 +11,8 @@ from tests.faults.soak import run_case, story
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    yield Bench(tmp_path_factory.mktemp("faults"))
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("faults"), undisturbed=1)
 
 
 @pytest.mark.parametrize(
