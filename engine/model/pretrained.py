@@ -21,6 +21,7 @@ from transformers import (
 
 from .. import config as settings
 from ..errors import UserError, reading
+from ..files import digests
 from . import packed
 from .towers import without_dropout, without_pooler
 
@@ -125,7 +126,14 @@ def _load(
 @contextmanager
 def _loading(field: str, name: str) -> Iterator[None]:
     """What goes wrong while the block loads `name` is a UserError of `field`."""
-    with reading(f"{field}: model folder", Path(name), ANEW) if Path(name).is_dir() else _from_hub(field, name):
+    folder = Path(name)
+    if not folder.is_dir():
+        with _from_hub(field, name):
+            yield
+        return
+    # Exports have them.
+    digests.check_written(folder, "*.json", "*.safetensors", remedy=ANEW)
+    with reading(f"{field}: model folder", folder, ANEW):
         yield
 
 

@@ -16,6 +16,7 @@ from efficientclip.config import Model, load_config
 from efficientclip.data.batches import Segments
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
+from efficientclip.files import digests
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
 from efficientclip.training.runs import check_positions
 from tests import tiny
@@ -173,6 +174,7 @@ def test_towers_saved_in_half_precision_train_in_float32(
         ("not finite", r"model_tower.pretrained: .*model: the weight .*embeddings.* is not finite"),
         ("cut", r"model_tower\.pretrained: model folder .*model: broken \("),
         ("empty config", r"model_tower\.pretrained: model folder .*model: broken \("),
+        ("a bit", r"model\.safetensors: is not what was written"),
         ("a weight less", r"lacks 1 weights, .*query.weight for one"),
     ],
 )
@@ -190,6 +192,9 @@ def test_weights_that_are_broken_are_refused(tmp_path: Path, side: str, damage: 
         del weights[next(name for name in weights if name.endswith(("query.weight", "q_proj.weight")))]
         save_file(weights, file, {"format": "pt"})
         message = message.replace("query.weight", r"q(uery|_proj)\.weight")
+    elif damage == "a bit":
+        digests.write_digests(model)
+        file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
     elif damage == "cut":
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     else:
