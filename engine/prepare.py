@@ -168,8 +168,8 @@ def _require_ours(folder: Path) -> None:
     inside = {*os.listdir(folder)} if folder.is_dir() and not folder.is_symlink() else {folder.name}
     if os.path.lexists(folder) and not ours and inside - {lock.NAME, ".identity.json.partial"}:
         raise UserError(
-            f"{folder}: the store is built there, but efficientclip did not write what is there, which stays as it is;"
-            " move it away, or name another store"
+            f"{folder}: the store is built there, but it holds other things than efficientclip's (no identity.json),"
+            " which stay as they are; move them away, or name another store"
         )
 
 

@@ -26,6 +26,8 @@ STORE = json.dumps({"format": 2, "kind": "pairs", "files": {}}).encode()
         ({"manifest.json": b"{}"}, None),
         ({"manifest.json": b"[1"}, None),
         ({"manifest.json": STORE}, "store"),
+        ({MARK: b'{"kind": "stnre"}', "manifest.json": STORE}, "store"),
+        ({MARK: b'{"kind": "st'}, None),
         ({"manifest.json": b'{"pictures": 1, "noise_share": 0, "sha256": {}}'}, "demo data"),
         ({"export.json": b'{"identity": 1, "shards": [], "next": 0}'}, "kept pairs"),
         ({"config.yaml": b"", "checkpoints/latest": b""}, "run"),

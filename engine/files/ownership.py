@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .. import __version__
 from ..errors import UserError
@@ -34,8 +34,8 @@ def mark(folder: Path, kind: Kind) -> None:
 
 def kind_of(folder: Path) -> str | None:
     """What the folder is of ours: by its mark, or by what folders of earlier versions hold; None: not ours."""
-    if (folder / MARK).is_file():
-        return str(_json(folder / MARK).get("kind"))
+    if (marked := _json(folder / MARK).get("kind")) in get_args(Kind):
+        return str(marked)
     manifest = _json(folder / "manifest.json")
     if manifest.keys() >= {"format", "kind", "files"}:
         return "store"

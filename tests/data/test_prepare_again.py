@@ -59,7 +59,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("shards", "thesis.txt", "is a file; name a folder"),
         ("shards", "thesis.txt/store", "thesis.txt is a file, where a folder is wanted"),
         ("shards", "run", "is a run, and stays as it is"),
-        ("shards", "half", r"half\.partial: the store is built there, but efficientclip did not write what is there"),
+        ("shards", "half", r"half\.partial: the store is built there, but it holds other things"),
     ],
 )
 def test_nothing_but_a_store_is_written_over(
