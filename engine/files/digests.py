@@ -45,11 +45,10 @@ def sha256(file: Path, progress: Callable[[int], Any] = lambda read: None) -> st
 def described(folder: Path, files: Iterable[str]) -> Described:
     """Size and digest of `files` in `folder`, each fsynced while others are hashed."""
     names = sorted(files)
-    with ThreadPoolExecutor(4) as pool:
-        synced = [pool.submit(sync, folder / name) for name in names]
-        digests = list(pool.map(lambda name: sha256(folder / name), names))
-        for done in synced:
-            done.result()
+    with ThreadPoolExecutor(4) as syncing, ThreadPoolExecutor(4) as hashing:
+        synced = syncing.map(lambda name: sync(folder / name), names)
+        digests = list(hashing.map(lambda name: sha256(folder / name), names))
+        list(synced)
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
         for name, digest in zip(names, digests, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -120,16 +121,28 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
+def deepspeed_digest(config: Config) -> str:
+    """Equal for configs whose DeepSpeed JSON says the same."""
+    return hashlib.sha256(json.dumps(_users_json(config), sort_keys=True).encode()).hexdigest()
+
+
+def _users_json(config: Config) -> dict[str, Any]:
+    if config.deepspeed is None:
+        return {}
+    if not config.deepspeed.is_file():
+        raise UserError(f"deepspeed: {config.deepspeed} is missing; configs/deepspeed/ holds samples")
+    try:
+        user = json.loads(config.deepspeed.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"deepspeed: {config.deepspeed} is not JSON: {error}") from error
+    if not isinstance(user, dict):
+        raise UserError(f"deepspeed: {config.deepspeed} holds a {type(user).__name__}, not an object of keys")
+    return user
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The user's DeepSpeed JSON with the keys that the YAML owns."""
-    user: dict[str, Any] = {}
-    if config.deepspeed is not None:
-        if not config.deepspeed.is_file():
-            raise UserError(f"deepspeed: {config.deepspeed} is missing; configs/deepspeed/ holds samples")
-        try:
-            user = json.loads(config.deepspeed.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"deepspeed: {config.deepspeed} is not JSON: {error}") from error
+    user = _users_json(config)
     for key in user.keys() & OWNED.keys():
         raise UserError(
             f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there"

@@ -3,7 +3,7 @@
 RUN/config.yaml       as it was run, paths absolute
     identity.json     what the run was trained on, by digest: a store that has moved is known again by it
     tokenizer/        the store's, so that texts can be encoded without the store
-    digests.json      of everything but checkpoints/ and model/, which have their own; written when the run is finished
+    digests.json      of these, and, once the run is finished, of all but checkpoints/ and model/, which have their own
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from ..files import digests
 from ..files.atomic import put_in_place, write_atomically
 from ..files.lock import NAME as LOCK
 from ..files.lock import held
-from ..files.ownership import LOGS, Kind, claim, mark
+from ..files.ownership import LOGS, RESULTS, Kind, claim, mark
 from .ranks import agree, gathered, told
 
 SEEN_SECONDS = 6
-# Written on, or holding digests of their own.
-APART = ("checkpoints", "model", "tensorboard")
+WHOLE = ("config.yaml", "identity.json", "tokenizer")
+# Written on later, or holding digests of their own.
+APART = ("checkpoints", "model", "tensorboard", *RESULTS)
 
 
 @contextmanager
@@ -97,8 +98,7 @@ def proven(stores: Mapping[str, TextStore]) -> dict[str, str]:
 
 def agreed(config: Config, identity: Mapping[str, Any]) -> None:
     """UserError, naming rank and host, unless all ranks have the same config, code and data."""
-    settings = "" if config.deepspeed is None else config.deepspeed.read_text(encoding="utf-8")
-    described = json.dumps([identity_keys(config), settings], sort_keys=True, default=str)
+    described = json.dumps(identity_keys(config), sort_keys=True, default=str)
     found = {
         "config": hashlib.sha256(described.encode()).hexdigest(),
         "efficientclip": f"{__version__} {_code()}",
@@ -134,8 +134,6 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
             save_config(config, run / "config.yaml")
             write_atomically(run / "identity.json", json.dumps(identity, indent=1).encode())
     with writing(run):
-        # A finished run's no longer hold once it goes on.
-        (run / digests.NAME).unlink(missing_ok=True)
         if tokenizer is not None and not (run / "tokenizer").is_dir():
             aside = run / ".tokenizer.partial"
             shutil.rmtree(aside, ignore_errors=True)
@@ -144,11 +142,15 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
             else:
                 tokenizer.save_pretrained(aside)
             put_in_place(aside, run / "tokenizer")
+        # Those of a finished run no longer hold once it goes on.
+        own = [name for name in digests.files_in(run) if name.split("/")[0] in WHOLE]
+        digests.write_digests(run, digests.described(run, own))
 
 
 def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
     run = config.run
     another = "choose another run folder, or remove this one"
+    digests.check_written(run, "config.yaml", "identity.json", remedy=f"restore it, or {another}")
     changed = differing_keys(load_config(run / "config.yaml", saved=True), config)
     if changed:
         raise UserError(
@@ -169,9 +171,9 @@ def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
 def seal(run: Path) -> None:
     """Digests of a finished run's own files."""
     with writing(run):
-        files = [name for name in digests.files_in(run) if name.split("/")[0] not in APART and not _is_log(name)]
+        files = [
+            name
+            for name in digests.files_in(run)
+            if name.split("/")[0] not in APART and not any(map(Path(name).match, LOGS))
+        ]
         digests.write_digests(run, digests.described(run, files))
-
-
-def _is_log(name: str) -> bool:
-    return Path(name).match("*.log") or Path(name).match("*.out") or Path(name).match("*.err")

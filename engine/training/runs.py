@@ -31,7 +31,7 @@ from ..model.teacher import Teacher
 from ..noise_rate import FILE as CROSS_FIT
 from ..noise_rate import read_cross_fit
 from ..objectives.retrieval import retrieval_report
-from .distributed import process_group
+from .distributed import deepspeed_digest, process_group
 from .run_folder import agreed, describe, owned, proven
 from .trainer import Trainer, Validate
 
@@ -81,9 +81,10 @@ def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrain
 
 def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs) -> AnyTrainer:
     """The trainer of a run on `inputs`, with the towers that `config` describes; `config.run` is owned."""
-    agreed(config, inputs.identity)
+    identity = inputs.identity | {"deepspeed": deepspeed_digest(config)}
+    agreed(config, identity)
     if dist.get_rank() == 0:
-        describe(config, inputs.identity, inputs.tokenizer)
+        describe(config, identity, inputs.tokenizer)
     dist.barrier()
     sides = ("text", "image") if config.training.tower == "both" else (config.training.tower,)
     start = config.model

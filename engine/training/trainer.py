@@ -335,7 +335,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         self.confidence.select(self.loader.epoch)
         # Ranks of other processors may round a score to the other side of the threshold.
-        self.confidence.kept = told(self.confidence.kept)
+        kept = told(np.packbits(self.confidence.kept))
+        self.confidence.kept = np.unpackbits(kept, count=len(self.source)).astype(bool)
         self._write_history()
         self.confidence.start_epoch()
         if self.snapshot is not None:

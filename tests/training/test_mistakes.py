@@ -119,6 +119,33 @@ def test_snapshot_scores_and_published_drops_resume(folder: Path) -> None:
     assert shares[0] == 1 and shares[-1] == pytest.approx(0.9**4, abs=0.02) and shares == sorted(shares, reverse=True)
 
 
+def test_a_validation_store_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n" + "\n".join(reversed(tiny.CHARACTERS)))
+    other = tiny.pair_store(tmp_path / "other")
+    output = run(1, str(tiny.config(folder, run=str(tmp_path / "run"), data__validation={"held": str(other)})), code=2)
+    assert "data.validation.held: " in output and "another tokenizer" in output
+
+
+def test_a_run_and_its_store_may_move(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders are renamed, reached by a link and from elsewhere; another store at the old place is told apart."""
+    shutil.copytree(folder / "store", tmp_path / "store")
+    given = {"data__store": str(tmp_path / "store"), "data__validation": {"held": str(tmp_path / "store")}}
+    given |= {"training__pair_visits": 320, "run": str(tmp_path / "run"), "mlm__texts": str(folder / "texts")}
+    file = tiny.config(tmp_path, **given)
+    run(1, str(file))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(tmp_path / "moved")
+    (tmp_path / "store").rename(tmp_path / "elsewhere")
+    tiny.pair_store(tmp_path / "store", seed=3)
+    monkeypatch.chdir(tmp_path)
+    places = ["data.store=elsewhere", "data.validation={held: elsewhere}"]
+    assert "resuming" in run(1, "config.yaml", "run=link", *places)
+    output = run(1, "config.yaml", "run=moved", code=2)
+    assert "was trained on other data than this config names (store, validation differ" in output
+    output = run(1, "config.yaml", "run=link", *places, "training.log_every=2", code=2)
+    assert "checkpoints of another config (training.log_every differ" in output
+
+
 def test_another_config_does_not_resume_a_run(folder: Path) -> None:
     run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=160)))
     output = run(1, str(tiny.config(folder, run=str(folder / "same"), training__pair_visits=320)), code=2)
