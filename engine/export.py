@@ -26,7 +26,7 @@ from transformers import (
 from . import config as settings
 from . import stopping
 from .errors import UserError, reading, writing
-from .evaluation.run import Run, open_run, read_metrics
+from .evaluation.run import RESTORE, Run, open_run, read_metrics
 from .files import digests
 from .files.atomic import as_umask, put_in_place
 from .files.ownership import claim, kind_of, mark
@@ -205,8 +205,10 @@ def _data(opened: Run) -> Iterator[str]:
     if bad := sum(manifest.get("bad_counts", {}).values()):
         yield f"- {bad:,} bad samples were left out"
     kept = opened.folder / "confidence.parquet"
+    digests.check_written(opened.folder, kept.name, remedy=RESTORE)
     if kept.is_file():
-        share = float(np.mean(pq.read_table(kept, columns=["kept"])["kept"].to_numpy()))
+        with reading("verdicts", kept, RESTORE):
+            share = float(np.mean(pq.read_table(kept, columns=["kept"])["kept"].to_numpy()))
         yield f"- {share:.1%} of the pairs were still trained on at the end (Ensemble Confident Learning)"
     if opened.config.mlm.texts_per_batch and opened.config.mlm.texts is not None:
         yield f"- unpaired texts for masked-language modelling: {opened.config.mlm.texts.name}"

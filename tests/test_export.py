@@ -178,6 +178,10 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path) -> None:
     (run / "results.json").write_text('{"test": {"t2i": ')
     with pytest.raises(UserError, match=r"results\.json: broken .*write it anew by `efficientclip report "):
         export(run, tmp_path / "broken")
+    (run / "results.json").unlink()
+    (run / "confidence.parquet").write_bytes(b"PAR1 cut")
+    with pytest.raises(UserError, match=r"confidence\.parquet: broken"):
+        export(run, tmp_path / "broken")
     assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
 
 

@@ -90,6 +90,17 @@ def test_what_is_absent_empty_or_ours_may_be_written(tmp_path: Path) -> None:
     assert claim(tmp_path / "store", "store", existing="replace", files=["manifest.json"]) == tmp_path / "store"
 
 
+def test_what_a_killed_replacement_left_is_put_right(tmp_path: Path) -> None:
+    files(tmp_path, {".store.replaced/manifest.json": STORE, ".foreign.replaced/thesis.txt": b"mine"})
+    claim(tmp_path / "store", "store")
+    assert kind_of(tmp_path / "store") == "store" and not (tmp_path / ".store.replaced").exists()
+    files(tmp_path, {".store.replaced/manifest.json": STORE, "foreign/manifest.json": STORE})
+    claim(tmp_path / "store", "store")
+    with pytest.raises(UserError, match=r"\.foreign\.replaced stands where .*move it away"):
+        claim(tmp_path / "foreign", "store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".foreign.replaced", "foreign", "store"]
+
+
 @pytest.mark.parametrize("existing", ["replace", "refuse"])
 def test_a_mount_point_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: Any) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)

@@ -61,8 +61,7 @@ def put_in_place(made: Path, target: Path) -> None:
             os.replace(target, old)
         os.replace(made, target)
         sync(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def recover(target: Path) -> None:

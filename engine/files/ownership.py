@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Literal, get_args
 
 from .. import __version__
 from ..errors import UserError
-from .atomic import recover, write_atomically
+from .atomic import recover, set_aside, write_atomically
 
 Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
 MARK = ".efficientclip.json"
@@ -72,9 +73,14 @@ def claim(
         if target == inside or target in inside.parents:
             raise UserError(f"{shown}: is or holds the source {source}, which stays as it is; name another folder")
     _require_folder_above(target, shown)
+    old = set_aside(target)
+    if os.path.lexists(old) and kind_of(old) != kind:
+        raise UserError(f"{shown}: {old} stands where an older one waits while it is replaced; move it away")
     recover(target)
     if not target.exists():
         return target
+    # A replacement was cut short over its last step.
+    shutil.rmtree(old, ignore_errors=True)
     if not target.is_dir():
         raise UserError(f"{shown}: is a file; name a folder")
     found = kind_of(target)
