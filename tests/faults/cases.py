@@ -414,11 +414,9 @@ BASES: Mapping[str, Callable[[Bench, Path], None]] = {
 def changed_config(file: Path, random: np.random.Generator) -> str:
     """The YAML with another value somewhere that matters."""
     tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    section, key, value = [
-        ("optimizer", "lr", 0.002),
-        ("training", "pair_visits", 1312),
-        ("objective", "bank_size", 32),
-    ][int(random.integers(3))]
-    tree[section][key] = value
+    section, key, value = [("", "seed", 1), ("optimizer", "weight_decay", 0.1), ("objective", "bank_size", 32)][
+        int(random.integers(3))
+    ]
+    (tree[section] if section else tree)[key] = value
     file.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return f"{section}.{key}={value}"

@@ -48,6 +48,8 @@ def by_signal(case: Case, signum: int, whom: str, twice: bool = False) -> None:
 
 
 def _signalled(case: Case, tree: Tree, signum: int, whom: str, chosen: int, twice: bool) -> None:
+    if whom == "a rank" and case.command.launched:
+        until(lambda: bool(tree.ranks()), tree)
     ranks = [process.pid for process in tree.ranks()] if case.command.launched else tree.pids()
     heard = bool(ranks) and all(catches(pid, signum) for pid in ranks)
     for pid, group in _targets(tree, ranks, whom, chosen):
