@@ -34,7 +34,9 @@ REMEDIES = {
 OS_ERROR = re.compile(r"\(os error (\d+)\)|\[?errno:? ?(\d+)\]?", re.IGNORECASE)
 TEXTS = {os.strerror(code).lower(): code for code in REMEDIES}
 # PyTorch's file writer and NumPy's `tofile` tell no cause.
-UNTOLD = re.compile(r"PytorchStreamWriter|unexpected pos|inline_container|\d+ requested and \d+ written", re.IGNORECASE)
+UNTOLD = re.compile(
+    r"PytorchStreamWriter|unexpected pos|inline_container|iostream error|\d+ requested and \d+ written", re.IGNORECASE
+)
 
 
 class UserError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .errors import UserError, reading, writing
 from .evaluation.run import RESTORE, Run, open_run, read_metrics
 from .files import digests
 from .files.atomic import as_umask, put_in_place
+from .files.lock import held
 from .files.ownership import claim, kind_of, mark
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
@@ -61,13 +62,18 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     whole = _chinese_clip(model) if _fits_chinese_clip(model) else model
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with stopping.scratch(Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))) as staging:
-            folder = staging / "model"
+        # What a killed call left is ours by its mark, and goes.
+        aside = claim(target.with_name(f".{target.name}.partial"), "model")
+        mark(aside, "model")
+        with stopping.scratch(aside), held(aside, "exporting"):
+            folder = aside / "model"
+            shutil.rmtree(folder, ignore_errors=True)
             whole.save_pretrained(folder)
             _processor(opened, tower).save_pretrained(folder)
-            (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
             as_umask(folder)
             digests.write_digests(folder)
+            # It is for its reader to complete, so no digest holds it.
+            (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
             mark(folder, "model")
             put_in_place(folder, target)
     return type(whole)
@@ -75,7 +81,7 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
 
 def _files_of(out: Path) -> list[str]:
     """Relative paths of everything that belongs to the export at `out`, if there is one."""
-    return [*digests.read_digests(out), digests.NAME] if kind_of(out) == "model" else []
+    return [*digests.read_digests(out), digests.NAME, "README.md"] if kind_of(out) == "model" else []
 
 
 def _fits_chinese_clip(model: EfficientCLIP) -> bool:

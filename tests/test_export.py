@@ -213,7 +213,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_alone(tmp_path: Path, capsy
     arguments = ["export", str(run), str(out)]
     assert main(arguments) == 0
     digests.check(out, read := digests.read_digests(out), "")
-    assert read.keys() == {path.name for path in out.iterdir()} - {digests.NAME, MARK}
+    assert read.keys() == {path.name for path in out.iterdir()} - {digests.NAME, MARK, "README.md"}
     modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
     (tmp_path / "plain").touch()
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}

@@ -144,7 +144,7 @@ def test_a_calibrated_run_has_the_epochs_of_what_it_keeps(tmp_path: Path) -> Non
     assert any("cross-fit comes before" in note for note in advice(plan(calibrated, SETTINGS), calibrated))
     assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 100_000, 977)
     table = pa.table({name: pa.array([], pa.float64()) for name in COLUMNS})
-    pq.write_table(table.replace_schema_metadata({"rate": "0.5", "visits": "7"}), tmp_path / FILE)
+    pq.write_table(table.replace_schema_metadata({"rate": "0.5", "visits": "7", "pairs": ""}), tmp_path / FILE)
     assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 50_000, 977) != _pauses(plain, 100_000, 977)
 
 

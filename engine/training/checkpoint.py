@@ -48,8 +48,8 @@ class Checkpoints:
                     recover(self.folder / aside.stem.removeprefix("."))
         dist.barrier()
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, step: int, arrays: Arrays, best: bool) -> None:
-        """Write step's checkpoint; the last `keep` and the best stay. UserError where weights are not finite."""
+    def save(self, engine: deepspeed.DeepSpeedEngine, step: int, arrays: Arrays, best_step: int | None) -> None:
+        """Write step's checkpoint; the last `keep` and `best_step`'s stay. UserError where weights are not finite."""
         name = _name(step)
         staging = self.folder / f"{name}.partial"
         if dist.get_rank() == 0:
@@ -69,11 +69,18 @@ class Checkpoints:
                 rest = [name for name in digests.files_in(staging) if name not in described]
                 digests.write_digests(staging, described | digests.described(staging, rest))
                 put_in_place(staging, self.folder / name)
-                write_atomically(self.folder / "latest", name.encode())
-                if best:
-                    write_atomically(self.folder / "best", name.encode())
-                self._remove_old(step)
+                self.point(step, best_step)
+                self._remove_old(step, best_step)
         dist.barrier()
+
+    def point(self, step: int, best_step: int | None) -> None:
+        """Have `latest` and `best` name these steps' checkpoints. Rank 0 alone."""
+        with writing(self.folder):
+            write_atomically(self.folder / "latest", _name(step).encode())
+            if best_step is not None and (self.folder / _name(best_step)).is_dir():
+                write_atomically(self.folder / "best", _name(best_step).encode())
+            else:
+                (self.folder / "best").unlink(missing_ok=True)
 
     def newest(self) -> Path | None:
         """The newest checkpoint whose digests hold, or None where there is none at all.
@@ -96,15 +103,15 @@ class Checkpoints:
             )
         return None
 
-    def best(self) -> Path | None:
-        """The best checkpoint by validation, if it is there and whole."""
-        name = told(_pointed(self.folder / "best") if dist.get_rank() == 0 else None)
-        if name is None:
+    def whole(self, step: int | None) -> Path | None:
+        """The checkpoint of `step`, if there is one and its digests hold; where they do not, that is told."""
+        step = told(step)
+        if step is None or not told((self.folder / _name(step)).is_dir()):
             return None
-        mistake = self._mistake(name)
+        mistake = self._mistake(_name(step))
         if mistake is not None and dist.get_rank() == 0:
             tell(f"notice: the best checkpoint cannot be used: {mistake}")
-        return self.folder / name if mistake is None else None
+        return self.folder / _name(step) if mistake is None else None
 
     def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
         """Put weights and optimiser state back and return the arrays saved beside them."""
@@ -137,12 +144,11 @@ class Checkpoints:
             mistake = f"{self.folder / name}: {error.strerror}"
         return next((found for found in gathered(mistake) if found is not None), None)
 
-    def _remove_old(self, step: int) -> None:
+    def _remove_old(self, step: int, best_step: int | None) -> None:
         """Of those up to `step`; later ones, which a resumed run has not come to again, are no part of what is kept."""
-        pointed = {_pointed(self.folder / pointer) for pointer in ("latest", "best")}
         past = sorted(path.name for path in self._all() if path.name <= _name(step))
         for name in past[: -self.keep]:
-            if name not in pointed:
+            if best_step is None or name != _name(best_step):
                 shutil.rmtree(self.folder / name)
 
 
@@ -153,15 +159,6 @@ def _name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint folder is named for."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _pointed(pointer: Path) -> str | None:
-    """The checkpoint that a pointer file names, if it is there."""
-    try:
-        name = pointer.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if STEP.fullmatch(name) and (pointer.parent / name).is_dir() else None
 
 
 def _saved_by_this_rank(engine: deepspeed.DeepSpeedEngine, staging: Path) -> Iterable[str]:

@@ -26,7 +26,7 @@ from ..model.efficientclip import load_model
 from ..model.encode import BATCH, encode_rows
 from ..noise_rate import folds, judge, near, pair_groups, write_cross_fit
 from .distributed import process_group
-from .run_folder import owned
+from .run_folder import owned, proven
 from .runs import new_trainer, text_run, told_to_stop
 from .trainer import Trainer
 
@@ -43,6 +43,7 @@ def cross_fit(config: Config) -> int:
         raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
     with process_group(config) as rank, owned(folder, "cross-fit", "cross-fit"):
         store = Store(config.data.store)
+        proven({"store": store})
         groups = pair_groups(store, near(store.features, config.seed))
         fold = folds(groups, config.seed)
         runs = [folder / f"fold-{number}" for number in range(2)]

@@ -22,14 +22,16 @@ RESTORE = "restore it from a copy, or train the run anew"
 RECORD = np.dtype([("score", np.float16), ("kept", np.bool_)])
 
 
-def write_epoch(run: Path, epoch: int, score: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> None:
-    """Write `epoch`'s file whole or not at all; one that is there is replaced."""
+def write_epoch(run: Path, epoch: int, score: npt.NDArray[np.float32], kept: npt.NDArray[np.bool_]) -> Path:
+    """Write `epoch`'s file whole or not at all, in the place of one that is there; returns it."""
     folder = run / "history"
     folder.mkdir(exist_ok=True)
     records = np.empty(len(kept), RECORD)
     records["score"], records["kept"] = score, kept
-    with written_aside(folder / _name(epoch)) as aside, aside.open("wb") as stream:
+    file = folder / _name(epoch)
+    with written_aside(file) as aside, aside.open("wb") as stream:
         np.save(stream, records)
+    return file
 
 
 def forget_from(run: Path, epoch: int) -> None:

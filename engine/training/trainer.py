@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -19,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch.profiler import record_function
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .. import stopping
@@ -30,7 +27,7 @@ from ..data.pairs import PairSource
 from ..data.store import first_not_finite
 from ..errors import UserError, tell, writing
 from ..files import digests
-from ..files.atomic import put_in_place, write_atomically, written_aside
+from ..files.atomic import put_in_place, written_aside
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import moved, to_device
@@ -41,6 +38,7 @@ from .history import forget_from, write_epoch
 from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
 from .ranks import gathered, told
+from .records import Metrics, Written
 from .run_folder import seal
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
@@ -78,6 +76,8 @@ class Trainer:
         self.grad_norm = 0.0
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
+        self.written = Written(self.run)
+        self.best_step: int | None = None
         self._resume()
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
@@ -147,7 +147,8 @@ class Trainer:
                     best = self._validate()
             if stop or best or self.step % training.checkpoint_every == 0 or last:
                 with self.span("checkpoint"):
-                    self.checkpoints.save(self.engine, self.step, self._state(), best)
+                    self.best_step = self.step if best else self.best_step
+                    self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
                 if not stop:
                     # A signal that came while it was written need not wait for another one.
                     (stop,) = self._highest(stopping.requested() or 0)
@@ -405,7 +406,10 @@ class Trainer:
             "step": np.int64(self.step),
             "best": np.float64(self.best),
             "recall": np.float64(self.recall),
+            "best_step": np.int64(-1 if self.best_step is None else self.best_step),
         }
+        if self.rank == 0:
+            state["written"] = np.array(self.written.state())
         state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
         state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
         state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
@@ -421,6 +425,10 @@ class Trainer:
             return
         state = self.checkpoints.load(self.engine, checkpoint)
         self.step, self.best, self.recall = int(state["step"]), float(state["best"]), float(state["recall"])
+        self.best_step = int(state["best_step"]) if state["best_step"] >= 0 else None
+        if self.rank == 0:
+            self.written.restore(str(state["written"]))
+            self.checkpoints.point(self.step, self.best_step)
         self.loader.restore(_under(state, "loader."))
         self.confidence.restore(_under(state, "confidence."))
         self.bank.restore(_under(state, "bank."))
@@ -435,7 +443,8 @@ class Trainer:
 
     def _write_history(self) -> None:
         if self.rank == 0 and len(self.source):
-            write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
+            file = write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
+            self.written.add(file)
 
     def _finish(self) -> None:
         """The model, ECL's table and the digests of a finished run; each appears whole or not at all."""
@@ -459,7 +468,7 @@ class Trainer:
 
     def _write_final(self) -> None:
         """RUN/model: the best weights by validation, where there is one, or the last, as `training.final` says."""
-        best = self.checkpoints.best() if self.config.training.final == "best" and math.isfinite(self.best) else None
+        best = self.checkpoints.whole(self.best_step) if self.config.training.final == "best" else None
         aside = self.run / ".model.partial"
         with writing(self.run / "model"):
             if self.rank == 0:
@@ -476,60 +485,6 @@ class Trainer:
                 digests.write_digests(aside)
         if self.rank == 0:
             put_in_place(aside, self.run / "model")
-
-
-class Metrics:
-    """metrics.jsonl and TensorBoard of one run; lines after a resumed step are cut off first."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        self.file = run / "metrics.jsonl"
-        if self.file.is_file():
-            lines = [line for line in self.file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
-            write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
-        self.pending: list[dict[str, float]] = []
-
-    def add(self, values: dict[str, float]) -> None:
-        self.pending.append(values)
-
-    def write(self, step: int, visits: int, epoch: int, batch_size: int, kept: float) -> None:
-        """One line for the steps since the last: means, and rates over their time."""
-        n = len(self.pending)
-        total = {name: sum(values[name] for values in self.pending) for name in self.pending[0]}
-        line = {name: value / n for name, value in total.items() if name not in ("tokens", "data_wait_seconds")}
-        line |= {
-            "lr": self.pending[-1]["lr"],
-            "kept_share": kept,
-            "pairs_per_s": n * batch_size / total["step_seconds"],
-            "tokens_per_s": total["tokens"] / total["step_seconds"],
-            "data_wait_share": total["data_wait_seconds"] / total["step_seconds"],
-        }
-        self._write(step, {"visits": visits, "epoch": epoch, **line})
-        self.pending = []
-
-    def validation(self, step: int, visits: int, epoch: int, reports: dict[str, dict[str, Any]]) -> None:
-        self._write(step, {"visits": visits, "epoch": epoch, "validation": reports})
-
-    def _write(self, step: int, values: dict[str, Any]) -> None:
-        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"train/{name}", value, step)
-        for name, report in values.get("validation", {}).items():
-            for direction in ("t2i", "i2t"):
-                self.board.add_scalar(f"{name}/{direction} R@10", report[direction]["R@10"], step)
-
-    def close(self) -> None:
-        self.board.close()
-
-
-def _step_of(line: str) -> int:
-    """A line cut short by a crash belongs to no step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return 2**62
 
 
 def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:

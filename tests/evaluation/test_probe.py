@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficientclip import __version__
 from efficientclip.cli import main
 from efficientclip.errors import UserError
 from efficientclip.evaluation.probe import probe
@@ -76,7 +77,10 @@ def test_the_command_prints_a_table_and_writes_json(
     train, test = write(tmp_path / "a.csv", rows), write(tmp_path / "b.csv", rows[10:])
     arguments = ["--text-train", str(train), "--text-test", str(test), "--json", str(tmp_path / "result.json")]
     assert main(["evaluate", str(world.run), *arguments]) == 0
-    assert json.loads((tmp_path / "result.json").read_text()) == probe(world.run, train, test, 0)
+    assert json.loads((tmp_path / "result.json").read_text()) == {
+        "made_by": f"made by efficientclip {__version__}",
+        **probe(world.run, train, test, 0),
+    }
     assert "macro-F1" in capsys.readouterr().out
 
 

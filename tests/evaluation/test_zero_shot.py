@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from efficientclip import __version__
 from efficientclip.cli import main
 from efficientclip.errors import UserError
 from efficientclip.evaluation.zero_shot import TEMPLATES, classify, read_classes
@@ -76,7 +77,10 @@ def test_the_command_prints_a_table_and_writes_json(
 ) -> None:
     classes, file = write(tmp_path / "classes.txt", NAMES), tmp_path / "result.json"
     assert main(["evaluate", str(world.run), str(pictures), "--classes", str(classes), "--json", str(file)]) == 0
-    assert json.loads(file.read_text()) == classify(world.run, pictures, classes)
+    assert json.loads(file.read_text()) == {
+        "made_by": f"made by efficientclip {__version__}",
+        **classify(world.run, pictures, classes),
+    }
     assert "猫" in capsys.readouterr().out
 
 

@@ -23,7 +23,8 @@ SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.pr
 
 def environment(**extra: str) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "PATH": path} | extra
+    quiet = {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return os.environ | {"DS_ACCELERATOR": "cpu", "PATH": path} | quiet | extra
 
 
 def start(

@@ -1,0 +1,100 @@
+"""What a run writes as it goes, metrics.jsonl and history/, and the proof that a resumed run finds it as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from ..errors import UserError, reading, writing
+from ..files import digests
+from ..files.atomic import write_atomically
+
+RESTORE = "restore it from a copy, or choose another run folder to begin anew"
+
+
+class Written:
+    """Digests of the finished files in history/ and of metrics.jsonl so far; each checkpoint tells them."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.history: digests.Described = {}
+
+    def add(self, file: Path) -> None:
+        """`file` of history/ is written; one of that name before it is forgotten."""
+        self.history[file.name] = digests.described(file.parent, [file.name])[file.name]
+
+    def state(self) -> str:
+        """As JSON, with the length and digest of metrics.jsonl, to which later steps are added."""
+        file = self.run / "metrics.jsonl"
+        content = file.read_bytes() if file.is_file() else b""
+        metrics = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        return json.dumps({"history": self.history, "metrics": metrics})
+
+    def restore(self, state: str) -> None:
+        """UserError naming the file that is not what it was when `state` was taken."""
+        told = json.loads(state)
+        self.history, metrics = told["history"], told["metrics"]
+        digests.check(self.run / "history", self.history, RESTORE)
+        file = self.run / "metrics.jsonl"
+        with reading("metrics", file, RESTORE):
+            content = file.read_bytes()[: metrics["bytes"]] if metrics["bytes"] else b""
+        if hashlib.sha256(content).hexdigest() != metrics["sha256"]:
+            raise UserError(f"{file}: is not what was written (its sha256 differs); {RESTORE}")
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard of one run; lines after a resumed step are cut off first."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.file = run / "metrics.jsonl"
+        if self.file.is_file():
+            lines = [line for line in self.file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
+            write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self.pending: list[dict[str, float]] = []
+
+    def add(self, values: dict[str, float]) -> None:
+        self.pending.append(values)
+
+    def write(self, step: int, visits: int, epoch: int, batch_size: int, kept: float) -> None:
+        """One line for the steps since the last: means, and rates over their time."""
+        n = len(self.pending)
+        total = {name: sum(values[name] for values in self.pending) for name in self.pending[0]}
+        line = {name: value / n for name, value in total.items() if name not in ("tokens", "data_wait_seconds")}
+        line |= {
+            "lr": self.pending[-1]["lr"],
+            "kept_share": kept,
+            "pairs_per_s": n * batch_size / total["step_seconds"],
+            "tokens_per_s": total["tokens"] / total["step_seconds"],
+            "data_wait_share": total["data_wait_seconds"] / total["step_seconds"],
+        }
+        self._write(step, {"visits": visits, "epoch": epoch, **line})
+        self.pending = []
+
+    def validation(self, step: int, visits: int, epoch: int, reports: dict[str, dict[str, Any]]) -> None:
+        self._write(step, {"visits": visits, "epoch": epoch, "validation": reports})
+
+    def _write(self, step: int, values: dict[str, Any]) -> None:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"train/{name}", value, step)
+        for name, report in values.get("validation", {}).items():
+            for direction in ("t2i", "i2t"):
+                self.board.add_scalar(f"{name}/{direction} R@10", report[direction]["R@10"], step)
+
+    def close(self) -> None:
+        self.board.close()
+
+
+def _step_of(line: str) -> int:
+    """A line cut short by a crash belongs to no step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**62
