@@ -135,9 +135,14 @@ def reported(command: Callable[[], None]) -> int:
 
 def tell(message: str) -> None:
     """Print to stderr, on a line of its own below any progress bar."""
+    close_bars()
+    print(message, file=sys.stderr, flush=True)
+
+
+def close_bars() -> None:
+    """Leave the progress bars as they are; what is printed next begins a line."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
-    print(message, file=sys.stderr, flush=True)

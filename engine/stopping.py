@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import psutil
 
-from .errors import tell
+from .errors import close_bars
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NODE_LAUNCHER = "deepspeed.launcher.launch"
@@ -40,6 +40,7 @@ class _Stop:
     signum: int | None = None
     patience: float | None = None
     quiet = False
+    stderr = 2
     word: Callable[[int], object] | None = None
 
 
@@ -56,6 +57,8 @@ def watch(*, quiet: bool = False) -> None:
     if _stop.owner == os.getpid():
         return
     _stop.owner, _stop.signum, _stop.patience = os.getpid(), None, None
+    # While DeepSpeed loads an operator, what is written to 2 goes nowhere.
+    _stop.stderr = os.dup(2)
     heard, told = os.pipe()
     os.set_blocking(told, False)
     signal.set_wakeup_fd(told, warn_on_full_buffer=False)
@@ -114,10 +117,12 @@ def leave_stopped(signum: int | None = None) -> NoReturn:
 def leave(code: int, message: str | None = None) -> NoReturn:
     """End the process now, with those that it started, whatever its threads are at."""
     with suppress(Exception):
-        if message is not None:
-            tell(message)
+        close_bars()
         sys.stdout.flush()
         sys.stderr.flush()
+    with suppress(OSError):
+        if message is not None:
+            os.write(_stop.stderr, f"{message}\n".encode())
     with suppress(Exception):
         for child in psutil.Process().children(recursive=True):
             child.kill()

@@ -127,14 +127,14 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
     Rank 0 alone.
     """
     run = config.run
-    if any((run / "checkpoints").glob("step-*")):
+    begun = any((run / "checkpoints").glob("step-*"))
+    if begun:
         _same_run(config, identity)
-    else:
-        with writing(run):
+    with writing(run):
+        if not begun:
             save_config(config, run / "config.yaml")
             write_atomically(run / "identity.json", json.dumps(identity, indent=1).encode())
-    with writing(run):
-        if tokenizer is not None and not (run / "tokenizer").is_dir():
+        if not begun and tokenizer is not None:
             aside = run / ".tokenizer.partial"
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(tokenizer, Path):
@@ -150,7 +150,7 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
 def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
     run = config.run
     another = "choose another run folder, or remove this one"
-    digests.check_written(run, "config.yaml", "identity.json", remedy=f"restore it, or {another}")
+    digests.check_written(run, "config.yaml", "identity.json", "tokenizer/*", remedy=f"restore it, or {another}")
     changed = differing_keys(load_config(run / "config.yaml", saved=True), config)
     if changed:
         raise UserError(

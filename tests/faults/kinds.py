@@ -96,7 +96,7 @@ def _told_end(case: Case, ended: Ended, signum: int, heard: bool) -> None:
         wanted = {signal.Signals(signum).name} | ({"SIGTERM"} if case.command.ranks > 1 else set())
     ends_well = all(code == 0 for code in ended.codes)
     if heard and not ends_well and (len(told) != 1 or told[0] not in wanted):
-        case.problem(END, f"{len(told)} lines tell by what it was stopped", ended.output)
+        case.problem(END, f"{len(told)} lines tell by what it was stopped, codes {ended.codes}", ended.output)
 
 
 def disk_full(case: Case) -> None:
@@ -171,6 +171,9 @@ def at_rest(case: Case, kind: str) -> None:
     elif before < 0.9 and case.command.name != "export":
         case.completed()
     groups = [path for path in _groups(case.here, case.command) if whole_files(path)]
+    if not groups:
+        case.tell("nothing was written yet")
+        return case.finish()
     group = groups[int(case.random.integers(len(groups)))]
     files = whole_files(group)
     file = files[int(case.random.integers(len(files)))]
