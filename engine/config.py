@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from yaml import YAMLError, safe_dump
 
 from .errors import UserError
+from .files.atomic import write_atomically
 
 # C++ and torch count in int32 here, and in int64 and float64 there.
 COUNT, WHOLE, SEED = 2**31 - 1, 2**53, 2**63 - 1
@@ -26,7 +27,10 @@ PLACES = {
     "model.start_from", "model.teacher.mean",
 }  # fmt: skip
 # They may change while a run is under way.
-ASIDE = {"training.grace_seconds", "training.final"}
+ASIDE = {
+    "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
+    "training.keep_checkpoints",
+}  # fmt: skip
 
 
 def _nameable(value: Any) -> Any:
@@ -437,11 +441,12 @@ def _named(places: dict[str, Path | None]) -> dict[str, Path]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML."""
-    path.write_text(safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    content = safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    write_atomically(path, content.encode())
 
 
-def identity_keys(config: Config) -> dict[str, Any]:
-    """Dotted keys and values of what a run is: no paths, nor other keys that change nothing that is learned."""
+def identity_keys(config: Config, *, aside: bool = False) -> dict[str, Any]:
+    """Dotted keys and values of what a run is: no paths, nor, without `aside`, what changes nothing that is learned."""
 
     def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         leaves: dict[str, Any] = {}
@@ -452,7 +457,9 @@ def identity_keys(config: Config) -> dict[str, Any]:
     return {
         key: value
         for key, value in flat(config.model_dump(mode="json", exclude={"data": {"validation"}})).items()
-        if key not in PLACES | ASIDE and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
+        if key not in PLACES
+        and (aside or key not in ASIDE)
+        and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
     }
 
 

@@ -48,13 +48,13 @@ def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
     """Whatever goes wrong while the block reads `path` becomes a UserError: which file, what is wrong, what to do."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         code = os_error(error)
         if code is not None:
             raise UserError(f"{what} {path}: {os.strerror(code)}: {REMEDIES[code]}") from error
-        raise UserError(f"{what} {path}: broken ({_short(error)}); {remedy}") from error
+        raise UserError(f"{what} {path}: broken ({short(error)}); {remedy}") from error
 
 
 @contextmanager
@@ -65,12 +65,17 @@ def writing(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        code = os_error(error)
-        if code is None and UNTOLD.search(str(error)):
+        code, untold = os_error(error), UNTOLD.search(str(error)) is not None
+        if code is None and untold:
             code = _probed(path)
-        if code is None:
-            raise
-        raise UserError(f"{path}: {os.strerror(code)}: {REMEDIES[code]}") from error
+        if code is not None:
+            raise UserError(f"{path}: {os.strerror(code)}: {REMEDIES[code]}") from error
+        if untold:
+            raise UserError(
+                f"{path}: could not be written whole ({short(error)}); check free space, quota and `ulimit -f`, and run"
+                " the same command again"
+            ) from error
+        raise
 
 
 def os_error(error: BaseException | None) -> int | None:
@@ -86,7 +91,7 @@ def os_error(error: BaseException | None) -> int | None:
         for told, code in TEXTS.items():
             if told in text.lower():
                 return code
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
 
 
@@ -105,7 +110,8 @@ def _probed(path: Path) -> int | None:
     return None
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """What an error says, on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "…"
 

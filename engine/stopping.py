@@ -26,11 +26,13 @@ from .errors import close_bars
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NODE_LAUNCHER = "deepspeed.launcher.launch"
-LAUNCHERS = (NODE_LAUNCHER, "bin/deepspeed", "bin/torchrun", "torch.distributed.run", "torch/distributed/run.py")
+LAUNCHERS = (NODE_LAUNCHER, "torch.distributed.run", "deepspeed", "torchrun")
+PROGRAMS = ("bin/deepspeed", "bin/torchrun", "torch/distributed/run.py", "deepspeed/launcher/launch.py")
 GOES_ON = "the same command goes on"
 POLL_SECONDS = 0.5
 # `timeout` tells its child and then its group: that is one Ctrl-C, not two.
 ECHO_SECONDS = 0.5
+WORD_SECONDS = 3
 
 
 class _Stop:
@@ -100,7 +102,7 @@ def name_of(signum: int) -> str:
 
 
 def before_leaving(word: Callable[[int], object]) -> None:
-    """Call `word` with the exit code before a signal ends this process; it has a second."""
+    """Call `word` with the exit code before a signal ends this process; it has some seconds."""
     _stop.word = word
 
 
@@ -110,25 +112,43 @@ def leave_stopped(signum: int | None = None) -> NoReturn:
     if _stop.word is not None:
         saying = threading.Thread(target=_stop.word, args=(128 + found,), daemon=True)
         saying.start()
-        saying.join(1)
+        saying.join(WORD_SECONDS)
     leave(128 + found, None if _stop.quiet else f"stopped by {name_of(found)}; {GOES_ON}")
 
 
 def leave(code: int, message: str | None = None) -> NoReturn:
     """End the process now, with those that it started, whatever its threads are at."""
-    with suppress(Exception):
-        close_bars()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    with suppress(OSError):
-        if message is not None:
-            os.write(_stop.stderr, f"{message}\n".encode())
+    # A pipe that nobody reads, or a lock that the main thread holds, must not keep the process.
+    saying = threading.Thread(target=_say, args=(message,), daemon=True)
+    saying.start()
+    saying.join(1)
     with suppress(Exception):
         for child in psutil.Process().children(recursive=True):
             child.kill()
     for folder in list(_scratch):
         shutil.rmtree(folder, ignore_errors=True)
     os._exit(code)
+
+
+def _say(message: str | None) -> None:
+    with suppress(Exception):
+        close_bars()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with suppress(OSError):
+        if message is not None:
+            os.write(_stop.stderr, f"{message}\n".encode(errors="replace"))
+
+
+def _forget() -> None:
+    """A forked child has no listening thread, and must not wake its parent's."""
+    if _stop.owner not in (0, os.getpid()):
+        signal.set_wakeup_fd(-1)
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _listen(heard: int) -> NoReturn:
@@ -152,22 +172,23 @@ def _listen(heard: int) -> NoReturn:
 def _launchers() -> tuple[list[psutil.Process], bool]:
     """The processes above this one that started it as a rank, and whether one of them has gone already."""
     found: list[psutil.Process] = []
-    above = psutil.Process().parent()
-    while above is not None and any(name in _command(above) for name in LAUNCHERS):
-        found.append(above)
-        above = above.parent()
-    under_none = above is None or above.pid == 1
-    lost = found and NODE_LAUNCHER in _command(found[-1])
-    # Both launchers set one of these; a rank that `init` has adopted had a launcher.
-    unfound = not found and os.environ.keys() & {"CROSS_RANK", "TORCHELASTIC_RUN_ID"}
-    return found, bool(under_none and (lost or unfound))
-
-
-def _command(process: psutil.Process) -> str:
     try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+        above = psutil.Process().parent()
+        while above is not None and _launches(above):
+            found.append(above)
+            above = above.parent()
+        # `init` adopts orphans; as the first process of a container, pid 1 is of their own session.
+        adopted = (above is None or above.pid == 1) and os.getsid(0) != os.getsid(1)
+        lost = bool(found) and NODE_LAUNCHER in found[-1].cmdline()
+    except (psutil.Error, OSError):
+        return found, False
+    # Both launchers set one of these; a rank that `init` has adopted had a launcher.
+    unfound = not found and bool(os.environ.keys() & {"CROSS_RANK", "TORCHELASTIC_RUN_ID"})
+    return found, adopted and (lost or unfound)
+
+
+def _launches(process: psutil.Process) -> bool:
+    return any(word in LAUNCHERS or word.endswith(PROGRAMS) for word in process.cmdline())
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError, reading, tell, writing
+from ..errors import UserError, reading, short, tell, writing
 from ..files import digests
 from ..files.atomic import as_umask, put_in_place, recover, write_atomically
 from ..model.efficientclip import EfficientCLIP
@@ -33,7 +33,7 @@ RESTORE = "restore it from a copy, or remove this checkpoint to go on from an ea
 
 
 class Checkpoints:
-    """The checkpoint folder of one run; every rank calls every method. Rank 0 decides, the others are told."""
+    """The checkpoint folder of one run. Every rank calls every method but `point`; rank 0 decides for all."""
 
     def __init__(self, run: Path, keep: int) -> None:
         self.folder = run / "checkpoints"
@@ -46,6 +46,8 @@ class Checkpoints:
                         shutil.rmtree(leftover)
                 for aside in self.folder.glob(".step-*.replaced"):
                     recover(self.folder / aside.stem.removeprefix("."))
+                    if aside.exists():
+                        shutil.rmtree(aside)
         dist.barrier()
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int, arrays: Arrays, best_step: int | None) -> None:
@@ -115,12 +117,18 @@ class Checkpoints:
 
     def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
         """Put weights and optimiser state back and return the arrays saved beside them."""
-        with reading("checkpoint", checkpoint, RESTORE):
+        why = "it finds no state"
+        try:
             loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            # Its digests hold: the file is what was written.
+            loaded, why = None, short(error)
         if loaded is None:
             raise UserError(
-                f"checkpoint {checkpoint}: DeepSpeed cannot load it with this world size and ZeRO stage; resume with"
-                " the ones it was written with, or start a new run"
+                f"checkpoint {checkpoint}: is whole, but DeepSpeed cannot load it ({why}); resume with the world size"
+                " and ZeRO stage that it was written with, or start a new run"
             )
         with reading("checkpoint", checkpoint / "state.npz", RESTORE), np.load(checkpoint / "state.npz") as arrays:
             return {name: arrays[name] for name in arrays.files}
@@ -149,7 +157,8 @@ class Checkpoints:
         past = sorted(path.name for path in self._all() if path.name <= _name(step))
         for name in past[: -self.keep]:
             if best_step is None or name != _name(best_step):
-                shutil.rmtree(self.folder / name)
+                # The new one is whole: an old one that stays costs room alone.
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
 
 def _name(step: int) -> str:

@@ -19,15 +19,17 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from .. import stopping
-from ..errors import UserError, message_of, tell
+from ..errors import UserError, message_of, short, tell
 
 T = TypeVar("T")
 FIRST, HEARD = "efficientclip/first error", "efficientclip/heard"
 POLL_SECONDS = 0.5
 # For ranks that still import what this one has imported.
 JOIN_SECONDS = 60
-HEARD_SECONDS = 5
+HEARD_SECONDS = 10
+SIGNAL_SECONDS = 2
 LOST_SECONDS = 3
+LOST = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited")
 
 
 class _Words:
@@ -36,6 +38,7 @@ class _Words:
     def __init__(self) -> None:
         self.store: dist.TCPStore | None = None
         self.joining = threading.Lock()
+        self.meetings = 0
         self.ended = threading.Event()
 
 
@@ -58,23 +61,24 @@ def together(work: Callable[[], int]) -> int:
     _words.ended.clear()
     try:
         if world_of_environment() > 1:
-            stopping.before_leaving(lambda code: _is_first(code, "a signal"))
+            stopping.before_leaving(_word_of_signal)
             threading.Thread(target=_listen, name="ranks", daemon=True).start()
         code = work()
     except Exception as error:
-        message = message_of(error)
+        message = message_of(error) or _network(error)
         if message is None and _lost_peer(error):
             if stopping.requested() is not None:
                 stopping.leave_stopped()
             # Whoever ended the connection may say why, which ends this process.
             time.sleep(LOST_SECONDS)
-            message = f"rank {rank_of_environment()}: another rank is gone; {stopping.GOES_ON}"
+            message = f"rank {rank_of_environment()}: another rank is gone ({short(error)}); {stopping.GOES_ON}"
         code = 1 if message is None else 2
         # What the listening thread would find now is this rank's own word.
         _words.ended.set()
-        if _is_first(code, message or str(error)):
+        first = _is_first(code, message or str(error))
+        if first:
             tell(traceback.format_exc() if message is None else f"error: {message}")
-            _wait_until_heard()
+        _wait_until_heard(heard=not first)
     _words.ended.set()
     return code
 
@@ -133,7 +137,7 @@ def _listen() -> None:
     try:
         store = _join()
     except Exception:
-        return
+        return _rank_0_is_gone()
     while store is not None and not _words.ended.wait(POLL_SECONDS):
         try:
             found = store.check([_key(FIRST)])
@@ -148,10 +152,7 @@ def _leave_with(store: dist.TCPStore) -> NoReturn:
     code = 2
     with suppress(Exception):
         code = int(store.get(_key(FIRST)).split()[0])
-        store.add(_key(HEARD), 1)
-        if rank_of_environment() == 0:
-            # The words go with this process: the others read them first.
-            _wait_until_heard()
+    _wait_until_heard(heard=True)
     if code > 128:
         stopping.leave_stopped(code - 128)
     stopping.leave(code)
@@ -178,25 +179,57 @@ def _is_first(code: int, why: str) -> bool:
         return True
 
 
-def _wait_until_heard() -> None:
-    """Wait until all ranks but the one whose word it is have read it."""
-    deadline = time.monotonic() + HEARD_SECONDS
+def _word_of_signal(code: int) -> None:
+    _is_first(code, "a signal")
+    _wait_until_heard(seconds=SIGNAL_SECONDS)
+
+
+def _wait_until_heard(*, heard: bool = False, seconds: float = HEARD_SECONDS) -> None:
+    """Note that this rank has `heard` the first word. Rank 0 keeps the words: it waits until all others have."""
     with suppress(Exception):
-        while _words.store is not None and time.monotonic() < deadline:
+        if _words.store is None:
+            return
+        if heard:
+            _words.store.add(_key(HEARD), 1)
+        deadline = time.monotonic() + seconds
+        while rank_of_environment() == 0 and time.monotonic() < deadline:
             if _words.store.add(_key(HEARD), 0) >= world_of_environment() - 1:
                 return
             time.sleep(POLL_SECONDS / 5)
 
 
-def _lost_peer(error: BaseException) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
+def assembled() -> None:
+    """Wait, however long, until all ranks have come here: a collective would give up after ten minutes.
+
+    For work of some ranks that takes long; the others end by the listening thread where it fails.
+    """
+    store = _join()
+    if store is None:
+        return
+    _words.meetings += 1
+    key = _key(f"efficientclip/meeting {_words.meetings}")
+    store.add(key, 1)
+    while store.add(key, 0) < world_of_environment():
+        time.sleep(POLL_SECONDS / 5)
+    # Rank 0, which keeps the words, goes on when all have seen that all are here.
+    dist.barrier()
+
+
+def _network(error: Exception) -> str | None:
+    """What to do where the ranks cannot find each other at all."""
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     text = str(error).lower()
-    lost = (
-        "connection closed by peer",
-        "connection reset",
-        "broken pipe",
-        "connection refused",
-        "remote process exited",
-    )
-    return isinstance(error, RuntimeError) and any(words in text for words in lost)
+    if not isinstance(error, RuntimeError):
+        return None
+    if "eaddrinuse" in text or "address already in use" in text:
+        return f"{place}: in use by another process; give the launcher another --master_port"
+    if isinstance(error, dist.DistNetworkError) and ("timed out" in text or "failed to connect" in text):
+        return (
+            f"rank 0 cannot be reached at {place} ({short(error)}); is it running, and does MASTER_ADDR name its host?"
+        )
+    return None
+
+
+def _lost_peer(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in LOST)

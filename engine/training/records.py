@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError, reading, writing
 from ..files import digests
-from ..files.atomic import write_atomically
+from ..files.atomic import sync, write_atomically
 
 RESTORE = "restore it from a copy, or choose another run folder to begin anew"
 
@@ -30,6 +30,9 @@ class Written:
     def state(self) -> str:
         """As JSON, with the length and digest of metrics.jsonl, to which later steps are added."""
         file = self.run / "metrics.jsonl"
+        if file.is_file():
+            # After a power cut the checkpoint must not know more of it than the disk does.
+            sync(file)
         content = file.read_bytes() if file.is_file() else b""
         metrics = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         return json.dumps({"history": self.history, "metrics": metrics})

@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
+
+import efficientclip.kernels
 
 from .. import __version__
 from ..config import Config, differing_keys, identity_keys, load_config, save_config
@@ -32,13 +34,11 @@ from ..files import digests
 from ..files.atomic import put_in_place, write_atomically
 from ..files.lock import NAME as LOCK
 from ..files.lock import held
-from ..files.ownership import LOGS, RESULTS, Kind, claim, mark
-from .ranks import agree, gathered, told
+from ..files.ownership import LOGS, Kind, claim, mark
+from .ranks import agree, assembled, gathered, told
 
 SEEN_SECONDS = 6
-WHOLE = ("config.yaml", "identity.json", "tokenizer")
-# Written on later, or holding digests of their own.
-APART = ("checkpoints", "model", "tensorboard", *RESULTS)
+ENDED = ("metrics.jsonl", "confidence.parquet", "hardware.json")
 
 
 @contextmanager
@@ -87,6 +87,7 @@ def proven(stores: Mapping[str, TextStore]) -> dict[str, str]:
     if first:
         for store in stores.values():
             known |= store.prove()
+    assembled()
     host = socket.gethostname()
     for other, theirs in gathered((host, known)):
         known |= theirs if other == host else {}
@@ -96,28 +97,30 @@ def proven(stores: Mapping[str, TextStore]) -> dict[str, str]:
     return {name: store.identity for name, store in stores.items()}
 
 
-def agreed(config: Config, identity: Mapping[str, Any]) -> None:
-    """UserError, naming rank and host, unless all ranks have the same config, code and data."""
-    described = json.dumps(identity_keys(config), sort_keys=True, default=str)
+@contextmanager
+def agreed(config: Config) -> Iterator[None]:
+    """UserError, naming rank and host, unless all ranks have the same config and code; nothing else is said before."""
+    described = json.dumps(identity_keys(config, aside=True), sort_keys=True, default=str)
     found = {
         "config": hashlib.sha256(described.encode()).hexdigest(),
         "efficientclip": f"{__version__} {_code()}",
         **{package: importlib.metadata.version(package) for package in ("torch", "deepspeed", "numpy")},
-        **{name: json.dumps(value, sort_keys=True) for name, value in identity.items()},
     }
     remedies = {
         "config": "give all nodes the same YAML, overrides and DeepSpeed JSON",
         "efficientclip": "install the same version on all nodes",
     }
     agree(found, remedies)
+    yield
 
 
 @cache
 def _code() -> str:
-    """Digest of this package's own modules and its C++ loader."""
-    root, state = Path(__file__).parent.parent, hashlib.sha256()
-    for file in sorted([*root.rglob("*.py"), *root.glob("_loader*.so")]):
-        state.update(file.read_bytes())
+    """Digest of this package's own modules, its kernels and its C++ loader."""
+    state = hashlib.sha256()
+    for root in (Path(__file__).parent.parent, *map(Path, efficientclip.kernels.__path__)):
+        for file in sorted([*root.rglob("*.py"), *root.glob("_loader*.so")]):
+            state.update(file.read_bytes())
     return state.hexdigest()[:16]
 
 
@@ -130,6 +133,11 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
     begun = any((run / "checkpoints").glob("step-*"))
     if begun:
         _same_run(config, identity)
+    elif (run / "model").exists():
+        raise UserError(
+            f"run {run}: is finished, and its checkpoints are gone, so it cannot go on; choose another run folder to"
+            " begin anew"
+        )
     with writing(run):
         if not begun:
             save_config(config, run / "config.yaml")
@@ -143,8 +151,8 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
                 tokenizer.save_pretrained(aside)
             put_in_place(aside, run / "tokenizer")
         # Those of a finished run no longer hold once it goes on.
-        own = [name for name in digests.files_in(run) if name.split("/")[0] in WHOLE]
-        digests.write_digests(run, digests.described(run, own))
+        own = ["config.yaml", "identity.json", *(f"tokenizer/{name}" for name in digests.files_in(run / "tokenizer"))]
+        digests.write_digests(run, digests.described(run, own) if not begun else _told_before(run, own))
 
 
 def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
@@ -168,12 +176,15 @@ def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
         )
 
 
-def seal(run: Path) -> None:
-    """Digests of a finished run's own files."""
+def _told_before(run: Path, names: Iterable[str]) -> digests.Described:
+    """What digests.json tells of `names` already."""
+    told_of = digests.read_digests(run)
+    return {name: told_of[name] for name in names if name in told_of}
+
+
+def seal(run: Path, history: digests.Described) -> None:
+    """Digests of a finished run's own files; those of the files in `history`, and of the start, were taken at once."""
     with writing(run):
-        files = [
-            name
-            for name in digests.files_in(run)
-            if name.split("/")[0] not in APART and not any(map(Path(name).match, LOGS))
-        ]
-        digests.write_digests(run, digests.described(run, files))
+        found = digests.read_digests(run) | {f"history/{name}": entry for name, entry in history.items()}
+        rest = [name for name in ENDED if (run / name).is_file()]
+        digests.write_digests(run, found | digests.described(run, rest))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,12 +27,13 @@ from ..errors import UserError
 from ..files.digests import sha256
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
-from ..model.frozen import frozen_name, teacher_name
+from ..model.frozen import frozen_name, teacher_name, tower_difference
 from ..model.teacher import Teacher
 from ..noise_rate import FILE as CROSS_FIT
 from ..noise_rate import read_cross_fit
 from ..objectives.retrieval import retrieval_report
 from .distributed import deepspeed_digest, process_group
+from .ranks import agree
 from .run_folder import agreed, describe, owned, proven
 from .trainer import Trainer, Validate
 
@@ -75,14 +77,14 @@ def told_to_stop(trainer: Trainer, signum: int) -> int:
 def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
     """A trainer of `config` in its own folder, within the process group of all ranks."""
     starts = {"text": text_run, "image": _image_start, "both": _both_towers}
-    with process_group(config), owned(config.run, "run", "training"):
+    with process_group(config), agreed(config), owned(config.run, "run", "training"):
         yield new_trainer(config, kind, starts[config.training.tower](config))
 
 
 def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs) -> AnyTrainer:
     """The trainer of a run on `inputs`, with the towers that `config` describes; `config.run` is owned."""
     identity = inputs.identity | {"deepspeed": deepspeed_digest(config)}
-    agreed(config, identity)
+    agree({name: json.dumps(value, sort_keys=True) for name, value in identity.items()}, {})
     if dist.get_rank() == 0:
         describe(config, identity, inputs.tokenizer)
     dist.barrier()
@@ -161,11 +163,10 @@ def store_report(text_ND: Any, store: Store) -> dict[str, Any]:
 
 
 def _check_store(config: Config, store: Store) -> None:
-    expected, found = frozen_name(config), store.manifest["tower"]
-    if expected != found:
+    if (difference := tower_difference(store.manifest["tower"], frozen_name(config))) is not None:
         raise UserError(
-            f"store {store.path}: holds features of {found}, but model.image_tower or model.teacher is {expected};"
-            " prepare the store with this config, or give the tower it was made with"
+            f"store {store.path}: its tower is not that of model.image_tower or model.teacher: {difference}; prepare"
+            " the store with this config, or give the tower it was made with"
         )
     if store.width != config.model.width:
         raise UserError(f"store {store.path}: features are {store.width} wide, model.width is {config.model.width}")

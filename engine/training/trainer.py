@@ -78,6 +78,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
         self.written = Written(self.run)
         self.best_step: int | None = None
+        self.validation_due = False
         self._resume()
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
@@ -116,6 +117,11 @@ class Trainer:
             mininterval=1.0,
         )
         waited_seconds = step_seconds = 0.0
+        if self.validation_due:
+            self.validation_due = False
+            if self._validate():
+                self.best_step = self.step
+            self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
         while self.step < self.total_steps:
             started = time.perf_counter()
             with self.span("data wait"):
@@ -142,7 +148,10 @@ class Trainer:
                 with self.span("confidence"):
                     self._end_epoch()
             last = self.step == self.total_steps
-            if last or (ended and self.loader.epoch % training.validate_every == 0):
+            # Told to stop, the run saves first: validation may take longer than it is given.
+            due = last or (ended and self.loader.epoch % training.validate_every == 0)
+            self.validation_due = due and bool(stop)
+            if due and not stop:
                 with self.span("validation"):
                     best = self._validate()
             if stop or best or self.step % training.checkpoint_every == 0 or last:
@@ -299,15 +308,11 @@ class Trainer:
         if not wrong:
             return
         causes = [cause for cause in gathered(self._not_finite(losses, batch)) if cause is not None]
-        sound = self.checkpoints.newest()
-        goes_on = (
-            "no checkpoint was written yet"
-            if sound is None
-            else f"{sound} is whole, and the same command goes on from it"
-        )
         raise UserError(
             f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; {causes[0] if causes else 'all weights are finite'}."
-            f" Lower optimizer.lr, set optimizer.clip, or look at these pairs; {goes_on}"
+            " The same command would come to it again: look at these pairs, or begin another run (run=…) with a lower"
+            f" optimizer.lr or with optimizer.clip; model.start_from takes the weights of a checkpoint in"
+            f" {self.checkpoints.folder}"
         )
 
     def _not_finite(self, losses: Losses, batch: Batch) -> str | None:
@@ -406,6 +411,7 @@ class Trainer:
             "step": np.int64(self.step),
             "best": np.float64(self.best),
             "recall": np.float64(self.recall),
+            "validation_due": np.bool_(self.validation_due),
             "best_step": np.int64(-1 if self.best_step is None else self.best_step),
         }
         if self.rank == 0:
@@ -425,6 +431,7 @@ class Trainer:
             return
         state = self.checkpoints.load(self.engine, checkpoint)
         self.step, self.best, self.recall = int(state["step"]), float(state["best"]), float(state["recall"])
+        self.validation_due = bool(state["validation_due"])
         self.best_step = int(state["best_step"]) if state["best_step"] >= 0 else None
         if self.rank == 0:
             self.written.restore(str(state["written"]))
@@ -464,7 +471,7 @@ class Trainer:
             }
             with written_aside(self.run / "confidence.parquet") as file:
                 pq.write_table(pa.table(columns), file)
-        seal(self.run)
+        seal(self.run, self.written.history)
 
     def _write_final(self) -> None:
         """RUN/model: the best weights by validation, where there is one, or the last, as `training.final` says."""
@@ -484,7 +491,7 @@ class Trainer:
             if self.rank == 0:
                 digests.write_digests(aside)
         if self.rank == 0:
-            put_in_place(aside, self.run / "model")
+            put_in_place(aside, (self.run / "model").resolve())
 
 
 def _under(state: dict[str, Any], prefix: str) -> dict[str, Any]:
