@@ -26,7 +26,7 @@ FIRST, HEARD = "efficientclip/first error", "efficientclip/heard"
 POLL_SECONDS = 0.5
 # For ranks that still import what this one has imported.
 JOIN_SECONDS = 60
-HEARD_SECONDS = 10
+HEARD_SECONDS = 5
 SIGNAL_SECONDS = 2
 LOST_SECONDS = 3
 LOST = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited")
@@ -65,20 +65,22 @@ def together(work: Callable[[], int]) -> int:
             threading.Thread(target=_listen, name="ranks", daemon=True).start()
         code = work()
     except Exception as error:
-        message = message_of(error) or _network(error)
+        message, patience = message_of(error) or _network(error), HEARD_SECONDS
         if message is None and _lost_peer(error):
             if stopping.requested() is not None:
                 stopping.leave_stopped()
             # Whoever ended the connection may say why, which ends this process.
             time.sleep(LOST_SECONDS)
             message = f"rank {rank_of_environment()}: another rank is gone ({short(error)}); {stopping.GOES_ON}"
+            # The one that is gone hears nothing.
+            patience = SIGNAL_SECONDS
         code = 1 if message is None else 2
         # What the listening thread would find now is this rank's own word.
         _words.ended.set()
         first = _is_first(code, message or str(error))
         if first:
             tell(traceback.format_exc() if message is None else f"error: {message}")
-        _wait_until_heard(heard=not first)
+        _wait_until_heard(heard=not first, seconds=patience)
     _words.ended.set()
     return code
 
