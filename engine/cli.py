@@ -336,6 +336,10 @@ def _report(given: argparse.Namespace) -> None:
 
     if not tables and (given.run / "config.yaml").is_file():
         tables = run_config(given.run).data.validation
+        for name, path in tables.items():
+            if not path.exists():
+                given_all = (f"{other}={place if place.exists() else 'PATH'}" for other, place in tables.items())
+                raise UserError(f"data.validation.{name} is not at {path}; name it by --data {' '.join(given_all)}")
     print(write_report(given.run, tables, given.output, replace=given.replace, store=given.store))
 
 

@@ -48,7 +48,7 @@ from .files import lock
 from .files.atomic import write_atomically
 from .files.digests import check
 from .files.ownership import claim, kind_of
-from .model.frozen import FrozenImages, image_tower_name, teacher_name
+from .model.frozen import FrozenImages, image_tower_name, teacher_name, tower_difference
 from .model.teacher import Teacher
 
 PARALLEL_CHUNK = 8192
@@ -158,6 +158,8 @@ def _standing(target: Path, identity: dict[str, Any], replace: bool) -> dict[str
 
 
 def _is_same(key: str, there: Any, now: Any) -> bool:
+    if key == "tower":
+        return tower_difference(there, now) is None
     # Earlier versions kept the path as it was spelled.
     return there == now or (key == "source" and there is not None and os.path.realpath(there) == now)
 

@@ -1,7 +1,8 @@
-"""`efficientclip verify PATH`: whether a store, a run, a model or a cross-fit is whole; every byte is read anew."""
+"""`efficientclip verify PATH`: whether what this engine wrote there is whole; every byte is read anew."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .noise_rate import read_cross_fit
 WHOLE, NOT_COVERED = "whole", "not covered"
 RESTORE = "restore it from a copy, or make it anew"
 WEIGHTS = "*.safetensors"
+GIVE = "give a store, a run, a model folder or a cross-fit folder, or one of exported pairs"
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,17 @@ class Part:
 def verify(path: Path) -> list[Part]:
     """The parts of what lies at `path`; UserError when that is nothing of this engine's."""
     if not path.is_dir():
-        raise UserError(f"verify {path}: no such folder; give a store, a run, a model folder or a cross-fit folder")
+        raise UserError(f"verify {path}: {'is a file' if path.exists() else 'no such folder'}; {GIVE}")
     kind = kind_of(path)
-    if kind is None and (path / digests.NAME).is_file():
+    if kind is None and (path / "config.yaml").is_file() and (path / "identity.json").is_file():
+        kind = "run"
+    if kind is None and ((path / digests.NAME).is_file() or digests.owed(path)):
         kind = "model"
     parts: dict[str, Callable[[Path, Path], Iterator[Part]]]
-    parts = {"store": _store, "run": _run, "model": _model, "cross-fit": _cross_fit}
+    parts = {"store": _store, "run": _run, "model": _model, "cross-fit": _cross_fit, "kept pairs": _kept_pairs}
     if kind not in parts:
         found = "nothing that efficientclip wrote with digests" if kind is None else f"a folder of {kind}"
-        raise UserError(f"verify {path}: is {found}; give a store, a run, a model folder or a cross-fit folder")
+        raise UserError(f"verify {path}: is {found}; {GIVE}")
     return list(parts[kind](path, path))
 
 
@@ -95,7 +99,7 @@ def _store(store: Path, root: Path) -> Iterator[Part]:
 
 def _run(run: Path, root: Path) -> Iterator[Part]:
     covered: set[str] = set()
-    if (run / digests.NAME).is_file():
+    if (run / digests.NAME).is_file() or digests.owed(run):
         yield from _covered(run, covered, root)
     else:
         yield _checked(run / "config.yaml", root, lambda: run_config(run))
@@ -122,8 +126,7 @@ def _run(run: Path, root: Path) -> Iterator[Part]:
 def _model(folder: Path, root: Path) -> Iterator[Part]:
     """A model's folder, or a checkpoint's."""
     covered: set[str] = set()
-    if (folder / digests.NAME).is_file():
-        yield from _covered(folder, covered, root)
+    yield from _covered(folder, covered, root)
     yield from _uncovered(folder, covered, root)
     for file in sorted(folder.rglob(WEIGHTS)):
         yield _checked(file, root, partial(_require_finite, file), suffix=", its weights")
@@ -140,15 +143,37 @@ def _cross_fit(folder: Path, root: Path) -> Iterator[Part]:
     yield from _uncovered(folder, covered, root)
 
 
-def _covered(folder: Path, covered: set[str], root: Path) -> Iterator[Part]:
-    """Verdicts on the files in digests.json, which are added to `covered`."""
+def _kept_pairs(folder: Path, root: Path) -> Iterator[Part]:
+    """Shards that `audit --export` wrote; earlier versions noted their sizes alone."""
+    file = folder / "export.json"
     try:
-        files = digests.read_digests(folder)
+        with reading("export", file, RESTORE):
+            record = json.loads(file.read_text(encoding="utf-8"))
+            shards = {str(shard["name"]): {"bytes": int(shard["bytes"]), **shard} for shard in record["shards"]}
+            if wrong := [name for name in shards if Path(name).name != name]:
+                raise ValueError(f"{wrong[0]} is no file beside it")
+            if not record["finished"]:
+                tell(f"notice: {folder}: unfinished; the same `efficientclip audit --export` goes on with it")
+    except UserError as error:
+        yield _part(file, root, str(error))
+        return
+    yield from _read(folder, {name: shard for name, shard in shards.items() if "sha256" in shard}, root)
+    for name in (name for name, shard in shards.items() if "sha256" not in shard):
+        yield _checked(
+            folder / name, root, partial(digests.check_sizes, folder, {name: shards[name]}, RESTORE), sound=NOT_COVERED
+        )
+    yield from _uncovered(folder, {*shards}, root)
+
+
+def _covered(folder: Path, covered: set[str], root: Path) -> Iterator[Part]:
+    """Verdicts on the files that digests tell of, which are added to `covered`."""
+    try:
+        told = digests.covering(folder, RESTORE) or {}
     except UserError as error:
         yield _part(folder / digests.NAME, root, str(error))
         return
     # Reports are written into a finished run again and again.
-    files = {name: entry for name, entry in files.items() if name not in RESULTS}
+    files = {name: entry for name, entry in told.items() if name not in RESULTS}
     covered.update(files)
     yield from _read(folder, files, root)
 

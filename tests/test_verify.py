@@ -15,7 +15,7 @@ from efficientclip.cli import main
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.files import digests
-from efficientclip.files.ownership import mark
+from efficientclip.files.ownership import MARK, mark
 from efficientclip.noise_rate import CrossFit, write_cross_fit
 from efficientclip.verify import Part, verify
 from tests.test_broken_files import cache, finished
@@ -118,12 +118,30 @@ def test_weights_that_are_not_finite_are_found_behind_right_digests(folder: Path
 
 def test_a_run_in_its_course_is_looked_at(folder: Path) -> None:
     run = folder / "run"
-    (run / digests.NAME).unlink()
+    own = ("config.yaml", "identity.json")
+    digests.write_digests(run, {name: entry for name, entry in digests.read_digests(run).items() if name in own})
+    shutil.rmtree(run / "model")
+    assert broken(verify(run)) == []
+    (run / "identity.json").write_bytes(b"")
+    assert broken(verify(run)) == ["identity.json"]
+
+
+def test_a_run_of_an_earlier_version_is_looked_at(folder: Path) -> None:
+    run = folder / "run"
+    for name in (digests.NAME, "identity.json", MARK):
+        (run / name).unlink()
     shutil.rmtree(run / "model")
     assert broken(verify(run)) == []
     (run / "metrics.jsonl").write_bytes(b"\0\n\0\n")
-    (run / "identity.json").write_bytes(b"")
-    assert broken(verify(run)) == ["identity.json", "metrics.jsonl"]
+    assert broken(verify(run)) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("part", ["", "model", "checkpoints/step-00000015"])
+def test_digests_that_are_gone_are_missed(folder: Path, part: str) -> None:
+    place = folder / "run" / part
+    (place / digests.NAME).unlink()
+    for path, shown in ((folder / "run", Path(part, digests.NAME)), (place, Path(digests.NAME))):
+        assert broken(verify(path)) == [str(shown)]
 
 
 def test_a_cross_fit_is_looked_at(folder: Path) -> None:
@@ -140,8 +158,37 @@ def test_a_cross_fit_is_looked_at(folder: Path) -> None:
     assert {"cross_fit.parquet", f"fold-0/{MODEL}", MODEL} <= {*broken(verify(judged))}
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "store/tokens.bin"])
-def test_what_is_nothing_of_ours_is_refused(folder: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nowhere", "no such folder"), ("empty", "is nothing that"), ("store/tokens.bin", "is a file")],
+)
+def test_what_is_nothing_of_ours_is_refused(folder: Path, name: str, message: str) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(UserError, match=r"give a store, a run, a model folder or a cross-fit folder"):
+    with pytest.raises(UserError, match=rf"{name}: {message}.*; give a store, a run, a model folder or a cross-fit"):
         verify(folder / name)
+
+
+def test_exported_pairs_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "kept"
+    mark(out, "kept pairs")
+    shards = [{"name": f"{number:05d}.tar", "samples": 2, "pairs": 3} for number in range(3)]
+    for number, shard in enumerate(shards):
+        (out / str(shard["name"])).write_bytes(bytes([number]) * 1000)
+        shard |= {"bytes": 1000, "sha256": digests.sha256(out / str(shard["name"]))}
+    # Earlier versions noted sizes alone.
+    del shards[2]["sha256"]
+    record = {"identity": {}, "shards": shards, "next": {}, "finished": True}
+    (out / "export.json").write_text(json.dumps(record))
+    assert {part.name: part.verdict for part in verify(out)} == {
+        str(out): "whole",
+        "00002.tar": "not covered",
+        "export.json": "not covered",
+    }
+    flip(out / "00000.tar")
+    (out / "00001.tar").unlink()
+    (out / "00002.tar").write_bytes(b"short")
+    assert main(["verify", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "00000.tar: is not what was written" in told and "00001.tar" in told and "00002.tar" in told
+    (out / "export.json").write_text(json.dumps(record | {"shards": [{"name": "../mine.tar", "bytes": 1}]}))
+    assert broken(verify(out)) == ["export.json"]

@@ -28,14 +28,12 @@ from ..files import digests
 from ..files.ownership import kind_of
 from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
-from ..model.frozen import FrozenImages, frozen_name
+from ..model.frozen import FrozenImages, frozen_name, tower_difference
 from ..prepare import prepare
 from ..stopping import scratch
 
 TEXTS_AT_ONCE = 4096
 RESTORE = "restore it from a copy, or run the run's own `train` command again"
-# Of weights in a folder: its name, and what they are.
-WEIGHTS = re.compile(r".*@([0-9a-f]{16})")
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Run:
     """`store` is where the store that the run trained on lies, if it had one; it is needed by `trained_on` alone.
 
     `manifest` names the tower and the tokenizer that the run was trained with; it is the store's own, where that one
-    is there.
+    is there. `earlier`: an earlier version trained it, which told less of the tower.
     """
 
     folder: Path
@@ -52,6 +50,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     store: Path | None
     manifest: dict[str, Any]
+    earlier: bool
 
     @cached_property
     def frozen(self) -> FrozenImages:
@@ -61,12 +60,15 @@ class Run:
 
     def require_frozen(self) -> None:
         """UserError when the frozen tower is not the one that the run trained against."""
-        expected, found = self.manifest["tower"], frozen_name(self.config)
-        if not same_tower(found, expected):
+        if (difference := self.tower_difference(frozen_name(self.config))) is not None:
             raise UserError(
-                f"run {self.folder}: its image tower is {found} now, but it was trained against {expected};"
-                " put that one back, or train the run anew"
+                f"run {self.folder}: its frozen tower is not the one that it was trained against: {difference}; put"
+                " that one back, or train the run anew"
             )
+
+    def tower_difference(self, found: str | None) -> str | None:
+        """In what the tower of that name differs from the one that the run was trained against; None: in nothing."""
+        return tower_difference(found, self.manifest["tower"], earlier=self.earlier)
 
     def encode_texts(self, texts: list[str], *, progress: bool = False) -> npt.NDArray[np.float32]:
         """L2-normalised features float32 [len(texts), D]; `progress` shows a bar with the rate."""
@@ -133,7 +135,7 @@ def open_run(folder: Path, store: Path | None = None) -> Run:
     manifest: dict[str, Any] = {}
     if place is not None and (store is not None or identity is None or _is_of(place, identity)):
         manifest = _store_of(folder, config, place, identity).manifest
-    trained = _trained(folder, whole=identity is not None)
+    trained = _trained(folder)
     model = load_model(trained)
     if torch.cuda.is_available():
         # On GPUs the packed attention takes half precision alone.
@@ -148,7 +150,7 @@ def open_run(folder: Path, store: Path | None = None) -> Run:
         manifest = {
             key: value for key, value in identity.items() if key in ("tower", "tokenizer", "vocabulary", "width")
         }
-    return Run(folder, config, model, tokenizer, place, manifest)
+    return Run(folder, config, model, tokenizer, place, manifest, earlier=identity is None)
 
 
 def trained_on(folder: Path, config: Config, store: Path | None = None) -> Store:
@@ -166,15 +168,14 @@ def is_store(path: Path) -> bool:
     return (path / "manifest.json").is_file() or kind_of(path) == "store"
 
 
-def same_tower(one: str | None, other: str | None) -> bool:
-    """Whether two names are of the same frozen weights, whatever their folders are called."""
-    found = [WEIGHTS.fullmatch(name or "") for name in (one, other)]
-    return one == other or (None not in found and len({match[1] for match in found if match}) == 1)
-
-
 def _store_of(folder: Path, config: Config, place: Path, identity: dict[str, Any] | None) -> Store:
     """The store at `place`; UserError when none is there, or another one than the run trained on."""
     if not is_store(place):
+        if place != config.data.store:
+            raise UserError(
+                f"--store {place}: there is no store; give the one that run {folder} was trained on, which lay at"
+                f" {config.data.store}"
+            )
         raise UserError(
             f"run {folder}: trained on the store {place}, which is not there now; put it back, or say where"
             " it lies with --store PATH"
@@ -207,10 +208,6 @@ def _tokenizer(
     if not own.is_dir():
         raise UserError(f"run {folder}: its tokenizer/ is missing; {RESTORE}")
     tokenizer = load_tokenizer(own)
-    # What a finished run's digests prove is not asked of another version of the tokenizers library.
-    proven = (folder / digests.NAME).is_file()
-    if identity is not None and not proven and fingerprint(tokenizer) != identity["tokenizer"]:
-        raise UserError(f"tokenizer {own}: is another one than the run was trained with; {RESTORE}")
     return tokenizer
 
 
@@ -234,8 +231,8 @@ def read_metrics(file: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return [line for line in lines if "validation" not in line], [line for line in lines if "validation" in line]
 
 
-def _trained(folder: Path, *, whole: bool) -> Path:
-    """The folder whose `model/` is to be loaded; `whole`: a checkpoint without digests is none.
+def _trained(folder: Path) -> Path:
+    """The folder whose `model/` is to be loaded.
 
     A finished model that is broken is an error: a checkpoint in its stead would give other results.
     """
@@ -247,8 +244,6 @@ def _trained(folder: Path, *, whole: bool) -> Path:
     newest = sorted((path for path in checkpoints.glob("step-*") if path.suffix != ".partial"), reverse=True)
     wrong = []
     for checkpoint in (*([] if best is None else [best]), *newest):
-        if whole and not (checkpoint / digests.NAME).is_file():
-            continue
         try:
             check_model(checkpoint)
         except UserError as error:
@@ -282,12 +277,11 @@ def open_data(run: Run, data: Path | None) -> Iterator[Store]:
     if data is None or data == run.store:
         yield trained_on(run.folder, run.config, run.store)
         return
-    expected, remedy = run.manifest["tower"], f"prepare it with --config {run.folder / 'config.yaml'}"
+    remedy = f"prepare it with --config {run.folder / 'config.yaml'}"
     if is_store(data):
         store = Store(data)
-        if not same_tower(store.manifest["tower"], expected):
-            found = store.manifest["tower"]
-            raise UserError(f"store {data}: features of {found}, but {run.folder} needs {expected}; {remedy}")
+        if (difference := run.tower_difference(store.manifest["tower"])) is not None:
+            raise UserError(f"store {data}: features of another tower than {run.folder} has: {difference}; {remedy}")
         if store.width != run.config.model.width:
             raise UserError(
                 f"store {data}: features are {store.width} wide, but those of {run.folder} are"

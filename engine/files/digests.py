@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from ..errors import UserError, reading
 from .atomic import sync, write_atomically
+from .ownership import MARK, kind_of
 
 NAME = "digests.json"
 CHUNK = 1 << 24
@@ -45,9 +47,14 @@ def sha256(file: Path, progress: Callable[[int], Any] = lambda read: None) -> st
 def described(folder: Path, files: Iterable[str]) -> Described:
     """Size and digest of `files` in `folder`, each fsynced while others are hashed."""
     names = sorted(files)
-    with ThreadPoolExecutor(4) as syncing, ThreadPoolExecutor(4) as hashing:
+    total = sum((folder / name).stat().st_size for name in names)
+    with (
+        tqdm(total=total, desc=f"digests of {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
+        ThreadPoolExecutor(4) as syncing,
+        ThreadPoolExecutor(4) as hashing,
+    ):
         synced = syncing.map(lambda name: sync(folder / name), names)
-        digests = list(hashing.map(lambda name: sha256(folder / name), names))
+        digests = list(hashing.map(lambda name: sha256(folder / name, bar.update), names))
         list(synced)
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
@@ -118,16 +125,56 @@ def check(
             raise UserError(f"{folder / name}: is not what was written (its sha256 differs); {remedy}")
     sound = {signatures[name]: found[signatures[name]] for name in files}
     if unread:
-        _remember(folder, before | sound)
+        remember(folder, before | sound)
     return sound
 
 
 def check_written(folder: Path, *patterns: str, remedy: str) -> None:
-    """`check` of those files whose names fit `patterns` and that `folder`'s digests.json covers, where there is one."""
+    """`check` of those files whose names fit `patterns`, and that `covering` tells of."""
+    entries = covering(folder, remedy) or {}
+    covered = {name: entry for name, entry in entries.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    check(folder, covered, remedy)
+
+
+def covering(folder: Path, remedy: str) -> Described | None:
+    """What digests.json tells of the files in `folder`: its own, or, of a checkpoint's model, the checkpoint's.
+
+    None where an earlier version wrote the folder; UserError where this one did, and digests.json is gone.
+    """
     if (folder / NAME).is_file():
-        entries = read_digests(folder).items()
-        covered = {name: entry for name, entry in entries if any(fnmatch(name, pattern) for pattern in patterns)}
-        check(folder, covered, remedy)
+        return read_digests(folder)
+    path = Path(os.path.abspath(folder))
+    if path.name == "model" and (path.parent / NAME).is_file():
+        entries = read_digests(path.parent).items()
+        if inside := {name.removeprefix("model/"): entry for name, entry in entries if name.startswith("model/")}:
+            return inside
+    if folder.is_dir() and owed(folder):
+        raise UserError(f"{folder / NAME}: is missing, so that nothing proves what lies beside it; {remedy}")
+    return None
+
+
+def owed(folder: Path) -> bool:
+    """Whether digests are to be there: this version wrote `folder`, or the run or cross-fit that it is part of.
+
+    Earlier ones left neither a mark nor identity.json.
+    """
+    places = (Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))
+    return any(
+        (owner / "identity.json").is_file()
+        or ((owner / MARK).is_file() and kind_of(owner) in ("run", "model", "cross-fit"))
+        for place in places
+        for owner in _owners(place)
+    )
+
+
+def _owners(path: Path) -> Iterator[Path]:
+    """The folder itself, and those that it may be part of."""
+    yield path
+    if path.name == "model":
+        path = path.parent
+        yield path
+    if path.parent.name == "checkpoints":
+        yield path.parents[1]
 
 
 def seen(found: Known, rules: str) -> bool:
@@ -155,7 +202,9 @@ def signature(file: Path) -> Signature:
 
 
 def _cache(name: str) -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Users without a home have the system's folder for what may go.
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = Path(home if os.path.isabs(home) else Path(tempfile.gettempdir()) / f"cache-{os.getuid()}")
     return root / "efficientclip" / "digests" / hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
@@ -175,8 +224,11 @@ def _cached(folder: Path) -> Known:
         return {}
 
 
-def _remember(folder: Path, found: Known) -> None:
-    """A cache that cannot be written costs a second reading, no more."""
+def remember(folder: Path, found: Known) -> None:
+    """Believe the digests `found` of the files in `folder` until these are touched.
+
+    A cache that cannot be written costs a second reading, no more.
+    """
     file = _cache_file(folder)
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)

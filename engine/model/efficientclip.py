@@ -227,7 +227,6 @@ def check_model(run: Path) -> None:
     """UserError where `run`/model is not there or not as it was written; those of earlier versions do not tell."""
     folder = run / "model"
     digests.check_written(folder, "*", remedy=RESTORE)
-    digests.check_written(run, "model/*", remedy=RESTORE)
     if not (folder / "config.json").is_file():
         raise UserError(f"run {run}: no finished model in {folder}; train it first, or give the right run folder")
 

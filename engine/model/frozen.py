@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,9 +20,14 @@ from .. import config as settings
 from ..data.pictures import decode_square, normalise
 from ..data.shards import BadSample, Sample
 from ..errors import UserError, reading
+from ..files import digests
 from .efficientclip import build_model
 
 PICTURES_AT_ONCE = 256
+# What a tower is called: its folder and weights, or hub id and revision, then what else tells its features.
+TOWER = re.compile(
+    r"(?P<weights>.*@(?P<digest>[0-9a-f]{16})|.*?)(?P<pixels>, pixels [0-9a-f]{8})?(?P<mean> less [0-9a-f]{16})?"
+)
 
 
 class FrozenImages:
@@ -102,9 +108,29 @@ def image_tower_name(tower: settings.ImageTower) -> str:
     return f"{_weights_name('model.image_tower', tower)}, pixels {hashlib.sha256(pixels.encode()).hexdigest()[:8]}"
 
 
+def tower_difference(found: str | None, expected: str | None, *, earlier: bool = False) -> str | None:
+    """In what the towers of two names differ; None: they are the same, whatever their folders are called.
+
+    `earlier`: names of earlier versions, which do not tell of pixels, are compared by the rest.
+    """
+    one, other = (TOWER.fullmatch(name or "") for name in (found, expected))
+    names = f"{found}, not {expected}"
+    if one is None or other is None or (one["digest"] or one["weights"]) != (other["digest"] or other["weights"]):
+        return f"its weights are {names}"
+    if one["mean"] != other["mean"]:
+        return f"the mean that is subtracted is another: {names}"
+    told = {one["pixels"], other["pixels"]}
+    if len(told) > 1 and not (earlier and None in told):
+        return f"the size, mean or std of its pictures is another{' or not told' if None in told else ''}: {names}"
+    return None
+
+
 def _weights_name(field: str, tower: settings.Tower | settings.Teacher) -> str:
     """A hub id with its revision, or a folder with the digest of its weights."""
     folder = Path(tower.pretrained or "")
+    if folder.is_absolute() and not folder.is_dir():
+        found = "is a file, not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{field}.pretrained: {folder}: {found}; put it back, or name where it is now")
     if not folder.is_dir():
         return f"{tower.pretrained}@{tower.revision or 'main'}"
     for held in (folder / "model", folder):
@@ -117,11 +143,17 @@ def _weights_name(field: str, tower: settings.Tower | settings.Teacher) -> str:
 
 def _digest_of(files: Sequence[Path]) -> str:
     """Of the content of one file, or of the digests of several."""
-    digests = []
+    found = []
     for file in files:
-        with reading("weights", file, "restore the file from a copy"), file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        with reading("weights", file, "restore the file from a copy"):
+            found.append(_sha256(file, digests.signature(file)))
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+@cache
+def _sha256(file: Path, signature: digests.Signature) -> str:
+    """Of a file that is as it was when it had that `signature`."""
+    return digests.sha256(file)
 
 
 def frozen_name(config: settings.Config) -> str:

@@ -24,6 +24,7 @@ from efficientclip.data.store import Store
 from efficientclip.evaluation import subset
 from efficientclip.evaluation.charts import sparkline
 from efficientclip.evaluation.verdicts import caption_centroid_scores
+from efficientclip.files.ownership import MARK
 from efficientclip.prepare import prepare
 from tests import formats, tiny
 from tests.evaluation.conftest import HOSTILE, World
@@ -310,7 +311,7 @@ def test_mistakes_end_in_one_message(
     assert "epoch-00002.npy: is missing" in refused(capsys, copy)
     (tmp_path / "aside.npy").rename(copy / "history" / "epoch-00002.npy")
     # As an earlier version made it: without digests, so that its config may be changed.
-    for name in ("digests.json", "identity.json"):
+    for name in ("digests.json", "identity.json", MARK):
         (copy / name).unlink()
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace(str(audited.store), str(tmp_path / "gone")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.evaluation import run as runs
 from efficientclip.evaluation.evaluate import evaluate
-from efficientclip.evaluation.run import open_data, open_run, same_tower
+from efficientclip.evaluation.run import open_data, open_run
 from efficientclip.evaluation.search import search
 from efficientclip.files import digests
-from efficientclip.training.run_folder import describe, seal
+from efficientclip.files.ownership import MARK, mark
+from efficientclip.training.run_folder import describe
 from tests import tiny
 from tests.evaluation.conftest import World
 
@@ -31,17 +33,23 @@ from tests.evaluation.conftest import World
 def whole(built: World, tmp_path: Path) -> World:
     """A run and its store as `train` leaves them; the tests may move and change both."""
     shutil.copytree(built.store, tmp_path / "store")
-    shutil.copytree(built.run, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").unlink()
+    shutil.copytree(built.run, tmp_path / "run", ignore=shutil.ignore_patterns("config.yaml", "model"))
     given = load_config(built.run / "config.yaml", saved=True)
     data = given.data.model_copy(update={"store": tmp_path / "store", "validation": {}})
     config, store = given.model_copy(update={"run": tmp_path / "run", "data": data}), Store(tmp_path / "store")
     keys = ("tower", "tokenizer", "vocabulary", "width")
     identity = {"store": store.identity, "texts": None, **{key: store.manifest[key] for key in keys}, "validation": {}}
     describe(config, identity, store.path / "tokenizer")
+    shutil.copytree(built.run / "model", config.run / "model")
     digests.write_digests(config.run / "model")
-    seal(config.run)
+    prove(config.run)
     return World(config.run, store.path, built.tar)
+
+
+def prove(run: Path, *names: str) -> None:
+    """Digests of the run's own files, or of those that begin with `names` alone."""
+    own = [name for name in digests.files_in(run) if not name.startswith(("model/", "checkpoints/"))]
+    digests.write_digests(run, digests.described(run, [name for name in own if not names or name.startswith(names)]))
 
 
 def checkpoint(run: Path, step: int, *, of: Path, scale: float = 1.0) -> Path:
@@ -68,7 +76,7 @@ def scale_of(run: Path) -> float:
 
 def unfinished(world: World) -> Path:
     """The run before its end, with checkpoints 5 (best), 10 and 15, by which its projection is scaled."""
-    (world.run / digests.NAME).unlink()
+    prove(world.run, "config", "identity", "tokenizer")
     (world.run / "model").rename(world.run / "aside")
     aside = world.run / "aside-model"
     aside.mkdir()
@@ -101,7 +109,7 @@ def test_the_training_store_is_not_needed_for_other_data(
         assert main(command) == 2
         assert "is not there now; put it back, or say where it lies with --store" in capsys.readouterr().err
         assert main([*command, "--store", str(tmp_path / "nowhere")]) == 2
-        assert f"{tmp_path / 'nowhere'}, which is not there now" in capsys.readouterr().err
+        assert f"--store {tmp_path / 'nowhere'}: there is no store" in capsys.readouterr().err
 
 
 def test_a_store_that_moved_is_known_again(whole: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,18 +208,64 @@ def test_another_tokenizer_in_an_unfinished_run_is_refused(whole: World, tmp_pat
         "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n" + "\n".join(tiny.CHARACTERS[::-1])
     )
     tiny.tokenizer(tmp_path / "other").save_pretrained(run / "tokenizer")
-    with pytest.raises(UserError, match=r"tokenizer .*run/tokenizer: is another one than the run was trained with"):
+    with pytest.raises(UserError, match=r"run/tokenizer/tokenizer\.json: is not what was written"):
         open_run(run)
     shutil.rmtree(run / "tokenizer")
-    with pytest.raises(UserError, match="its tokenizer/ is missing"):
+    with pytest.raises(UserError, match=r"run/tokenizer/.* is missing"):
         open_run(run)
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        (digests.NAME, MARK),
+        (digests.NAME, "identity.json"),
+        (f"model/{digests.NAME}", MARK),
+        (digests.NAME, f"model/{digests.NAME}", "identity.json"),
+    ],
+)
+def test_digests_that_are_gone_are_missed(
+    whole: World, capsys: pytest.CaptureFixture[str], gone: tuple[str, ...]
+) -> None:
+    mark(whole.run, "run")
+    expected = evaluate(whole.run, whole.store)
+    for name in gone:
+        (whole.run / name).unlink()
+    change_weights(whole.run / "model", lambda weights: weights["text.projection.weight"].neg_())
+    for command in (["evaluate", str(whole.run), str(whole.store)], ["verify", str(whole.run)]):
+        assert main(command) == 2
+        assert f"{whole.run / gone[0]}: is missing" in capsys.readouterr().err
+    change_weights(whole.run / "model", lambda weights: weights["text.projection.weight"].neg_())
+    # Earlier versions wrote none of these.
+    for left in (MARK, "identity.json", digests.NAME, f"model/{digests.NAME}"):
+        (whole.run / left).unlink(missing_ok=True)
+    assert evaluate(whole.run, whole.store) == expected
+
+
+@pytest.mark.parametrize("place", ["model", "checkpoints/step-00000005", "."])
+def test_what_a_model_is_covered_by_may_lie_above_it(whole: World, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    mark(whole.run, "run")
+    checkpoint(whole.run, 5, of=whole.run)
+    (whole.run / "model" / digests.NAME).unlink()
+    folder = whole.run / place
+    models = {"model": folder, "checkpoints/step-00000005": folder / "model", ".": folder / "model"}
+    if place == "checkpoints/step-00000005":
+        digests.check_written(models[place], "*", remedy="")
+        change_weights(models[place], lambda weights: weights["logit_scale"].add_(1))
+        with pytest.raises(UserError, match=r"model\.safetensors: is not what was written"):
+            digests.check_written(models[place], "*", remedy="")
+        (folder / digests.NAME).unlink()
+    monkeypatch.chdir(models[place])
+    for given in (models[place], Path()):
+        with pytest.raises(UserError, match=rf"{digests.NAME}: is missing"):
+            digests.check_written(given, "*", remedy="")
 
 
 def test_a_store_of_another_width_is_refused(whole: World, tmp_path: Path) -> None:
     config = load_config(whole.run / "config.yaml", saved=True)
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"width": 8})})
     save_config(narrow, whole.run / "config.yaml")
-    seal(whole.run)
+    prove(whole.run)
     with (
         pytest.raises(UserError, match=r"features are 16 wide, but those of .*run are 8"),
         open_data(open_run(whole.run), shutil.copytree(whole.store, tmp_path / "copy")),
@@ -236,8 +290,39 @@ def test_a_temporary_store_goes_also_where_a_signal_ends_the_process(
     assert not seen[0].exists() and seen[0] not in stopping._scratch
 
 
-def test_weights_are_the_same_under_another_folders_name() -> None:
-    one, other = "image-run@0123456789abcdef", "moved@0123456789abcdef"
-    assert same_tower(one, other) and same_tower("usem3", "usem3")
-    assert not same_tower(one, "image-run@1123456789abcdef")
-    assert not same_tower("openai/clip@main", "other/clip@main") and not same_tower(None, one)
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_of_an_earlier_version_knows_its_tower_by_the_weights(
+    whole: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], told: bool
+) -> None:
+    expected = evaluate(whole.run, whole.store)
+    manifest = json.loads((whole.store / "manifest.json").read_text())
+    assert ", pixels " in manifest["tower"]
+    del manifest["sha256"]
+    manifest["tower"] = manifest["tower"].partition(", pixels")[0]
+    if not told:
+        manifest["tower"] = "image-run@0123456789abcdef"
+    (whole.store / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("identity.json", digests.NAME, f"model/{digests.NAME}"):
+        (whole.run / name).unlink()
+    if told:
+        assert evaluate(whole.run, whole.tar) == expected
+        assert main(["export", str(whole.run), str(tmp_path / "out")]) == 0
+    else:
+        assert main(["evaluate", str(whole.run), str(whole.tar)]) == 2
+        assert "its weights are image-run@" in (err := capsys.readouterr().err)
+        assert "not image-run@0123456789abcdef; put that one back" in err
+
+
+def test_the_reports_tables_are_missed_by_name(whole: World, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(whole.run / "config.yaml", saved=True)
+    held = {"held": whole.store.with_name("held"), "seen": whole.store}
+    save_config(
+        config.model_copy(update={"data": config.data.model_copy(update={"validation": held})}),
+        whole.run / "config.yaml",
+    )
+    prove(whole.run)
+    assert main(["report", str(whole.run)]) == 2
+    assert (
+        f"data.validation.held is not at {held['held']}; name it by --data held=PATH seen={whole.store}"
+        in capsys.readouterr().err
+    )

@@ -1,0 +1,91 @@
+"""A frozen tower is known by its weights and by what it is given, wherever it lies."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from efficientclip.config import ImageTower, load_config
+from efficientclip.data.store import Store
+from efficientclip.errors import UserError
+from efficientclip.files import digests
+from efficientclip.model import frozen
+from efficientclip.model.frozen import image_tower_name, tower_difference
+from efficientclip.prepare import prepare
+from efficientclip.training.runs import _check_store
+from tests.evaluation.conftest import World, built
+from tests.model import hub
+
+__all__ = ["built"]
+A, B, PIXELS, OTHER = "0123456789abcdef", "1123456789abcdef", ", pixels 3b267cf7", ", pixels 4b267cf7"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "difference"),
+    [
+        (f"image-run@{A}{PIXELS}", f"moved@{A}{PIXELS}", None),
+        (f"image-run@{A}{PIXELS}", f"image-run@{B}{PIXELS}", "weights"),
+        (f"image-run@{A}{PIXELS}", f"moved@{A}{OTHER}", "the size, mean or std of its pictures is another:"),
+        (f"image-run@{A}", f"moved@{A}{PIXELS}", "or not told"),
+        (f"clip@{A} less {A}", f"moved@{A} less {A}", None),
+        (f"clip@{A} less {A}", f"clip@{A} less {B}", "the mean that is subtracted"),
+        ("usem3", "usem3", None),
+        ("usem3", f"usem3 less {A}", "the mean that is subtracted"),
+        ("openai/clip@main", "other/clip@main", "weights"),
+        (f"openai/clip@{A}{A}{PIXELS}", f"other/clip@{A}{A}{PIXELS}", "weights"),
+        (None, f"image-run@{A}{PIXELS}", "weights"),
+    ],
+)
+def test_towers_differ_in_weights_or_input_and_not_in_place(one: str, other: str, difference: str | None) -> None:
+    for found in (tower_difference(one, other), tower_difference(other, one)):
+        assert found is None if difference is None else difference in str(found)
+
+
+def test_names_of_an_earlier_version_are_compared_by_what_they_tell() -> None:
+    assert tower_difference(f"image-run@{A}", f"moved@{A}{PIXELS}", earlier=True) is None
+    assert tower_difference(f"image-run@{A}", f"moved@{B}{PIXELS}", earlier=True) is not None
+    assert tower_difference(f"image-run@{A}{OTHER}", f"moved@{A}{PIXELS}", earlier=True) is not None
+
+
+def test_a_tower_that_was_copied_is_the_same(built: World, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(built.store, store)
+    config = load_config(built.run / "config.yaml", saved=True)
+    tower = config.model.image_tower
+    assert tower is not None
+    moved = tower.model_copy(update={"pretrained": str(tmp_path / "elsewhere")})
+    shutil.copytree(str(tower.pretrained), tmp_path / "elsewhere")
+
+    def by(changed: ImageTower) -> None:
+        model = config.model.model_copy(update={"image_tower": changed})
+        changed_config = config.model_copy(update={"model": model})
+        _check_store(changed_config, Store(store))
+        prepare(built.tar, store, changed_config)
+
+    before = (store / "manifest.json").stat()
+    by(moved)
+    assert (store / "manifest.json").stat() == before
+    with pytest.raises(UserError, match="the size, mean or std of its pictures is another"):
+        by(moved.model_copy(update={"size": 8}))
+
+
+def test_weights_are_read_once_as_long_as_they_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.clip_vision(tmp_path)
+    tower = ImageTower(pretrained=str(tmp_path), size=hub.PIXELS)
+    read: list[Path] = []
+    sha256 = digests.sha256
+    monkeypatch.setattr(frozen.digests, "sha256", lambda file: (read.append(file), sha256(file))[1])
+    names = {image_tower_name(tower) for _ in range(3)}
+    assert len(names) == 1 and read == [tmp_path / "model.safetensors"]
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert image_tower_name(tower) not in names and len(read) == 2
+
+
+@pytest.mark.parametrize(("place", "message"), [("gone", "no such folder"), ("file", "is a file, not a folder")])
+def test_a_folder_that_is_gone_is_no_hub_id(tmp_path: Path, place: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    tower = ImageTower(pretrained=str(tmp_path / place), size=16)
+    with pytest.raises(UserError, match=rf"model\.image_tower\.pretrained: {tmp_path / place}: {message}; put it back"):
+        image_tower_name(tower)
