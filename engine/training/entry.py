@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from .. import stopping
 from ..config import Config, load_config
+from ..errors import UserError
+from ..files.ownership import kind_of
 
 
 def launched(
@@ -27,4 +29,19 @@ def launched(
     from .distributed import end_process
     from .ranks import together
 
-    end_process(together(lambda: run(load_config(given.config, given.overrides))))
+    def work() -> int:
+        config = load_config(given.config, given.overrides)
+        _require_own_folder(given.config, config)
+        return run(config)
+
+    end_process(together(work))
+
+
+def _require_own_folder(file: Path, config: Config) -> None:
+    """UserError where `file` is the config of a run that has moved since: it would begin anew at the old place."""
+    folder = Path(os.path.realpath(file)).parent
+    if kind_of(folder) == "run" and folder != Path(os.path.realpath(config.run)):
+        raise UserError(
+            f"config {file}: is that of the run in {folder}, but names {config.run}; add run={folder} to go on with it,"
+            " or run=… for a new one"
+        )

@@ -176,6 +176,15 @@ def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
         )
 
 
+def keep_foreign(old: Path, new: Path) -> None:
+    """Copy what a user has put into the folder `old` to `new`, which takes its place."""
+    written = digests.read_digests(old) if (old / digests.NAME).is_file() else None
+    for name in digests.files_in(old) if written is not None else ():
+        if name not in written and not (new / name).exists():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(old / name, new / name)
+
+
 def _told_before(run: Path, names: Iterable[str]) -> digests.Described:
     """What digests.json tells of `names` already."""
     told_of = digests.read_digests(run)

@@ -39,7 +39,7 @@ from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
 from .ranks import gathered, told
 from .records import Metrics, Written
-from .run_folder import seal
+from .run_folder import keep_foreign, seal
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
 
@@ -490,6 +490,7 @@ class Trainer:
                 )
             if self.rank == 0:
                 digests.write_digests(aside)
+                keep_foreign(self.run / "model", aside)
         if self.rank == 0:
             put_in_place(aside, (self.run / "model").resolve())
 

@@ -108,6 +108,18 @@ def test_what_is_pointed_to_is_not_pruned(half: tuple[Path, str]) -> None:
     assert (folder / (folder / "latest").read_text() / "digests.json").is_file()
 
 
+def test_a_finished_run_is_not_begun_anew_and_keeps_a_users_files(half: tuple[Path, str], folder: Path) -> None:
+    shutil.copytree(folder / "whole" / "model", half[0] / "model")
+    (half[0] / "model" / "notes.md").write_text("mine")
+    run(1, half[1])
+    assert (half[0] / "model" / "notes.md").read_text() == "mine"
+    shutil.rmtree(half[0] / "checkpoints")
+    before = {path: path.stat().st_mtime_ns for path in half[0].rglob("*") if path.is_file()}
+    output = run(1, half[1], "seed=7", code=2)
+    assert "is finished, and its checkpoints are gone" in output
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in half[0].rglob("*") if path.is_file()}.items()
+
+
 def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
     file = config(folder, "blown", optimizer__lr=1e30, optimizer__clip=0, mlm__texts_per_batch=0)
     output = run(1, str(file), code=2)

@@ -140,6 +140,9 @@ def test_a_run_and_its_store_may_move(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     places = ["data.store=elsewhere", "data.validation={held: elsewhere}"]
     assert "resuming" in run(1, "config.yaml", "run=link", *places)
+    output = run(1, "moved/config.yaml", *places, code=2)
+    assert f"add run={tmp_path / 'moved'} to go on with it" in output
+    assert "resuming" in run(1, "moved/config.yaml", "run=moved", *places)
     output = run(1, "config.yaml", "run=moved", code=2)
     assert "was trained on other data than this config names (store, validation differ" in output
     assert "resuming" in run(1, "config.yaml", "run=link", *places, "training.log_every=2")

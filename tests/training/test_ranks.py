@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import socket
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def config(folder: Path, name: str) -> str:
-    file = tiny.config(folder, run=str(folder / name), training__pair_visits=1_000_000, training__checkpoint_every=1000)
+def config(folder: Path, name: str, **changes: Any) -> str:
+    endless = {"training__pair_visits": 1_000_000, "training__checkpoint_every": 1000}
+    file = tiny.config(folder, run=str(folder / name), **(endless | changes))
     return str(file.rename(folder / f"{name}.yaml"))
 
 
@@ -86,6 +89,15 @@ def test_a_signal_to_one_rank_saves_and_ends_all(folder: Path, signum: int, rank
     assert codes == [128 + signum] * 2 and "Traceback" not in output
     assert output.count(f"stopped by {signal.Signals(signum).name}; checkpoint of step") == 1
     assert list((folder / f"signal-{rank}" / "checkpoints").glob("step-*/digests.json"))
+
+
+def test_a_checkpoint_of_another_world_size_is_not_called_broken(folder: Path) -> None:
+    (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    changes = {"deepspeed": str(folder / "zero2.json"), "training__pair_visits": 64, "mlm__texts_per_batch": 0}
+    file = config(folder, "world", **changes)
+    assert ended(folder, two_ranks(folder, (file,), (file,)), 60)[0] == [0, 0]
+    codes, output = ended(folder, [start(folder / "log-0", file)], 30)
+    assert codes == [2] and "is whole, but DeepSpeed cannot load it" in output and "broken" not in output
 
 
 @pytest.mark.parametrize("rank", [0, 1])
