@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--export", type=Path, metavar="DIR", help="write the kept pairs there, as webdataset shards")
     audit.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard at most (default: 10000)")
     audit.add_argument("--shard-gb", type=float, default=1.0, help="gigabytes a shard at most (default: 1)")
-    _add_replace(audit)
+    _add_replace(audit, "write over a table or page that another program made; nothing in --export DIR is replaced")
 
     verify = command(_verify, "verify", "read all of a store, run, model or cross-fit, and tell whether it is whole")
     verify.add_argument("path", type=Path, metavar="PATH", help="its folder")
@@ -276,12 +276,13 @@ def _evaluate(given: argparse.Namespace) -> None:
         raise UserError("--text-test: needs --text-train")
     if given.data is None and (given.classes or given.images):
         raise UserError("--classes and --images: need DATA, not --text-train")
-    if given.json is not None and not given.json.parent.is_dir():
-        raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
     if given.json is not None:
         from .files.ownership import claim_file
 
-        given.json = claim_file(given.json, replace=given.replace)
+        target = claim_file(given.json, "result", replace=given.replace)
+        if not target.parent.is_dir():
+            raise UserError(f"--json {given.json}: the folder {given.json.parent} does not exist")
+        given.json = target
     _silence_model_files()
     from rich.console import Console
 
@@ -316,7 +317,7 @@ def _search(given: argparse.Namespace) -> None:
     from .files.ownership import claim_file
 
     file = given.output or given.run / "search.png"
-    target = claim_file(file, replace=given.replace, instead="name a picture elsewhere by --output FILE.png")
+    target = claim_file(file, "picture", replace=given.replace, instead="name a picture elsewhere by --output FILE.png")
     matches = search(given.run, given.query, given.data, given.top, given.store)
     Console().print(match_table(matches, given.query))
     draw_matches(matches, given.query, target)
@@ -356,13 +357,14 @@ def _audit(given: argparse.Namespace) -> None:
         if getattr(given, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(given, option)}: give more than 0")
     from .evaluation.audit import claim_audit, open_audit, write_audit
+    from .evaluation.run import run_config
     from .evaluation.subset import claim_export, export_kept
 
     out = given.out or given.run
     claim_audit(given.run, out, replace=given.replace)
-    audit = open_audit(given.run, given.store)
     if given.export is not None:
-        claim_export(audit, given.export)
+        claim_export(given.export, given.run, given.store or run_config(given.run).data.store)
+    audit = open_audit(given.run, given.store)
     for file in write_audit(audit, out, given.top, replace=given.replace):
         print(file)
     if given.export is not None:

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from .config import Teacher as TeacherConfig
 from .errors import UserError
 from .files.atomic import put_in_place, recover, write_atomically
-from .files.ownership import claim, mark
+from .files.lock import held
+from .files.ownership import claim, mark, require_known
 from .model.teacher import Teacher
 
 NPM = {
@@ -110,7 +111,14 @@ def build_demo_data(
     directory = claim(directory, "demo data", beside=(".cache",))
     check_tools()
     mark(directory, "demo data")
-    recover(directory / "train")
+    with held(directory, "demo-data"):
+        recover(directory / "train")
+        _require_shards_alone(directory / "train")
+        _build(directory, noise_share, noise_seed, image_size)
+
+
+def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int) -> None:
+    """What `build_demo_data` does in the folder that is its own."""
     cache = directory / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     packages = _download(cache)
@@ -133,6 +141,12 @@ def build_demo_data(
     _describe(directory, packages, digests, counts, noise_share, noise_seed)
 
 
+def _require_shards_alone(train: Path) -> None:
+    """UserError where replacing `train` would remove what is no shard of ours."""
+    shards = {path.name for path in train.glob("[0-9]" * 5 + ".tar") if path.is_file()}
+    require_known(train, shards, f"demo-data {train}")
+
+
 def _write_train(directory: Path, train: list[Picture]) -> None:
     # Written aside: a run cut short leaves the last whole set of shards.
     staging = directory / "train.partial"
@@ -140,6 +154,7 @@ def _write_train(directory: Path, train: list[Picture]) -> None:
     staging.mkdir()
     for number in range(0, len(train), SHARD_SAMPLES):
         write_shard(staging / f"{number // SHARD_SAMPLES:05d}.tar", "train", train[number : number + SHARD_SAMPLES])
+    _require_shards_alone(directory / "train")
     put_in_place(staging, directory / "train")
 
 

@@ -8,6 +8,7 @@ CPUs, clock time; communication includes the wait for the slowest rank.
 
 from __future__ import annotations
 
+import gzip
 import os
 import resource
 import secrets
@@ -29,13 +30,13 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function, schedule
 from torch.profiler import profile as torch_profile
 
-from . import stopping
+from . import __version__, stopping
 from .config import Config
 from .data.batches import Batch
 from .data.pairs import PairSource
 from .errors import UserError, writing
 from .files.atomic import write_atomically, written_aside
-from .files.ownership import claim_file
+from .files.ownership import MADE_BY, claim_file
 from .hardware import device_name, hardware
 from .model.efficientclip import EfficientCLIP
 from .plan import (
@@ -176,12 +177,17 @@ class ProfiledTrainer(Trainer):
         )
 
     def _write_trace(self, profiler: Any) -> None:
-        # torch compresses by the name's ending.
-        made = self.config.run.with_name("trace.json.gz")
+        made = self.config.run.with_name("trace.json")
         with writing(made):
             profiler.export_chrome_trace(str(made))
-        with written_aside(self.trace) as aside:
-            shutil.copyfile(made, aside)
+        with (
+            written_aside(self.trace) as aside,
+            made.open("rb") as whole,
+            aside.open("wb") as stream,
+            # The name in its header is its mark.
+            gzip.GzipFile(f"{MADE_BY} {__version__}", "wb", fileobj=stream) as packed,
+        ):
+            shutil.copyfileobj(whole, packed)
 
     def _train_step(self, batch: Batch) -> dict[str, float]:
         captions = tokens = texts = 0
@@ -234,9 +240,8 @@ def profile(
     output = output or Path(f"{config.run.name}-profile.json")
     if output.suffix != ".json" or not output.parent.is_dir():
         raise UserError(f"--output {output}: name a .json file in a folder that exists")
-    trace = output.with_suffix(".trace.json.gz")
-    # A trace bears no mark: it is ours when the profile beside it is.
-    claim_file(output if output.exists() or not trace.exists() else trace, replace=replace)
+    output = claim_file(output, "profile", replace=replace)
+    trace = claim_file(output.with_suffix(".trace.json.gz"), "trace", replace=replace)
     started = time.perf_counter()
     make = partial(ProfiledTrainer, warm_up=warm_up, measured=measured, traced=traced, trace=trace)
     join_process_group()

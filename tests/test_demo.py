@@ -14,9 +14,11 @@ from PIL import Image
 from efficientclip import demo
 from efficientclip.demo import Concept, Picture
 from efficientclip.errors import UserError
-from efficientclip.files import atomic
+from efficientclip.files import atomic, lock
 from efficientclip.files.ownership import kind_of
 from tests.formats import files
+
+MANIFEST = b'{"pictures": {"train": 1}, "noise_share": 0.3, "noise_seed": 0, "sha256": {}}'
 
 
 def concept(number: int, english: str | None = None) -> Concept:
@@ -145,9 +147,11 @@ def test_train_cut_short_in_its_replacement_comes_back(tmp_path: Path, monkeypat
     [
         ({}, "reached"),
         ({".cache/openmoji-17.0.0.tgz": b""}, "reached"),
-        ({"manifest.json": b'{"pictures": {}, "noise_share": 0.3, "sha256": {}}', "train/00000.tar": b""}, "reached"),
-        ({"train/thesis.txt": b"three years"}, r"did not write \(train\) and stays as it is"),
-        ({"config.yaml": b"", "checkpoints/latest": b""}, "is a run"),
+        ({"manifest.json": MANIFEST, "train/00000.tar": b""}, "reached"),
+        ({"manifest.json": MANIFEST, "train/00000.tar": b"", "train/my.tar": b"mine"}, r"no part of it \(my\.tar\)"),
+        ({"manifest.json": MANIFEST, "train/deep/00000.tar": b""}, r"no part of it \(deep/00000\.tar\)"),
+        ({"train/thesis.txt": b"three years"}, r"without efficientclip's mark \(train\) and stays as it is"),
+        ({"config.yaml": b"", "checkpoints/step-00000010/state.npz": b""}, "is a run"),
     ],
 )
 def test_only_demo_data_is_written_over(
@@ -161,8 +165,18 @@ def test_only_demo_data_is_written_over(
     files(tmp_path / "demo", held)
     with pytest.raises(UserError, match=message):
         demo.build_demo_data(tmp_path / "demo")
-    assert (kind_of(tmp_path / "demo") == "demo data") == (message == "reached")
+    ours = message == "reached" or "no part" in message
+    assert (kind_of(tmp_path / "demo") == "demo data") == ours and not (tmp_path / "demo" / lock.NAME).exists()
     assert {name: (tmp_path / "demo" / name).read_bytes() for name in held} == held
+
+
+def test_two_calls_do_not_build_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "check_tools", lambda: None)
+    monkeypatch.setattr(demo, "_download", lambda cache: demo.build_demo_data(tmp_path / "demo"))
+    files(tmp_path / "demo", {"manifest.json": MANIFEST, "train.partial/00000.tar": b"of the first call"})
+    with pytest.raises(UserError, match=r"process \d+ on .* \(demo-data\)"):
+        demo.build_demo_data(tmp_path / "demo")
+    assert (tmp_path / "demo" / "train.partial" / "00000.tar").read_bytes() == b"of the first call"
 
 
 def test_picture_is_square_rgb_over_white() -> None:

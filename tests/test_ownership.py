@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from efficientclip.errors import UserError
-from efficientclip.files.ownership import MADE_BY, MARK, claim, claim_file, kind_of, mark
+from efficientclip.files.ownership import MADE_BY, MARK, Made, claim, claim_file, kind_of, mark
 from tests.formats import files
 
-STORE = json.dumps({"format": 2, "kind": "pairs", "files": {}}).encode()
+STORE = json.dumps({"format": 2, "kind": "pairs", "files": {"tokens.bin": {}, "offsets.bin": {}}}).encode()
+RUN = {"config.yaml": b"", "checkpoints/step-00000010/state.npz": b""}
 
 
 @pytest.mark.parametrize(
@@ -28,17 +33,37 @@ STORE = json.dumps({"format": 2, "kind": "pairs", "files": {}}).encode()
         ({"manifest.json": STORE}, "store"),
         ({MARK: b'{"kind": "stnre"}', "manifest.json": STORE}, "store"),
         ({MARK: b'{"kind": "st'}, None),
-        ({"manifest.json": b'{"pictures": 1, "noise_share": 0, "sha256": {}}'}, "demo data"),
-        ({"export.json": b'{"identity": 1, "shards": [], "next": 0}'}, "kept pairs"),
-        ({"config.yaml": b"", "checkpoints/latest": b""}, "run"),
-        ({"config.yaml": b""}, None),
-        ({"fold-0/config.yaml": b""}, "cross-fit"),
-        ({"cross_fit.parquet": b""}, "cross-fit"),
+        ({"manifest.json": b'{"pictures": {"train": 1}, "noise_share": 0, "noise_seed": 0}'}, "demo data"),
+        (
+            {"export.json": b'{"identity": {"pairs": 1, "kept": 1, "samples": 1}, "shards": [], "next": 0}'},
+            "kept pairs",
+        ),
+        (RUN, "run"),
+        ({f"fold-0/{name}": content for name, content in RUN.items()}, "cross-fit"),
+        # What other programs' folders look like.
+        ({"config.yaml": b"", "checkpoints/latest": b"", "model/model.safetensors": b""}, None),
+        ({"config.yaml": b"", "checkpoints/step-00000010/model.pt": b"", "checkpoints/step-10/state.npz": b""}, None),
+        ({"fold-0/config.yaml": b"", "fold-0/checkpoints/last.ckpt": b""}, None),
+        ({"cross_fit.parquet": b""}, None),
+        ({"manifest.json": b'{"format": 1, "kind": "pairs", "files": ["a", "b"]}'}, None),
+        ({"manifest.json": b'{"pictures": 1, "noise_share": 0, "noise_seed": 0}'}, None),
+        ({"export.json": b'{"identity": 1, "shards": [], "next": 0}'}, None),
+        ({"manifest.json": b"[" * 100_000}, None),
     ],
 )
 def test_folders_of_earlier_versions_are_known(tmp_path: Path, held: dict[str, bytes], kind: str | None) -> None:
     files(tmp_path / "folder", held)
     assert kind_of(tmp_path / "folder") == kind
+
+
+def test_a_table_of_a_cross_fit_is_known_by_what_it_tells(tmp_path: Path) -> None:
+    for told, kind in (
+        ({"rate": "0.1", "visits": "2"}, None),
+        ({"rate": "0", "visits": "2", "pairs": "x"}, "cross-fit"),
+    ):
+        table = pa.table({"row": [0]}).replace_schema_metadata(told)
+        pq.write_table(table, tmp_path / "cross_fit.parquet")
+        assert kind_of(tmp_path) == kind
 
 
 def test_a_mark_makes_a_folder_ours(tmp_path: Path) -> None:
@@ -52,9 +77,9 @@ def test_a_mark_makes_a_folder_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("foreign", {}, r"did not write \(a, b, c and 1 more\) and stays as it is; name a folder that is empty"),
-        ("foreign", {"existing": "replace"}, "did not write"),
-        ("foreign", {"beside": ("a", "b")}, r"did not write \(c, d\)"),
+        ("foreign", {}, r"without efficientclip's mark \(a, b, c and 1 more\) and stays as it is; name a folder that"),
+        ("foreign", {"existing": "replace"}, "holds files without efficientclip's mark"),
+        ("foreign", {"beside": ("a", "b")}, r"mark \(c, d\)"),
         ("file", {}, "is a file; name a folder"),
         ("file/deep/store", {}, "file is a file, where a folder is wanted"),
         ("run", {"existing": "replace"}, "is a run, and stays as it is"),
@@ -63,6 +88,10 @@ def test_a_mark_makes_a_folder_ours(tmp_path: Path) -> None:
         ("source", {}, "is or holds the source .*source,"),
         (".", {}, "is or holds the source"),
         ("to-source", {}, "is or holds the source"),
+        ("loop", {}, "the link .*/loop leads nowhere; mend or remove it"),
+        ("unmounted", {}, "the link .*/unmounted leads nowhere"),
+        ("unmounted/store", {}, "the link .*/unmounted leads nowhere"),
+        ("/", {"sources": []}, "is the root of all folders"),
     ],
 )
 def test_what_is_not_ours_to_write_over_is_refused(
@@ -72,9 +101,12 @@ def test_what_is_not_ours_to_write_over_is_refused(
     files(tmp_path, {"file": b"", "store/manifest.json": STORE, "store/deep/notes": b"", "source/0.tar": b""})
     (tmp_path / "store" / "linked").symlink_to(tmp_path / "foreign")
     (tmp_path / "to-source").symlink_to(tmp_path / "source")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "unmounted").symlink_to(tmp_path / "disk" / "store")
     mark(tmp_path / "run", "run")
     with pytest.raises(UserError, match=message):
-        claim(tmp_path / name, "store", sources=[tmp_path / "source"], **options)
+        claim(tmp_path / name, "store", **{"sources": [tmp_path / "source"], **options})
+    assert not (tmp_path / "disk").exists()
 
 
 def test_what_is_absent_empty_or_ours_may_be_written(tmp_path: Path) -> None:
@@ -109,42 +141,101 @@ def test_a_mount_point_cannot_be_renamed(tmp_path: Path, monkeypatch: pytest.Mon
     assert claim(tmp_path, "store") == tmp_path
 
 
-def write_table(file: Path, by: str) -> None:
-    # Longer than what is read of a file's ends.
-    schema = pa.schema([("a", pa.binary())], metadata={"made_by": by})
-    pq.write_table(pa.table({"a": [os.urandom(1 << 18)]}, schema=schema), file)
+def table_bytes(by: str, cell: bytes = b"") -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"a": [cell]}, schema=pa.schema([("a", pa.binary())], metadata={"made_by": by})), sink)
+    return bytes(sink.getvalue())
 
 
-def test_a_file_is_ours_by_what_it_holds(tmp_path: Path) -> None:
-    write_table(tmp_path / "ours.parquet", f"{MADE_BY} 0.1.0")
-    write_table(tmp_path / "foreign.parquet", "someone")
-    (tmp_path / "ours.json").write_text(json.dumps({"made_by": f"{MADE_BY} 0.1.0", "a": 1}, indent=1))
-    (tmp_path / "profile.json").write_text(json.dumps({"format": "efficientclip-profile-1"}, indent=1))
-    (tmp_path / "foreign.json").write_text("{}")
-    (tmp_path / "linked.json").symlink_to("ours.json")
-    for name in ("ours.parquet", "ours.json", "profile.json", "absent.json"):
-        assert claim_file(tmp_path / name) == tmp_path / name
-    assert claim_file(tmp_path / "linked.json") == tmp_path / "ours.json"
-    for name in ("foreign.parquet", "foreign.json"):
-        with pytest.raises(UserError, match=f"{name}: exists, and efficientclip did not write it; --replace"):
-            claim_file(tmp_path / name)
-        assert claim_file(tmp_path / name, replace=True) == tmp_path / name
-    with pytest.raises(UserError, match="is no file, but a folder"):
-        claim_file(tmp_path, replace=True)
-    with pytest.raises(UserError, match="is no file, but a device"):
-        claim_file(Path("/dev/null"), replace=True)
+def drawn(by: str, **more: str) -> bytes:
+    told, encoded = PngInfo(), io.BytesIO()
+    for name, text in {**more, "Software": by}.items():
+        told.add_text(name, text)
+    Image.new("RGB", (2, 2)).save(encoded, "PNG", pnginfo=told)
+    return encoded.getvalue()
+
+
+def packed(name: str, content: bytes = b"") -> bytes:
+    stream = io.BytesIO()
+    with gzip.GzipFile(name, "wb", fileobj=stream) as file:
+        file.write(content)
+    return stream.getvalue()
+
+
+PAGE = b'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+OURS: dict[Made, bytes] = {
+    "page": PAGE + f'<meta name="generator" content="{MADE_BY} 0.1.0">\n<title>x</title>'.encode(),
+    "picture": drawn(f"{MADE_BY} 0.1.0"),
+    "table": table_bytes(f"{MADE_BY} 0.1.0"),
+    "result": json.dumps({"made_by": f"{MADE_BY} 0.1.0", "a": 1}, indent=1).encode(),
+    "profile": json.dumps({"format": "efficientclip-profile-1"}, indent=1).encode(),
+    "trace": packed(f"{MADE_BY} 0.1.0"),
+}
+FOREIGN: dict[Made, list[bytes]] = {
+    "page": [
+        PAGE + f'<title>A note on <meta name="generator" content="{MADE_BY} 0.1.0"></title>'.encode(),
+        PAGE + f"<title>Pages {MADE_BY} 0.1.0</title>".encode(),
+    ],
+    "picture": [drawn("Gimp"), drawn("Gimp", comment=f"{MADE_BY} 0.1.0"), b"\x89PNG\r\n\x1a\n", b""],
+    "table": [table_bytes("someone"), table_bytes("someone", cell=f"{MADE_BY} 0.1.0".encode()), b"PAR1"],
+    "result": [b"{}", json.dumps({"note": "x", "made_by": f"{MADE_BY} 0.1.0"}).encode(), f"{MADE_BY} 0.1".encode()],
+    "profile": [b"{}", json.dumps({"about": "efficientclip-profile-1"}).encode()],
+    "trace": [packed("trace.json"), packed("trace.json", f"{MADE_BY} 0.1.0".encode()), b""],
+}
+
+
+@pytest.mark.parametrize("made", OURS)
+def test_a_file_is_ours_by_what_says_so_in_files_of_its_kind(tmp_path: Path, made: Made) -> None:
+    file = tmp_path / "file"
+    assert claim_file(file, made) == file
+    file.write_bytes(OURS[made])
+    (tmp_path / "linked").symlink_to("file")
+    assert claim_file(file, made) == claim_file(tmp_path / "linked", made) == file
+    others = [content for kind, content in OURS.items() if kind != made]
+    for content in (*FOREIGN[made], *others, f"A note on files {MADE_BY} 0.1.0".encode()):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"file: exists, and efficientclip did not write it as a {made}; --replace"):
+            claim_file(file, made)
+        assert claim_file(file, made, replace=True) == file
+
+
+def test_what_is_no_file_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for file, message in (
+        (tmp_path, "is no file, but a folder"),
+        (Path("/dev/null"), "is no file, but a device"),
+        (Path("/"), "is no file, but a folder"),
+        (tmp_path / "loop", "leads nowhere"),
+    ):
+        with pytest.raises(UserError, match=message):
+            claim_file(file, "result", replace=True)
 
 
 def test_a_runs_own_files_are_not_written_over_by_results(tmp_path: Path) -> None:
-    files(tmp_path, {"config.yaml": b"", "checkpoints/latest": b"", "report.html": b"of an earlier version"})
-    assert claim_file(tmp_path / "report.html") == tmp_path / "report.html"
+    files(tmp_path, {**RUN, "report.html": b"of an earlier version"})
+    assert claim_file(tmp_path / "report.html", "page") == tmp_path / "report.html"
     with pytest.raises(UserError, match=r"config\.yaml: exists, and"):
-        claim_file(tmp_path / "config.yaml")
+        claim_file(tmp_path / "config.yaml", "result")
+    # This version marks what it writes, so this is the user's.
+    mark(tmp_path, "run")
+    with pytest.raises(UserError, match=r"report\.html: exists, and"):
+        claim_file(tmp_path / "report.html", "page")
 
 
 def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    files(tmp_path, {"run/a": b"", "store/manifest.json": STORE})
+    mark(tmp_path / "run", "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (tmp_path, tmp_path / "run"))
     with pytest.raises(UserError, match=f"{tmp_path} cannot be written; name a page elsewhere by --output"):
-        claim_file(tmp_path / "deep" / "report.html", instead="name a page elsewhere by --output")
+        claim_file(tmp_path / "deep" / "report.html", "page", instead="name a page elsewhere by --output")
+    for name, kind, existing, above in (
+        ("deep/store", "store", "go on", tmp_path),
+        ("store", "store", "replace", tmp_path),
+        ("run", "run", "go on", tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match=f"{above} cannot be written; give this user the right .* name another"):
+            claim(tmp_path / name, kind, existing=existing, files=["manifest.json"])  # type: ignore[arg-type]
+    # It may be the wanted one, which is then only read.
+    assert claim(tmp_path / "store", "store") == tmp_path / "store"

@@ -16,6 +16,7 @@ from efficientclip import cli
 from efficientclip.config import load_config
 from efficientclip.errors import UserError
 from efficientclip.evaluation.run import read_metrics
+from efficientclip.files.ownership import claim_file
 from efficientclip.hardware import read_hardware
 from efficientclip.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
 from efficientclip.profile import Recorder
@@ -42,7 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run(1, str(config))
     before = contents(path / "run")
-    run(2, str(config), *OPTIONS, "--output", str(path / "two.json"), module="efficientclip.profile")
+    # A link stays, what it names is written.
+    (path / "linked.json").symlink_to("two.json")
+    run(2, str(config), *OPTIONS, "--output", str(path / "linked.json"), module="efficientclip.profile")
+    assert (path / "linked.json").is_symlink()
     assert contents(path / "run") == before
     assert not list(path.glob(".*"))
     return path
@@ -82,6 +86,8 @@ def test_it_counts_what_the_run_counts(folder: Path, two: Profile) -> None:
 def test_the_trace_names_the_parts(folder: Path) -> None:
     with gzip.open(folder / "two.trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
+    for name, made in (("two.trace.json.gz", "trace"), ("two.json", "profile")):
+        assert claim_file(folder / name, made) == folder / name  # type: ignore[arg-type]
     names = {event["name"] for event in events if event.get("ph") == "X"}
     assert names >= {part for part in PARTS if part != "other"}
 
@@ -183,15 +189,18 @@ def test_what_is_no_profile_is_refused(folder: Path, tmp_path: Path, capsys: pyt
         (["--output", "none/x.json"], "--output none/x.json"),
         (["--output", "{folder}/mine.json"], "mine.json: exists, and efficientclip did not write it"),
         (["--output", "{folder}/lone.json"], "lone.trace.json.gz: exists, and efficientclip did not write it"),
+        (["--output", "{folder}/ours.json"], "ours.trace.json.gz: exists, and efficientclip did not write it"),
     ],
 )
 def test_mistakes_are_explained(folder: Path, arguments: list[str], message: str) -> None:
-    for name in ("mine.json", "lone.trace.json.gz"):
+    foreign = ("mine.json", "lone.trace.json.gz", "ours.trace.json.gz")
+    for name in foreign:
         (folder / name).write_text("mine")
+    (folder / "ours.json").write_bytes((folder / "two.json").read_bytes())
     arguments = [argument.format(folder=folder) for argument in arguments]
     printed = run(1, str(folder / "config.yaml"), *arguments, module="efficientclip.profile", code=2)
     assert message in printed
-    assert {(folder / name).read_text() for name in ("mine.json", "lone.trace.json.gz")} == {"mine"}
+    assert {(folder / name).read_text() for name in foreign} == {"mine"}
     assert "Traceback" not in printed
     assert not list(folder.glob(".*"))
 

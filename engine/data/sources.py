@@ -18,10 +18,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import UserError
+from ..errors import UserError, reading
 from .shards import IMAGE_SUFFIXES, BadSample, Sample, decoded, list_shards, read_shard
 
 PART = 4096
@@ -76,6 +75,8 @@ def open_source(path: Path, images: Path | None = None) -> Source:
             held = f"several splits, name one: {', '.join(map(str, splits))}" if splits else f"no .tar and no *{IMAGES}"
             raise UserError(f"source {path}: the folder holds {held}")
         path = splits[0]
+    in_itself = is_tars(path) or path.name.endswith((IMAGES, TEXTS))
+    check_folder(images, path, unused=in_itself)
     if is_tars(path):
         tars = list_shards(path)
         return Source(path, tars, [partial(read_shard, tar) for tar in tars], None)
@@ -90,6 +91,7 @@ def open_source(path: Path, images: Path | None = None) -> Source:
 
 def open_labelled(path: Path, images: Path | None = None) -> Source:
     """Pictures whose only caption is their label: a folder a class, or a table with columns of paths and labels."""
+    check_folder(images, path, unused=path.is_dir())
     if path.is_file():
         return _source(path, [path], _table_entries(path, images, LABEL_COLUMNS))
     if not path.is_dir():
@@ -101,6 +103,14 @@ def open_labelled(path: Path, images: Path | None = None) -> Source:
         if file.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
     return _source(path, [entry.file for entry in entries], entries)
+
+
+def check_folder(images: Path | None, path: Path, *, unused: bool) -> None:
+    """UserError when `images` is no folder, or `unused`: the pictures of `path` lie in itself."""
+    if images is not None and unused:
+        raise UserError(f"--images {images}: {path} holds its pictures itself; leave --images out")
+    if images is not None and not images.is_dir():
+        raise UserError(f"--images {images}: no such folder; give the one where the picture paths in {path} start")
 
 
 def is_tars(path: Path) -> bool:
@@ -151,12 +161,10 @@ def read_table(file: Path, *kinds: tuple[str, ...]) -> Iterator[tuple[str, list[
 
 
 def _parquet_rows(file: Path, kinds: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, list[str]]]:
-    try:
+    with reading("table", file, "it is not whole, or no Parquet; write it anew, or copy it again"):
         names = pq.read_schema(file).names
         columns = [names[_column(file, names, kind)] for kind in kinds]
         table = pq.read_table(file, columns=columns)
-    except pa.ArrowException as error:
-        raise UserError(f"table {file}: not readable as Parquet ({error})") from error
     for number, cells in enumerate(zip(*(table[name].to_pylist() for name in columns), strict=True), 1):
         yield f"row {number}", ["" if cell is None else str(cell).strip() for cell in cells]
 
@@ -298,7 +306,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: malformed JSON, {error}; mend it or copy the file again") from error
 
 

@@ -118,8 +118,8 @@ def open_audit(run: Path, store: Path | None = None) -> Audit:
 def claim_audit(run: Path, out: Path, *, replace: bool = False) -> tuple[Path, Path]:
     """The table and the page that `write_audit` writes into `out`; UserError where something else is there."""
     instead = f"name another folder: efficientclip audit {run} OUT"
-    table, page = (claim_file(out / name, replace=replace, instead=instead) for name in ("audit.parquet", "audit.html"))
-    return table, page
+    table = claim_file(out / "audit.parquet", "table", replace=replace, instead=instead)
+    return table, claim_file(out / "audit.html", "page", replace=replace, instead=instead)
 
 
 def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -> tuple[Path, Path]:

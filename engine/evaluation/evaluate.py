@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..data.sources import Source, is_tars, open_source
+from ..data.sources import Source, check_folder, is_tars, open_source
 from ..data.store import Store, edges
 from ..errors import UserError
 from ..files.atomic import write_atomically
@@ -38,6 +38,7 @@ def evaluate(run: Path, data: Path, images: Path | None = None, store: Path | No
     """
     opened = open_run(run, store)
     if is_store(data) or is_tars(data):
+        check_folder(images, data, unused=True)
         with open_data(opened, data) as found:
             return measure(opened, found)
     return _measure_source(opened, open_source(data, images))

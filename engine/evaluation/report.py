@@ -54,8 +54,8 @@ def write_report(
     end of training writes. UserError, before any work, where something else is there; `replace` overwrites it.
     """
     instead = "name a page elsewhere by --output FILE.html"
-    file = claim_file(output or run / "report.html", replace=replace, instead=instead)
-    figures = claim_file(file.with_name("results.json"), replace=replace, instead=instead)
+    file = claim_file(output or run / "report.html", "page", replace=replace, instead=instead)
+    figures = claim_file(file.with_name("results.json"), "result", replace=replace, instead=instead)
     opened = open_run(run, store)
     if opened.store is None:
         raise UserError(f"run {run}: trained from shards, without a store to report on; use `efficientclip evaluate`")

@@ -25,7 +25,9 @@ from tqdm import tqdm
 from ..data.shards import Members, caption_entries, read_members, read_record
 from ..data.store import Store
 from ..errors import UserError, reading
+from ..files import digests
 from ..files.atomic import write_atomically, written_aside
+from ..files.lock import held
 from ..files.ownership import claim, mark
 from .audit import Audit, tables_of
 
@@ -71,7 +73,7 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
     A picture keeps the captions that were kept, and goes with the last of them. Keys stay; one that a shard holds
     already begins the next. UserError when pictures are gone or changed, or `folder` holds anything else.
     """
-    folder = claim_export(audit, folder)
+    folder = claim_export(folder, audit.folder, audit.store.path)
     store, kept = audit.store, audit.verdicts.kept
     _check_shards(store)
     identity = {
@@ -80,10 +82,23 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
         "samples": samples,
         "bytes": size,
     }
+    mark(folder, "kept pairs")
+    with held(folder, "exporting"):
+        shards = _export(audit, folder, identity, samples=samples, size=size)
+    return len(shards), sum(shard["pairs"] for shard in shards)
+
+
+def claim_export(folder: Path, run: Path, store: Path | None) -> Path:
+    """The folder that `folder` names; UserError when shards of kept pairs may not be written there."""
+    return claim(folder, "kept pairs", sources=[run, *([] if store is None else [store])])
+
+
+def _export(audit: Audit, folder: Path, identity: dict[str, Any], *, samples: int, size: int) -> list[dict[str, Any]]:
+    """Write what `folder` lacks of the export; returns what export.json tells of its shards."""
     record = _open(folder, identity)
     shards: list[dict[str, Any]] = record["shards"]
-    done = sum(shard["pairs"] for shard in shards)
-    with tqdm(total=int(kept.sum()), initial=done, desc=f"kept pairs to {folder}", unit="pair", unit_scale=True) as bar:
+    done, total = sum(shard["pairs"] for shard in shards), int(audit.verdicts.kept.sum())
+    with tqdm(total=total, initial=done, desc=f"kept pairs to {folder}", unit="pair", unit_scale=True) as bar:
         if not record["finished"]:
             stream = iter(_kept_samples(audit, Position(**record["next"])))
             sample = next(stream, None)
@@ -93,12 +108,7 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
                 shards.append(made)
                 record |= {"next": vars(end), "finished": sample is None}
                 write_atomically(folder / "export.json", json.dumps(record, indent=1).encode())
-    return len(shards), sum(shard["pairs"] for shard in shards)
-
-
-def claim_export(audit: Audit, folder: Path) -> Path:
-    """The folder that `folder` names; UserError when shards of kept pairs may not be written there."""
-    return claim(folder, "kept pairs", sources=[audit.folder, audit.store.path])
+    return shards
 
 
 def _check_shards(store: Store) -> None:
@@ -119,19 +129,17 @@ def _open(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """export.json of an export that is to go on, or a new one."""
     file = folder / "export.json"
     if not file.is_file():
-        mark(folder, "kept pairs")
         record = {"identity": identity, "shards": [], "next": vars(Position()), "finished": False}
         write_atomically(file, json.dumps(record, indent=1).encode())
         return record
-    with reading("export", file, f"remove {folder} and export anew"):
+    remedy = f"remove {folder} and export anew"
+    with reading("export", file, remedy):
         record = json.loads(file.read_text(encoding="utf-8"))
         differing = ", ".join(name for name, value in identity.items() if record["identity"][name] != value)
+        written = {shard["name"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in record["shards"]}
     if differing:
         raise UserError(f"--export {folder}: holds another export ({differing} differ); choose another folder")
-    for shard in record["shards"]:
-        tar = folder / shard["name"]
-        if not tar.is_file() or tar.stat().st_size != shard["bytes"]:
-            raise UserError(f"--export {tar}: gone or changed since it was written; remove {folder} and export anew")
+    digests.check(folder, written, remedy)
     return record
 
 
@@ -142,10 +150,10 @@ def _write_shard(
     keys: set[str] = set()
     pairs, end = 0, Position()
     with written_aside(file) as aside, tarfile.open(aside, mode="w") as tar:
-        held = 0
+        filled = 0
         while sample is not None and sample.key not in keys and len(keys) < samples:
-            held += sample.size
-            if keys and held > size:
+            filled += sample.size
+            if keys and filled > size:
                 break
             for suffix, content in sample.members.items():
                 member = tarfile.TarInfo(f"{sample.key}.{suffix}")
@@ -156,7 +164,7 @@ def _write_shard(
             bar.update(sample.pairs)
             sample = next(stream, None)
     made = {"name": file.name, "samples": len(keys), "pairs": pairs, "bytes": file.stat().st_size}
-    return made, end, sample
+    return made | {"sha256": digests.sha256(file)}, end, sample
 
 
 def _kept_samples(audit: Audit, start: Position) -> Iterator[KeptSample]:

@@ -4,51 +4,73 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 from .. import __version__
 from ..errors import UserError
 from .atomic import recover, set_aside, write_atomically
 
 Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
+Made = Literal["page", "picture", "table", "result", "profile", "trace"]
 MARK = ".efficientclip.json"
 MADE_BY = "made by efficientclip"
-# Profiles say by their format whose they are.
-MARKS = (MADE_BY.encode(), b'"efficientclip-profile-')
+BY = MADE_BY.encode()
+# Where each file but pictures and tables says, at its beginning, whose it is.
+CARRIERS = {
+    "page": re.compile(rb'<!doctype html>(?:(?!<title|<style).)*<meta name="generator" content="%b ' % BY, re.DOTALL),
+    "result": re.compile(rb'\s*\{\s*"made_by":\s*"%b ' % BY),
+    "profile": re.compile(rb'\s*\{\s*"format":\s*"efficientclip-profile-'),
+    # The name in the header of a gzip file.
+    "trace": re.compile(rb"\x1f\x8b\x08\x08.{6}%b " % BY, re.DOTALL),
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+# These are built elsewhere, and renamed to where they belong.
+RENAMED = ("store", "model")
 # Earlier versions wrote these into runs without a mark.
 RESULTS = ("report.html", "results.json", "search.png", "audit.html", "audit.parquet")
 # What shells and schedulers put beside a run before it starts.
 LOGS = ("*.log", "*.out", "*.err")
 
 
-def mark(folder: Path, kind: Kind) -> None:
-    """Make `folder` ours, as a `kind`; a mark that is there stays."""
+def mark(folder: Path, kind: Kind, **told: str) -> None:
+    """Make `folder` ours, as a `kind`; a mark that is there stays. `told` is kept in it, for `marked`."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MARK).is_file():
-        content = {"kind": kind, "made_by": f"efficientclip {__version__}"}
+        content = {"kind": kind, "made_by": f"efficientclip {__version__}", **told}
         write_atomically(folder / MARK, json.dumps(content).encode())
+
+
+def marked(folder: Path) -> dict[str, object]:
+    """What the mark of `folder` tells; nothing where there is none."""
+    return _json(folder / MARK)
 
 
 def kind_of(folder: Path) -> str | None:
     """What the folder is of ours: by its mark, or by what folders of earlier versions hold; None: not ours."""
-    if (marked := _json(folder / MARK).get("kind")) in get_args(Kind):
-        return str(marked)
+    if (kind := marked(folder).get("kind")) in get_args(Kind):
+        return str(kind)
+    # Other programs have a manifest.json, a config.yaml beside checkpoints/ or a fold-0/, too.
     manifest = _json(folder / "manifest.json")
-    if manifest.keys() >= {"format", "kind", "files"}:
+    if manifest.keys() >= {"format", "kind", "files"} and _keys(manifest["files"]) >= {"tokens.bin", "offsets.bin"}:
         return "store"
-    if manifest.keys() >= {"pictures", "noise_share", "sha256"}:
+    if manifest.keys() >= {"pictures", "noise_share", "noise_seed"} and "train" in _keys(manifest["pictures"]):
         return "demo data"
-    if _json(folder / "export.json").keys() >= {"identity", "shards", "next"}:
+    export = _json(folder / "export.json")
+    if export.keys() >= {"identity", "shards", "next"} and _keys(export["identity"]) >= {"pairs", "kept", "samples"}:
         return "kept pairs"
-    if (folder / "cross_fit.parquet").is_file() or (folder / "fold-0" / "config.yaml").is_file():
+    if _is_run(folder / "fold-0") or _table_tells(folder / "cross_fit.parquet", b"rate", b"visits", b"pairs"):
         return "cross-fit"
-    if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
-        return "run"
-    return None
+    return "run" if _is_run(folder) else None
+
+
+def _is_run(folder: Path) -> bool:
+    return any(folder.glob("checkpoints/step-????????/state.npz"))
 
 
 def claim(
@@ -60,7 +82,7 @@ def claim(
     files: Iterable[str] = (),
     beside: Sequence[str] = (),
 ) -> Path:
-    """The folder that `folder` names, links followed, when a `kind` may be written there: absent, empty or ours.
+    """The folder that `folder` names, links followed, when a `kind` can be written there: absent, empty or ours.
 
     `sources` are never written over. `existing` says what becomes of one of that kind that is there; `files` are
     what it consists of, by relative path: before it is replaced, anything else in it is an error. `beside`: patterns of
@@ -72,12 +94,16 @@ def claim(
         inside = Path(os.path.realpath(source))
         if target == inside or target in inside.parents:
             raise UserError(f"{shown}: is or holds the source {source}, which stays as it is; name another folder")
-    _require_folder_above(target, shown)
+    above = _folder_above(folder, target, shown)
+    if not target.name:
+        raise UserError(f"{shown}: is the root of all folders; name a folder in it")
     old = set_aside(target)
     if os.path.lexists(old) and kind_of(old) != kind:
         raise UserError(f"{shown}: {old} stands where an older one waits while it is replaced; move it away")
     recover(target)
+    another = "give this user the right to write there, or name another folder"
     if not target.exists():
+        _require_writable(above, shown, another)
         return target
     # A replacement was cut short over its last step.
     shutil.rmtree(old, ignore_errors=True)
@@ -90,70 +116,117 @@ def claim(
         foreign = sorted(name for name in os.listdir(target) if not any(fnmatch(name, one) for one in known))
         if foreign:
             raise UserError(
-                f"{shown}: holds what efficientclip did not write ({_some(foreign)}) and stays as it is; name a folder"
-                " that is empty or does not exist yet"
+                f"{shown}: holds files without efficientclip's mark ({_some(foreign)}) and stays as it is; name a"
+                " folder that is empty or does not exist yet"
             )
     if existing != "go on" and target.is_mount():
         raise UserError(f"{shown}: is a mount point, which cannot be renamed; name a folder in it")
-    if found is None:
-        return target
-    if found != kind:
+    if found not in (None, kind):
         raise UserError(f"{shown}: is a {found}, and stays as it is; name another folder")
-    if existing == "refuse":
+    if found is not None and existing == "refuse":
         raise UserError(f"{shown}: there is one already; --replace puts the new one in its place")
-    if existing == "replace" and (foreign := _beyond(target, {*files, MARK})):
+    if found is not None and existing == "replace":
+        require_known(target, {*files, MARK}, shown)
+    if existing != "go on":
+        _require_writable(above, shown, another)
+    elif found is None or kind != "store":
+        # One that stands may turn out to be the wanted one.
+        _require_writable(above if kind in RENAMED else target, shown, another)
+    return target
+
+
+def require_known(folder: Path, known: set[str], shown: str) -> None:
+    """UserError where `folder`, about to be replaced, holds files beyond the `known`, by relative path."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    inside = (path.relative_to(folder).as_posix() for path in found)
+    if foreign := sorted(name for name in inside if name not in known):
         raise UserError(
             f"{shown}: holds files that are no part of it ({_some(foreign)}), which replacing it would remove; move"
             " them away"
         )
-    return target
 
 
-def claim_file(file: Path, *, replace: bool = False, instead: str = "name another file") -> Path:
-    """The file that `file` names, links followed, when it may be written: absent, or made by us.
+def claim_file(file: Path, made: Made, *, replace: bool = False, instead: str = "name another file") -> Path:
+    """The file that `file` names, links followed, when what is `made` may be written there: absent, or one of ours.
 
     Anything else needs `replace`, the user's --replace. `instead` is what to do where the folder cannot be written.
     """
     target = Path(os.path.realpath(file))
-    _require_folder_above(target, str(file))
+    above = _folder_above(file, target, str(file))
     if target.exists() and not target.is_file():
         raise UserError(f"{file}: is no file, but a {'folder' if target.is_dir() else 'device'}; name a file")
-    above = next(parent for parent in target.parents if parent.exists())
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{file}: {above} cannot be written; {instead}")
-    earlier = target.name in RESULTS and kind_of(target.parent) == "run"
-    if target.exists() and not (replace or earlier or _bears_mark(target)):
+    _require_writable(above, str(file), instead)
+    earlier = target.name in RESULTS and not (target.parent / MARK).is_file() and kind_of(target.parent) == "run"
+    if target.exists() and not (replace or earlier or _is_ours(target, made)):
         raise UserError(
-            f"{file}: exists, and efficientclip did not write it; --replace overwrites it, or name another file"
+            f"{file}: exists, and efficientclip did not write it as a {made}; --replace overwrites it, or name another"
+            " file"
         )
     return target
 
 
-def _bears_mark(file: Path) -> bool:
-    """Pages and pictures carry it in their head, Parquet files in their foot."""
+def _is_ours(file: Path, made: Made) -> bool:
+    if made == "table":
+        return _table_tells(file, b"made_by")
     with file.open("rb") as stream:
-        head = stream.read(1 << 16)
-        stream.seek(max(0, os.fstat(stream.fileno()).st_size - (1 << 16)))
-        foot = stream.read()
-    return any(known in head or known in foot for known in MARKS)
+        if made == "picture":
+            return _software(stream).startswith(BY)
+        return CARRIERS[made].match(stream.read(1 << 12)) is not None
 
 
-def _require_folder_above(target: Path, shown: str) -> None:
-    above = next(parent for parent in target.parents if parent.exists())
+def _table_tells(file: Path, *keys: bytes) -> bool:
+    """Whether `file` is a Parquet table whose metadata has `keys`, which no other program writes together."""
+    if not file.is_file():
+        return False
+    # Few commands need it, and it is slow to load.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with suppress(OSError, pa.ArrowException):
+        told = pq.read_schema(file).metadata or {}
+        return all(key in told for key in keys) and told.get(b"made_by", BY).startswith(BY)
+    return False
+
+
+def _software(picture: BinaryIO) -> bytes:
+    """The program that a PNG names before its pixels."""
+    if picture.read(len(PNG)) == PNG:
+        while len(head := picture.read(8)) == 8 and head[4:] != b"IDAT":
+            key, _, value = picture.read(int.from_bytes(head[:4])).partition(b"\0")
+            picture.read(4)
+            if head[4:] == b"tEXt" and key == b"Software":
+                return value
+    return b""
+
+
+def _folder_above(given: Path, target: Path, shown: str) -> Path:
+    """The nearest folder above `target`, which `given` names, that exists; UserError where none can be made in it."""
+    named = Path(os.path.abspath(given))
+    for path in (named, *named.parents):
+        # Something new may be written where a link itself points to, in a folder that exists.
+        usable = path == named and target.parent.is_dir() and not target.is_symlink()
+        if path.is_symlink() and not path.exists() and not usable:
+            raise UserError(f"{shown}: the link {path} leads nowhere; mend or remove it, or name another path")
+    above = next((parent for parent in target.parents if parent.exists()), target)
     if not above.is_dir():
         raise UserError(f"{shown}: {above} is a file, where a folder is wanted; name another path")
+    return above
 
 
-def _beyond(folder: Path, files: set[str]) -> list[str]:
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    inside = (path.relative_to(folder).as_posix() for path in found)
-    return sorted(name for name in inside if name not in files)
+def _require_writable(folder: Path, shown: str, instead: str) -> None:
+    """UserError on a read-only mount, too."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{shown}: {folder} cannot be written; {instead}")
+
+
+def _keys(value: object) -> Set[str]:
+    return value.keys() if isinstance(value, dict) else set()
 
 
 def _json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -198,6 +198,7 @@ def test_faulty_texts_are_named_by_line_and_field(tmp_path: Path, change: dict[s
             b'{"images": [], "annotations": [{"image_id": 1, "caption": "x"}]}',
             r"annotations\[0\]: image_id 1 is not among images",
         ),
+        ("a.json", b"[" * 100_000, "a.json: malformed JSON, maximum recursion"),
         ("a.csv", b"", "a.csv: columns ; exactly one must be named image or"),
         ("a.csv", b"image,text,caption\n", "columns image, text, caption; exactly one must be named caption or"),
         ("a.csv", b"image,text\n0.png,x,y\n", "a.csv, line 2: 3 cells under a header of 2; .* in double quotes"),
@@ -205,7 +206,7 @@ def test_faulty_texts_are_named_by_line_and_field(tmp_path: Path, change: dict[s
         ("a.csv", b'image,text\n0.png,"x\n', "a.csv, line 2: unexpected end of data"),
         ("a.csv", b"image,text\n0.png,\xc3\xa8\n1.png,\xb0\xa1\n", "a.csv, line 3: not UTF-8"),
         ("a.csv", b"image,text\n", "a.csv: no picture"),
-        ("a.parquet", b"PAR", "a.parquet: not readable as Parquet"),
+        ("a.parquet", b"PAR", "a.parquet: broken .*it is not whole, or no Parquet"),
     ],
 )
 def test_faulty_files_end_in_one_message(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -24,6 +25,7 @@ from efficientclip.data.store import Store
 from efficientclip.evaluation import subset
 from efficientclip.evaluation.charts import sparkline
 from efficientclip.evaluation.verdicts import caption_centroid_scores
+from efficientclip.files import lock
 from efficientclip.files.ownership import MARK
 from efficientclip.prepare import prepare
 from tests import formats, tiny
@@ -353,16 +355,29 @@ def test_lost_shards_are_named(
 
 
 def test_an_export_is_not_mixed_with_another(
-    audited: Audited, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    audited: Audited, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(audited.shards, tmp_path / "tars")
-    assert "did not write (0.tar, 1.tar)" in refused(capsys, audited.run, tmp_path, "--export", tmp_path / "tars")
+    with monkeypatch.context() as patched:
+        patched.setattr("efficientclip.evaluation.audit.Store", None)
+        told = refused(capsys, audited.run, tmp_path, "--export", tmp_path / "tars")
+        assert "without efficientclip's mark (0.tar, 1.tar)" in told
+        assert "is or holds the source" in refused(capsys, audited.run, tmp_path, "--export", audited.store)
     assert not (tmp_path / "audit.html").exists()
     assert main(["audit", str(audited.run), str(tmp_path), "--export", str(tmp_path / "kept")]) == 0
     arguments = [audited.run, tmp_path, "--export", tmp_path / "kept"]
     assert "(samples differ)" in refused(capsys, *arguments, "--shard-samples", 5)
-    (tmp_path / "kept" / "00000.tar").unlink()
-    assert "00000.tar: gone or changed" in refused(capsys, *arguments)
+    with lock.held(tmp_path / "kept", "exporting"):
+        assert f"process {os.getpid()} on " in refused(capsys, *arguments)
+    tar = tmp_path / "kept" / "00000.tar"
+    content = bytearray(tar.read_bytes())
+    content[1000] ^= 1
+    tar.write_bytes(content)
+    told = refused(capsys, *arguments)
+    assert "00000.tar: is not what was written (its sha256 differs); remove" in told and "and export anew" in told
+    tar.unlink()
+    assert "00000.tar: is missing; remove" in refused(capsys, *arguments)
+    assert not (tmp_path / "kept" / lock.NAME).exists()
 
 
 def test_only_its_own_table_and_page_are_written_over(

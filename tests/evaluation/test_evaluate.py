@@ -230,9 +230,29 @@ def test_only_its_own_json_is_written_over(world: World, tmp_path: Path, capsys:
     assert main(["evaluate", str(tmp_path / "none"), str(world.store), "--json", str(file)]) == 2
     assert "result.json: exists, and efficientclip did not write it" in capsys.readouterr().err
     assert file.read_text() == '{"mine": 1}'
+    file.with_name("audit.parquet").write_bytes(b"PAR1")
+    for name, message in (
+        ("audit.parquet", "exists, and efficientclip did not write it as a result"),
+        ("result.json/x.json", "result.json is a file, where a folder is wanted"),
+        ("none/x.json", "none does not exist"),
+        ("/", "is no file, but a folder"),
+    ):
+        assert main(["evaluate", str(world.run), str(world.store), "--json", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
     for option in (["--replace"], []):
         assert main(["evaluate", str(world.run), str(world.store), "--json", str(file), *option]) == 0
     assert "t2i" in json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(("data", "message"), [("store", "holds its pictures itself"), ("tar", "holds its pictures"),
+                                               ("x.csv", "no such folder; give the one where")])  # fmt: skip
+def test_a_folder_of_pictures_that_is_of_no_use_is_refused(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], data: str, message: str
+) -> None:
+    (tmp_path / "x.csv").write_text("image,text\n0.png,猫\n")
+    given = getattr(world, data, tmp_path / data)
+    assert main(["evaluate", str(world.run), str(given), "--images", str(tmp_path / "nope")]) == 2
+    assert f"--images {tmp_path / 'nope'}" in (told := capsys.readouterr().err) and message in told
 
 
 @pytest.mark.parametrize("pointers", [("best", "latest"), ("latest",)])

@@ -90,8 +90,15 @@ def test_a_page_elsewhere_leaves_the_run_as_it_is(
         assert f"{file.name}: exists, and efficientclip did not write it" in capsys.readouterr().err
         assert file.read_text() == "mine"
         file.write_bytes(content)
-    page.write_text("mine")
+    # A page that only quotes the mark, and a result in the place of a page.
+    quoting = "<!doctype html><title>x</title><p>a note on pages made by efficientclip 0.1.0"
+    for foreign in (quoting, results.read_text(encoding="utf-8")):
+        page.write_text(foreign)
+        assert main(arguments) == 2
+        assert "mine.html: exists, and" in capsys.readouterr().err and page.read_text() == foreign
     assert main([*arguments, "--replace"]) == 0
+    assert main([*arguments[:-1], "/", "--replace"]) == 2
+    assert "/: is no file, but a folder; name a file" in capsys.readouterr().err
 
 
 def test_a_set_without_name_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:

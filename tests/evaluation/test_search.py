@@ -51,6 +51,8 @@ def test_only_its_own_picture_is_written_over(
     with Image.open(file) as picture:
         assert picture.info["Software"] == f"made by efficientclip {__version__}"
     assert main(arguments) == 0
+    assert main([*arguments[:-1], "/", "--replace"]) == 2
+    assert "/: is no file, but a folder; name a file" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert main(arguments[:-2]) == 2
     assert "cannot be written; name a picture elsewhere by --output" in capsys.readouterr().err
