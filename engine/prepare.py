@@ -36,6 +36,7 @@ from .data.store import (
     TEXT_FILES,
     files_of,
     finish,
+    first_not_finite,
     read_manifest,
     settle,
     staging,
@@ -265,7 +266,8 @@ def _shard_part(load: Callable[[], FrozenImages], shard: Path, bar: Any) -> Made
         shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
     ) as loader:
         for batch in loader:
-            features = _fp16_rows(encoder.encode_pixels(batch.images))
+            rows = encoder.encode_pixels(batch.images)
+            features = _fp16_rows(rows, [f"shard {shard}, sample {key}" for key in batch.keys])
             items += map(_item, _samples(shard, batch), features)
             bar.update(len(batch))
             _show_wait(bar, loader.waited_seconds, started)
@@ -296,7 +298,7 @@ def _source_part(load: Callable[[], FrozenImages], part: Callable[[], Iterator[S
             bad.append(found)
         else:
             sample, feature_D = found
-            items += [_item(sample, *_fp16_rows(feature_D[None]))]
+            items += [_item(sample, *_fp16_rows(feature_D[None], [f"picture {sample.key} of {sample.shard}"]))]
         bar.update()
         _show_wait(bar, encoder.waited_seconds - waited, started)
     return items, bad
@@ -347,7 +349,11 @@ def _parallel_recipe(source: Path, config: Config) -> Recipe:
                 bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
             else:
                 good.append((number, caption, english))
-        features = _fp16_rows(teacher().encode([english for *_, english in good], progress=source.name)) if good else []
+        features: list[bytes] = []
+        if good:
+            rows = teacher().encode([english for *_, english in good], progress=source.name)
+            places = [f"source {source}, line {number}" for number, *_ in good]
+            features = _fp16_rows(rows, places, " and model.teacher")
         items = [
             Item(
                 hash=digest(english.encode()),
@@ -419,7 +425,8 @@ def _described(file: Path) -> tuple[str, int, int]:
     return os.path.realpath(file), found.st_size, found.st_mtime_ns
 
 
-def _fp16_rows(features_MD: np.ndarray[Any, Any]) -> list[bytes]:
-    if not np.isfinite(features_MD).all():
-        raise UserError("features: the frozen tower gave NaN or infinity; check its weights and model.teacher.mean")
+def _fp16_rows(features_MD: np.ndarray[Any, Any], places: Sequence[str], more: str = "") -> list[bytes]:
+    """UserError naming the first of `places` whose row is not finite; `more`: what else may be the cause."""
+    if (row := first_not_finite(features_MD)) is not None:
+        raise UserError(f"{places[row]}: the frozen tower gave NaN or infinity for it; check its weights{more}")
     return [row.tobytes() for row in features_MD.astype(np.float16)]

@@ -137,7 +137,7 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -
     }
 
 
-def _part_table(file: Path, columns: list[str] | None = None) -> pa.Table:
+def _part_table(file: Path, columns: list[str]) -> pa.Table:
     with reading("part", file, "remove it and run the same command again"):
         return pq.read_table(file, columns=columns)
 
@@ -214,7 +214,9 @@ def _write_pairs(
     start = done = 0
     with pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA) as writer:
         for file in files:
-            table = _part_table(file).drop_columns(["hash", "feature"]).combine_chunks()
+            table = _part_table(
+                file, ["key", "source", "shard", "offset", "length", "captions", "noise"]
+            ).combine_chunks()
             captions, noise = _flat(table, "captions"), _flat(table, "noise")
             chosen = _chosen(pairs, start, len(captions))
             rows = table.take(pc.list_parent_indices(table["captions"]).combine_chunks().take(chosen)).combine_chunks()

@@ -8,7 +8,9 @@ import resource
 import signal
 import socket
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,11 @@ import pytest
 
 from efficientclip import prepare as stage
 from efficientclip.cli import main
-from efficientclip.config import Config, ImageTower
+from efficientclip.config import Config, ImageTower, Teacher
 from efficientclip.data import sources
 from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
 from efficientclip.errors import UserError
-from efficientclip.files import lock
+from efficientclip.files import digests, lock
 from efficientclip.model.frozen import image_tower_name
 from efficientclip.prepare import prepare
 from tests import tiny
@@ -51,7 +53,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("shards", "foreign", r"efficientclip did not write \(thesis\.txt\) and stays"),
+        ("shards", "foreign", r"without efficientclip's mark \(thesis\.txt\) and stays"),
         ("shards", "shards", "is or holds the source"),
         ("shards/0.tar", "shards", "is or holds the source"),
         ("shards", ".", "is or holds the source"),
@@ -73,7 +75,7 @@ def test_nothing_but_a_store_is_written_over(
             "foreign/thesis.txt": b"three years",
             "half.partial/part-00000.parquet": b"mine",
             "run/config.yaml": b"",
-            "run/checkpoints/latest": b"",
+            "run/checkpoints/step-00000010/state.npz": b"",
             "table.csv": "image,caption\na.png,猫\n".encode(),
         },
     )
@@ -142,6 +144,71 @@ def test_a_store_of_something_else_stays_until_the_new_one_is_whole(
     prepare(shards / "0.tar", path, config, replace=True)
     assert usable == [6] and len(Store(path)) == 2
     assert not [found.name for found in tmp_path.iterdir() if "made" in found.name and found != path]
+
+
+def test_a_broken_manifest_gives_no_foreign_file_away(tmp_path: Path, config: Config) -> None:
+    shards, path = write_shards(tmp_path / "shards", 1), tmp_path / "made"
+    prepare(shards, path, config)
+    (path / "manifest.json").write_text("{")
+    files(path, {"tokenizer/mine.txt": b"mine"})
+    with pytest.raises(UserError, match=r"no part of it \(tokenizer/mine\.txt\)"):
+        prepare(shards, path, config, replace=True)
+    (path / "tokenizer" / "mine.txt").unlink()
+    assert prepare(shards, path, config, replace=True)["pairs"] == len(Store(path)) == 2
+
+
+def test_a_link_that_leads_nowhere_is_refused_before_any_work(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_shards(tmp_path / "shards", 1)
+    monkeypatch.setattr(stage, "load_tokenizer", None)
+    for name, to in (("loop", "loop"), ("unmounted", "disk/deep")):
+        (tmp_path / name).symlink_to(to)
+        with pytest.raises(UserError, match=f"the link .*/{name} leads nowhere"):
+            prepare(shards, tmp_path / name, config)
+    assert not (tmp_path / "disk").exists()
+
+
+def test_a_new_store_is_not_read_again(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(write_shards(tmp_path / "shards", 1), tmp_path / "made", config)
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "sha256", None)
+        found = Store(tmp_path / "made").prove()
+    entries = read_manifest(tmp_path / "made")["files"].values()
+    assert sorted(found.values()) == sorted(entry["sha256"] for entry in entries)
+    ids = tmp_path / "made" / "image_ids.bin"
+    ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
+    with pytest.raises(UserError, match=r"image_ids\.bin: is not what was written"):
+        Store(tmp_path / "made").prove()
+
+
+@pytest.mark.parametrize("source", ["shards", "table", "parallel"])
+def test_a_row_that_is_not_finite_is_named(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    def second_is_nan(self: Any, items: Any, **_: Any) -> Any:
+        rows = np.ones((len(items), tiny.WIDTH), np.float32)
+        rows[-1, 3] = np.nan
+        return rows
+
+    monkeypatch.setattr(stage.FrozenImages, "encode_pixels", second_is_nan)
+    if source == "shards":
+        path, message = (
+            write_shards(tmp_path / "shards", 1),
+            r"shard .*/0\.tar, sample 001: the frozen tower .*weights$",
+        )
+    elif source == "table":
+        pictures = as_table(tmp_path, {number: png(number) for number in CAPTIONS})
+        path, message = pictures, r"picture images/2\.png of .*/images/2\.png: the frozen tower .*weights$"
+    else:
+        path = tmp_path / "parallel.tsv"
+        path.write_text("猫\tcat\n狗\t\n鸟\tbird\n")
+        message = r"parallel\.tsv, line 3: the frozen tower gave NaN .*weights and model\.teacher$"
+        monkeypatch.setattr(stage, "Teacher", lambda _: SimpleNamespace(encode=partial(second_is_nan, None)))
+        teacher = Teacher(kind="usem3")
+        config = config.model_copy(update={"model": config.model.model_copy(update={"teacher": teacher})})
+    with pytest.raises(UserError, match=message):
+        prepare(path, tmp_path / "made", config)
 
 
 @pytest.mark.parametrize(
