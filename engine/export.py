@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,13 +32,15 @@ from .evaluation.run import RESTORE, Run, open_run, read_metrics
 from .files import digests
 from .files.atomic import as_umask, put_in_place
 from .files.lock import held
-from .files.ownership import claim, kind_of, mark
+from .files.ownership import claim, kind_of, mark, marked
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
 
 TEXT_TYPES = ("bert", "chinese_clip_text_model")
 IMAGE_TYPES = ("clip_vision_model", "chinese_clip_vision_model")
+CARD = "README.md"
+Existing = Literal["replace", "refuse"]
 
 
 def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = None) -> type[PreTrainedModel]:
@@ -44,9 +48,16 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
 
     ChineseCLIPModel for a BERT read at [CLS] beside CLIP's ViT, EfficientCLIP for any other towers. Features and logit
     scale are those of the run. UserError when the run is unfinished or has no image tower, or `out` is not empty;
-    `replace`: an earlier export may be there.
+    `replace`: an earlier export may be there, whose card was not changed.
     """
-    target = claim(out, "model", sources=[run], existing="replace" if replace else "refuse", files=_files_of(out))
+    existing: Existing = "replace" if replace else "refuse"
+    target = Path(os.path.realpath(out))
+    aside = target.parent / f".{target.name}.partial"
+    if kind_of(aside) == "model":
+        # What a killed call left is ours by its mark, and goes.
+        with held(aside, "exporting"), stopping.scratch(aside):
+            pass
+    claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
     opened = open_run(run, store)
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"run {run}: unfinished, holds checkpoints alone; run the same `train` command to its end")
@@ -62,26 +73,45 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     whole = _chinese_clip(model) if _fits_chinese_clip(model) else model
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        # What a killed call left is ours by its mark, and goes.
-        aside = claim(target.with_name(f".{target.name}.partial"), "model")
-        mark(aside, "model")
-        with stopping.scratch(aside), held(aside, "exporting"):
+        mark(claim(aside, "model"), "model")
+        with held(aside, "exporting"), stopping.scratch(aside):
             folder = aside / "model"
             shutil.rmtree(folder, ignore_errors=True)
             whole.save_pretrained(folder)
             _processor(opened, tower).save_pretrained(folder)
             as_umask(folder)
+            _require_whole(folder)
             digests.write_digests(folder)
-            # It is for its reader to complete, so no digest holds it.
-            (folder / "README.md").write_text(_card(opened, whole), encoding="utf-8")
-            mark(folder, "model")
+            # It is for its reader to complete, so no digest holds it; the mark tells whether one did.
+            card = _card(opened, whole).encode()
+            (folder / CARD).write_bytes(card)
+            mark(folder, "model", card=hashlib.sha256(card).hexdigest())
+            claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
             put_in_place(folder, target)
     return type(whole)
 
 
-def _files_of(out: Path) -> list[str]:
-    """Relative paths of everything that belongs to the export at `out`, if there is one."""
-    return [*digests.read_digests(out), digests.NAME, "README.md"] if kind_of(out) == "model" else []
+def _files_of(out: Path, existing: Existing) -> list[str]:
+    """Relative paths of what belongs to the export at `out`, where it is to be replaced."""
+    if existing != "replace" or kind_of(out) != "model":
+        return []
+    try:
+        files = [*digests.read_digests(out), digests.NAME]
+    except UserError as error:
+        raise UserError(
+            f"model {out}: what belongs to it is unknown, its {digests.NAME} is missing or broken; remove {out}, or"
+            " name another folder"
+        ) from error
+    card = out / CARD
+    if card.is_file() and digests.sha256(card) != marked(out).get("card"):
+        raise UserError(f"{card}: was changed since it was exported, so --replace leaves it; move it away")
+    return [*files, CARD]
+
+
+def _require_whole(folder: Path) -> None:
+    names = digests.files_in(folder)
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise UserError(f"{folder}: files vanished from it while it was written; run the same command again")
 
 
 def _fits_chinese_clip(model: EfficientCLIP) -> bool:

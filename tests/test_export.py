@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModel, ChineseCLIPModel, ChineseCLIPProcessor, ResNetConfig
 
+from efficientclip import export as module
 from efficientclip.cli import main
 from efficientclip.config import load_config, save_config
 from efficientclip.data.store import Store
@@ -217,18 +219,83 @@ def test_an_export_takes_the_place_of_an_earlier_one_alone(tmp_path: Path, capsy
     modes = {path.stat().st_mode & 0o777 for path in out.iterdir()}
     (tmp_path / "plain").touch()
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
-    (out / "README.md").write_text("as it was exported first")
-    assert main(arguments) == 2
-    assert "--replace" in capsys.readouterr().err and (out / "README.md").read_text() == "as it was exported first"
+    card = (out / "README.md").read_text()
+    refused(capsys, arguments, "there is one already; --replace")
+    arguments.append("--replace")
     (out / "LICENCE").write_text("mine")
-    assert main([*arguments, "--replace"]) == 2
-    assert "no part of it (LICENCE)" in capsys.readouterr().err
+    refused(capsys, arguments, "no part of it (LICENCE)")
     (out / "LICENCE").unlink()
-    assert main([*arguments, "--replace"]) == 0
-    assert "Chinese texts" in (out / "README.md").read_text() and not list(tmp_path.glob(".*"))
-    files(tmp_path / "foreign", {"thesis.txt": b"three years"})
-    assert main(["export", str(run), str(tmp_path / "foreign"), "--replace"]) == 2
-    assert "did not write (thesis.txt)" in capsys.readouterr().err
+    (out / "README.md").write_text(completed := card.replace("license:", "license: mit"))
+    refused(capsys, arguments, "README.md: was changed since it was exported, so --replace leaves it; move it away")
+    assert (out / "README.md").read_text() == completed
+    (out / "README.md").rename(tmp_path / "README.md")
+    assert main(arguments) == 0 == main(arguments)
+    assert (out / "README.md").read_text() == card and not list(tmp_path.glob(".*"))
+    for break_it in (lambda file: file.write_text("{"), Path.unlink):
+        break_it(out / digests.NAME)
+        refused(capsys, arguments, f"digests.json is missing or broken; remove {out}, or name another folder")
+    # As earlier versions left it.
+    (out / MARK).unlink()
+    refused(capsys, arguments, "holds files without efficientclip's mark (README.md, config.json, model.safetensors")
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("error:") == 1
+
+
+def test_a_second_export_to_the_same_folder_leaves_the_first_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = trained(tmp_path, "clip"), module._processor
+    arguments = ["export", str(run), str(tmp_path / "out")]
+
+    def meanwhile(*given: Any) -> Any:
+        monkeypatch.undo()
+        refused(capsys, arguments, f"process {os.getpid()} on ")
+        return real(*given)
+
+    monkeypatch.setattr(module, "_processor", meanwhile)
+    assert main(arguments) == 0
+    digests.check(tmp_path / "out", digests.read_digests(tmp_path / "out"), "")
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_what_comes_while_it_is_written_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, replace: bool
+) -> None:
+    run, out, real = trained(tmp_path, "clip"), tmp_path / "out", module._processor
+    arguments = ["export", str(run), str(out), *(["--replace"] if replace else [])]
+    assert not replace or main(arguments) == 0
+
+    def meanwhile(*given: Any) -> Any:
+        files(out, {"thesis.txt": b"three years"})
+        return real(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_processor", meanwhile)
+        refused(capsys, arguments, "(thesis.txt)")
+    assert (out / "thesis.txt").read_bytes() == b"three years" and not list(tmp_path.glob(".out*"))
+    (out / "thesis.txt").unlink()
+
+    def losing(*given: Any) -> Any:
+        (tmp_path / ".out.partial" / "model" / "model.safetensors").unlink()
+        return real(*given)
+
+    monkeypatch.setattr(module, "_processor", losing)
+    refused(capsys, arguments, "files vanished from it while it was written")
+    assert (out / "model.safetensors").is_file() == replace
+
+
+@pytest.mark.parametrize(("out", "message"), [(".", "without efficientclip's mark"), ("/", "is or holds the source")])
+def test_a_folder_without_a_name_of_its_own_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, out: str, message: str
+) -> None:
+    files(tmp_path, {"here/thesis.txt": b"", "run/config.yaml": b""})
+    monkeypatch.chdir(tmp_path / "here")
+    refused(capsys, ["export", "../run", out], message)
 
 
 def test_the_command_says_how_to_open_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
