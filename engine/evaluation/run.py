@@ -60,10 +60,11 @@ class Run:
 
     def require_frozen(self) -> None:
         """UserError when the frozen tower is not the one that the run trained against."""
-        if (difference := self.tower_difference(frozen_name(self.config))) is not None:
+        found = frozen_name(self.config)
+        if (difference := self.tower_difference(found)) is not None:
             raise UserError(
-                f"run {self.folder}: its frozen tower is not the one that it was trained against: {difference}; put"
-                " that one back, or train the run anew"
+                f"run {self.folder}: its image tower is {found} now, but it was trained against"
+                f" {self.manifest['tower']}: {difference}; put that one back, or train the run anew"
             )
 
     def tower_difference(self, found: str | None) -> str | None:
@@ -280,8 +281,12 @@ def open_data(run: Run, data: Path | None) -> Iterator[Store]:
     remedy = f"prepare it with --config {run.folder / 'config.yaml'}"
     if is_store(data):
         store = Store(data)
-        if (difference := run.tower_difference(store.manifest["tower"])) is not None:
-            raise UserError(f"store {data}: features of another tower than {run.folder} has: {difference}; {remedy}")
+        found = store.manifest["tower"]
+        if (difference := run.tower_difference(found)) is not None:
+            needed = run.manifest["tower"]
+            raise UserError(
+                f"store {data}: features of {found}, but {run.folder} needs {needed}: {difference}; {remedy}"
+            )
         if store.width != run.config.model.width:
             raise UserError(
                 f"store {data}: features are {store.width} wide, but those of {run.folder} are"

@@ -114,14 +114,13 @@ def tower_difference(found: str | None, expected: str | None, *, earlier: bool =
     `earlier`: names of earlier versions, which do not tell of pixels, are compared by the rest.
     """
     one, other = (TOWER.fullmatch(name or "") for name in (found, expected))
-    names = f"{found}, not {expected}"
     if one is None or other is None or (one["digest"] or one["weights"]) != (other["digest"] or other["weights"]):
-        return f"its weights are {names}"
+        return "other weights"
     if one["mean"] != other["mean"]:
-        return f"the mean that is subtracted is another: {names}"
+        return "another mean to subtract"
     told = {one["pixels"], other["pixels"]}
     if len(told) > 1 and not (earlier and None in told):
-        return f"the size, mean or std of its pictures is another{' or not told' if None in told else ''}: {names}"
+        return f"another size, mean or std of pictures{', or none told' if None in told else ''}"
     return None
 
 

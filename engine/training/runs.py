@@ -163,10 +163,11 @@ def store_report(text_ND: Any, store: Store) -> dict[str, Any]:
 
 
 def _check_store(config: Config, store: Store) -> None:
-    if (difference := tower_difference(store.manifest["tower"], frozen_name(config))) is not None:
+    expected, found = frozen_name(config), store.manifest["tower"]
+    if (difference := tower_difference(found, expected)) is not None:
         raise UserError(
-            f"store {store.path}: its tower is not that of model.image_tower or model.teacher: {difference}; prepare"
-            " the store with this config, or give the tower it was made with"
+            f"store {store.path}: holds features of {found}, but model.image_tower or model.teacher is {expected}:"
+            f" {difference}; prepare the store with this config, or give the tower it was made with"
         )
     if store.width != config.model.width:
         raise UserError(f"store {store.path}: features are {store.width} wide, model.width is {config.model.width}")

@@ -309,8 +309,7 @@ def test_a_run_of_an_earlier_version_knows_its_tower_by_the_weights(
         assert main(["export", str(whole.run), str(tmp_path / "out")]) == 0
     else:
         assert main(["evaluate", str(whole.run), str(whole.tar)]) == 2
-        assert "its weights are image-run@" in (err := capsys.readouterr().err)
-        assert "not image-run@0123456789abcdef; put that one back" in err
+        assert "against image-run@0123456789abcdef: other weights; put that one back" in capsys.readouterr().err
 
 
 def test_the_reports_tables_are_missed_by_name(whole: World, capsys: pytest.CaptureFixture[str]) -> None:
