@@ -143,6 +143,8 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
 
 def _require_shards_alone(train: Path) -> None:
     """UserError where replacing `train` would remove what is no shard of ours."""
+    if train.is_symlink():
+        raise UserError(f"demo-data {train}: is a link, which the new shards would replace; remove or rename it")
     shards = {path.name for path in train.glob("[0-9]" * 5 + ".tar") if path.is_file()}
     require_known(train, shards, f"demo-data {train}")
 

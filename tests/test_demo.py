@@ -170,6 +170,14 @@ def test_only_demo_data_is_written_over(
     assert {name: (tmp_path / "demo" / name).read_bytes() for name in held} == held
 
 
+def test_a_link_is_not_replaced(tmp_path: Path) -> None:
+    files(tmp_path, {"disk/00000.tar": b"mine"})
+    (tmp_path / "train").symlink_to("disk")
+    with pytest.raises(UserError, match="train: is a link"):
+        demo._write_train(tmp_path, training_pictures(1))
+    assert (tmp_path / "train" / "00000.tar").read_bytes() == b"mine"
+
+
 def test_two_calls_do_not_build_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "check_tools", lambda: None)
     monkeypatch.setattr(demo, "_download", lambda cache: demo.build_demo_data(tmp_path / "demo"))

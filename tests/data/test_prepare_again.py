@@ -169,8 +169,13 @@ def test_a_link_that_leads_nowhere_is_refused_before_any_work(
     assert not (tmp_path / "disk").exists()
 
 
-def test_a_new_store_is_not_read_again(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(write_shards(tmp_path / "shards", 1), tmp_path / "made", config)
+def test_a_new_store_is_not_read_again(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "LONG", 0)
+        prepare(write_shards(tmp_path / "shards", 1), tmp_path / "made", config)
+    assert "digests of made.partial: 100%" in capsys.readouterr().err
     with monkeypatch.context() as patched:
         patched.setattr(digests, "sha256", None)
         found = Store(tmp_path / "made").prove()

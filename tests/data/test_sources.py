@@ -217,6 +217,18 @@ def test_faulty_files_end_in_one_message(tmp_path: Path, name: str, content: byt
         open_source(tmp_path / name)
 
 
+def test_a_broken_page_of_a_table_is_one_message(tmp_path: Path) -> None:
+    file, rows = tmp_path / "a.parquet", 2000
+    table = pa.table({"image": [f"{number}.png" for number in range(rows)], "text": ["猫"] * rows})
+    pq.write_table(table, file, compression="zstd", use_dictionary=False)
+    whole = bytearray(file.read_bytes())
+    whole[100:400] = bytes(300)
+    file.write_bytes(whole)
+    assert pq.read_schema(file).names == ["image", "text"]
+    with pytest.raises(UserError, match=r"a\.parquet: broken .*write it anew, or copy it again"):
+        open_source(file)
+
+
 def test_a_folder_of_several_splits_or_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no \.tar and no \*_imgs\.tsv"):
         open_source(tmp_path)
