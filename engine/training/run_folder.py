@@ -34,7 +34,7 @@ from ..files import digests
 from ..files.atomic import put_in_place, write_atomically
 from ..files.lock import NAME as LOCK
 from ..files.lock import held
-from ..files.ownership import LOGS, Kind, claim, mark
+from ..files.ownership import LOGS, Kind, claim, kind_of, mark
 from .ranks import agree, assembled, gathered, told
 
 SEEN_SECONDS = 6
@@ -54,7 +54,10 @@ def owned(folder: Path, kind: Kind, doing: str) -> Iterator[None]:
         return
     claim(folder, kind, beside=LOGS)
     with writing(folder):
-        mark(folder, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A run of an earlier version is ours without one, and would be asked for digests that it has not.
+        if kind_of(folder) is None:
+            mark(folder, kind)
     with held(folder, doing):
         told((folder / LOCK).read_text(encoding="utf-8"))
         dist.barrier()
@@ -178,8 +181,10 @@ def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
 
 def keep_foreign(old: Path, new: Path) -> None:
     """Copy what a user has put into the folder `old` to `new`, which takes its place."""
-    written = digests.read_digests(old) if (old / digests.NAME).is_file() else None
-    for name in digests.files_in(old) if written is not None else ():
+    if not (old / digests.NAME).is_file():
+        return
+    written = digests.read_digests(old)
+    for name in digests.files_in(old):
         if name not in written and not (new / name).exists():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(old / name, new / name)
