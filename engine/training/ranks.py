@@ -29,7 +29,10 @@ JOIN_SECONDS = 60
 HEARD_SECONDS = 5
 SIGNAL_SECONDS = 2
 LOST_SECONDS = 3
-LOST = ("connection closed by peer", "connection reset", "broken pipe", "connection refused", "remote process exited")
+LOST = (
+    "connection closed by", "connection was likely closed", "connection reset", "connection refused", "broken pipe",
+    "socket closed", "remote process exited", "ncclremoteerror",
+)  # fmt: skip
 
 
 class _Words:
