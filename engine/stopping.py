@@ -126,7 +126,12 @@ def leave(code: int, message: str | None = None) -> NoReturn:
         for child in psutil.Process().children(recursive=True):
             child.kill()
     for folder in list(_scratch):
-        shutil.rmtree(folder, ignore_errors=True)
+        # The main thread may still be writing there.
+        for _ in range(5):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break
+            time.sleep(0.05)
     os._exit(code)
 
 
