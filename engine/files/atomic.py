@@ -57,6 +57,8 @@ def put_in_place(made: Path, target: Path) -> None:
         if old.exists():
             # Left by a call that died here: `target` is whole, or `recover` had put the old one back.
             shutil.rmtree(old)
+        for folder in (made, *(path for path in made.rglob("*") if path.is_dir())):
+            sync(folder)
         if target.exists():
             os.replace(target, old)
         os.replace(made, target)

@@ -25,7 +25,7 @@ from ..errors import UserError, reading, short, tell, writing
 from ..files import digests
 from ..files.atomic import as_umask, put_in_place, recover, write_atomically
 from ..model.efficientclip import EfficientCLIP
-from .ranks import gathered, told
+from .ranks import gathered, lost_peer, told
 
 Arrays = dict[str, Any]
 STEP = re.compile(r"step-(\d{8})")
@@ -123,6 +123,8 @@ class Checkpoints:
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if lost_peer(error):
+                raise
             # Its digests hold: the file is what was written.
             loaded, why = None, short(error)
         if loaded is None:
@@ -199,8 +201,8 @@ def save_model(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
             wrong = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
             if wrong is not None:
                 raise UserError(
-                    f"{folder}: parameter {wrong} is not finite, and is not saved; lower optimizer.lr or set"
-                    " optimizer.clip, and run the same command again: it goes on from the checkpoint before"
+                    f"{folder}: parameter {wrong} is not finite, and is not saved; begin another run with a lower"
+                    " optimizer.lr or with optimizer.clip, by model.start_from from a checkpoint before, if there is one"
                 )
             module.save_pretrained(folder, state_dict=state)
             as_umask(folder)

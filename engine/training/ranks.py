@@ -69,7 +69,7 @@ def together(work: Callable[[], int]) -> int:
         code = work()
     except Exception as error:
         message, patience = message_of(error) or _network(error), HEARD_SECONDS
-        if message is None and _lost_peer(error):
+        if message is None and lost_peer(error):
             if stopping.requested() is not None:
                 stopping.leave_stopped()
             # Whoever ended the connection may say why, which ends this process.
@@ -235,6 +235,7 @@ def _network(error: Exception) -> str | None:
     return None
 
 
-def _lost_peer(error: BaseException) -> bool:
+def lost_peer(error: BaseException) -> bool:
+    """Whether `error` is that of a connection which another rank's end has closed."""
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in text for words in LOST)
