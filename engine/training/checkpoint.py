@@ -202,7 +202,7 @@ def save_model(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
             if wrong is not None:
                 raise UserError(
                     f"{folder}: parameter {wrong} is not finite, and is not saved; begin another run with a lower"
-                    " optimizer.lr or with optimizer.clip, by model.start_from from a checkpoint before, if there is one"
+                    " optimizer.lr or with optimizer.clip; model.start_from takes the weights of a checkpoint before"
                 )
             module.save_pretrained(folder, state_dict=state)
             as_umask(folder)
