@@ -81,8 +81,11 @@ def test_features_is_another_name_of_prepare(tmp_path: Path, monkeypatch: pytest
 
 
 WAITING = """
-import sys, time
+import signal, sys, time
 from efficientclip import cli
+
+# Under nohup the tests, and so this, would ignore it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def wait(given):
     print("at it", flush=True)

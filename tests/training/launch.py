@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,9 @@ def _enter(
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    # Where the tests run under nohup, or behind a shell, a run would ignore these.
+    for signum in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(signum, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script or module), *arguments]
