@@ -35,7 +35,9 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)|\[?errno:? ?(\d+)\]?", re.IGNORECASE)
 TEXTS = {os.strerror(code).lower(): code for code in REMEDIES}
 # PyTorch's file writer and NumPy's `tofile` tell no cause.
 UNTOLD = re.compile(
-    r"PytorchStreamWriter|unexpected pos|inline_container|iostream error|\d+ requested and \d+ written", re.IGNORECASE
+    r"PytorchStreamWriter|unexpected pos|inline_container|iostream error|Parent directory .* does not exist"
+    r"|\d+ requested and \d+ written",
+    re.IGNORECASE,
 )
 
 

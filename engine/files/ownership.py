@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from typing import BinaryIO, Literal, get_args
 from .. import __version__
 from ..errors import UserError
 from .atomic import recover, set_aside, write_atomically
+from .lock import NAME as LOCK
 
 Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
 Made = Literal["page", "picture", "table", "result", "profile", "trace"]
@@ -111,8 +113,8 @@ def claim(
         raise UserError(f"{shown}: is a file; name a folder")
     found = kind_of(target)
     if found is None:
-        # Killed over its mark, a command left half of it.
-        known = (*beside, f".{MARK}.partial")
+        # Killed over its mark, a command left half of it, or its lock alone.
+        known = (*beside, f".{MARK}.partial", LOCK)
         foreign = sorted(name for name in os.listdir(target) if not any(fnmatch(name, one) for one in known))
         if foreign:
             raise UserError(
@@ -216,7 +218,9 @@ def _folder_above(given: Path, target: Path, shown: str) -> Path:
 def _require_writable(folder: Path, shown: str, instead: str) -> None:
     """UserError on a read-only mount, too."""
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{shown}: {folder} cannot be written; {instead}")
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        why = os.strerror(errno.EROFS if read_only else errno.EACCES)
+        raise UserError(f"{shown}: {folder} cannot be written ({why}); {instead}")
 
 
 def _keys(value: object) -> Set[str]:
