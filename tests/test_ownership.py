@@ -228,14 +228,19 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_remedy(
     files(tmp_path, {"run/a": b"", "store/manifest.json": STORE})
     mark(tmp_path / "run", "run")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (tmp_path, tmp_path / "run"))
-    with pytest.raises(UserError, match=f"{tmp_path} cannot be written; name a page elsewhere by --output"):
+    with pytest.raises(
+        UserError, match=f"{tmp_path} cannot be written \\(Permission denied\\); name a page elsewhere by --output"
+    ):
         claim_file(tmp_path / "deep" / "report.html", "page", instead="name a page elsewhere by --output")
     for name, kind, existing, above in (
         ("deep/store", "store", "go on", tmp_path),
         ("store", "store", "replace", tmp_path),
         ("run", "run", "go on", tmp_path / "run"),
     ):
-        with pytest.raises(UserError, match=f"{above} cannot be written; give this user the right .* name another"):
+        with pytest.raises(
+            UserError,
+            match=f"{above} cannot be written \\(Permission denied\\); give this user the right .* name another",
+        ):
             claim(tmp_path / name, kind, existing=existing, files=["manifest.json"])  # type: ignore[arg-type]
     # It may be the wanted one, which is then only read.
     assert claim(tmp_path / "store", "store") == tmp_path / "store"

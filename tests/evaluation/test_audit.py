@@ -392,7 +392,9 @@ def test_only_its_own_table_and_page_are_written_over(
     assert main(["audit", str(audited.run), str(tmp_path), "--replace"]) == 0
     before = {file: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != audited.run)
-    assert f"{audited.run} cannot be written; name another folder: efficientclip audit" in refused(capsys, audited.run)
+    assert f"{audited.run} cannot be written (Permission denied); name another folder: efficientclip audit" in refused(
+        capsys, audited.run
+    )
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("efficientclip.evaluation.audit._add_sources", interrupt)
         # By now they are ours.

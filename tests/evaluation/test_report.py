@@ -78,7 +78,10 @@ def test_a_page_elsewhere_leaves_the_run_as_it_is(
         # As a folder on a read-only disk answers.
         patched.setattr("os.access", lambda path, mode: Path(path) != world.run)
         assert main(["report", str(world.run)]) == 2
-        assert "cannot be written; name a page elsewhere by --output FILE.html" in capsys.readouterr().err
+        assert (
+            "cannot be written (Permission denied); name a page elsewhere by --output FILE.html"
+            in capsys.readouterr().err
+        )
         assert main(arguments) == 0
     assert sorted(world.run.iterdir()) == before
     assert '<meta name="generator" content="made by efficientclip ' in page.read_text(encoding="utf-8")

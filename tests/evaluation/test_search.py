@@ -55,7 +55,7 @@ def test_only_its_own_picture_is_written_over(
     assert "/: is no file, but a folder; name a file" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert main(arguments[:-2]) == 2
-    assert "cannot be written; name a picture elsewhere by --output" in capsys.readouterr().err
+    assert "cannot be written (Permission denied); name a picture elsewhere by --output" in capsys.readouterr().err
 
 
 def test_without_a_chinese_font_the_picture_comes_with_a_notice(
