@@ -259,12 +259,14 @@ def until(reached: Callable[[], bool], process: Tree, seconds: float = ENDLESS) 
 
 
 def tracebacks(output: str) -> tuple[int, int]:
-    """How many stacks of frames the engine printed, Python's and C++'s, and how many DeepSpeed's launcher."""
+    """How many stacks of frames the engine printed, Python's and C++'s, and how many DeepSpeed's launcher, or Python
+    itself, which a Ctrl-C met before it ran a line of ours."""
     engine = launcher = 0
     for part in output.split("Traceback (most recent call last)")[1:]:
         frames = [line for line in part.splitlines() if line.lstrip().startswith('File "')]
         ours = any("efficientclip" in frame or "/engine/" in frame for frame in frames)
-        if not ours and any("deepspeed/launcher/" in frame or "bin/deepspeed" in frame for frame in frames):
+        launchers = any("deepspeed/launcher/" in frame or "bin/deepspeed" in frame for frame in frames)
+        if not ours and (launchers or "KeyboardInterrupt" in part):
             launcher += 1
         else:
             engine += 1
