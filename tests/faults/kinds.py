@@ -28,6 +28,7 @@ MEBIBYTE = 1 << 20
 # Inputs that the engine wrote, and whose damage it must notice.
 WRITTEN = ("data/store", "data/texts", "judged", "stores/made", "runs/run")
 STOPPED = re.compile(r"stopped by (SIG\w+)")
+FINISHED = re.compile(r"pair visits on \d+ rank|are estimated to be wrong")
 
 
 def by_signal(case: Case, signum: int, whom: str, twice: bool = False) -> None:
@@ -94,7 +95,9 @@ def _told_end(case: Case, ended: Ended, signum: int, heard: bool) -> None:
         if wrong:
             case.problem(END, f"exit codes {ended.codes}, not {stopped}", ended.output)
         wanted = {signal.Signals(signum).name} | ({"SIGTERM"} if case.command.ranks > 1 else set())
-    ends_well = all(code == 0 for code in ended.codes)
+    # The signal ends the launcher, also where its ranks had only their last lines to write.
+    finished = case.command.launched and FINISHED.search(ended.output) is not None
+    ends_well = finished or all(code == 0 for code in ended.codes)
     if heard and not ends_well and (len(told) != 1 or told[0] not in wanted):
         case.problem(END, f"{len(told)} lines tell by what it was stopped, codes {ended.codes}", ended.output)
 
