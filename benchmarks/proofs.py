@@ -1,0 +1,167 @@
+"""What it costs that nothing broken is used: digests at a checkpoint, and the comparison of stores at a start.
+
+    python -m benchmarks.proofs                    # BERT-base's size, a store of 5 GB; needs 15 GB of disk
+    python -m benchmarks.proofs --layers 2 --store-gb 0.1
+
+Checkpoints with and without digests are written in turns, medians; without, files are only fsynced. The store's start
+is `proven` and `agreed` on one rank, with an empty cache and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measuring import RESULTS, Row, hardware, record
+from efficientclip.config import load_config
+from efficientclip.data.store import PAIR_FILES, Store, finish, staging, write_ids
+from efficientclip.files import digests
+from efficientclip.files.atomic import sync
+from efficientclip.training import checkpoint as checkpoints
+from efficientclip.training.distributed import end_process, process_group
+from efficientclip.training.run_folder import agreed, owned, proven
+from efficientclip.training.runs import new_trainer, text_run
+from efficientclip.training.trainer import Trainer
+from tests import tiny
+
+WIDTH = 512
+COLUMNS = ("hardware", "what", "gigabytes", "seconds", "cpu_seconds", "share", "date", "command")
+
+
+def only_synced(folder: Path, files: Iterable[str]) -> digests.Described:
+    """What stood in the place of digests: every file fsynced."""
+    names = sorted(files)
+    for name in names:
+        sync(folder / name)
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": ""} for name in names}
+
+
+def large_store(folder: Path, gigabytes: float) -> Path:
+    """A pair store of random finite features, a caption and an image a pair."""
+    small, path = Store(tiny.pair_store(folder / "small")), folder / "large"
+    rows = round(gigabytes * 1e9 / (2 * WIDTH))
+    made = staging(path)
+    made.mkdir()
+    generator = np.random.default_rng(0)
+    with (made / "features.bin").open("wb") as stream:
+        for start in range(0, rows, 1 << 16):
+            part = generator.standard_normal((min(1 << 16, rows - start), WIDTH), dtype=np.float32)
+            stream.write((part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float16).tobytes())
+    captions = np.arange(rows, dtype=np.int32) % (len(small.offsets) - 1)
+    for name in ("tokens.bin", "offsets.bin", "pairs.parquet"):
+        (made / name).write_bytes((small.path / name).read_bytes())
+    write_ids(made, np.arange(rows, dtype=np.int32), captions, len(small.offsets) - 1)
+    os.rename(small.path / "tokenizer", made / "tokenizer")
+    kept = {key: value for key, value in small.manifest.items() if key not in ("format", "files", "sha256")}
+    finish(made, path, kept | {"width": WIDTH, "images": rows, "pairs": rows}, PAIR_FILES)
+    return path
+
+
+@contextmanager
+def timed(seconds: list[tuple[float, float]]) -> Iterator[None]:
+    """Seconds on the clock and of CPUs."""
+    started = time.perf_counter(), time.process_time()
+    yield
+    seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
+
+
+def starts(config_file: Path, store: Path) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Seconds, as `timed` tells them, of the first and of the second look at the store."""
+    config = load_config(config_file)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(2):
+        with timed(seconds), agreed(config):
+            proven({"store": Store(store)})
+    return seconds[0], seconds[1]
+
+
+def saves(trainer: Trainer, rounds: int) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Seconds of checkpoints with digests and without, in turns."""
+    with_digests: list[tuple[float, float]] = []
+    without: list[tuple[float, float]] = []
+    for number in range(rounds):
+        with timed(with_digests):
+            trainer.checkpoints.save(trainer.engine, 2 * number + 1, trainer._state(), None)
+        with patch.object(checkpoints.digests, "described", only_synced), timed(without):
+            trainer.checkpoints.save(trainer.engine, 2 * number + 2, trainer._state(), None)
+    return with_digests, without
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--store-gb", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="proofs-", dir=".") as name:
+        folder = Path(name).resolve()
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        rows = measured(folder, given.layers, given.store_gb, given.rounds)
+    record(rows, RESULTS / "proofs.csv", ("hardware", "what"), COLUMNS)
+    table = Table(*COLUMNS[1:6])
+    for row in rows:
+        table.add_row(*(str(row[column]) for column in COLUMNS[1:6]))
+    Console().print(table)
+    return 0
+
+
+def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[Row]:
+    tiny.pair_store(folder / "store")
+    tower = {
+        "model_type": "bert", "hidden_size": 768, "num_hidden_layers": layers, "num_attention_heads": 12,
+        "intermediate_size": 3072, "max_position_embeddings": 128,
+    }  # fmt: skip
+    changes = {"model__text_tower": {"architecture": tower}, "mlm__texts_per_batch": 0, "data__validation": {}}
+    file = tiny.config(folder, run=str(folder / "run"), training__threads=0, **changes)
+    config = load_config(file)
+    large = large_store(folder, gigabytes)
+    with process_group(config), owned(config.run, "run", "benchmark"):
+        first, second = starts(file, large)
+        trainer = new_trainer(config, Trainer, text_run(config))
+        # The optimiser's state is there from the first step on.
+        batch = next(trainer.loader)
+        trainer.bank.add_to(batch, trainer.source.edges)
+        trainer._train_step(batch)
+        with_digests, without = saves(trainer, rounds)
+    size = sum(path.stat().st_size for path in (folder / "run" / "checkpoints").glob("step-*/**/*") if path.is_file())
+    size /= len(list((folder / "run" / "checkpoints").glob("step-*")))
+    held = sum(entry["bytes"] for entry in Store(large).manifest["files"].values())
+    one, other = (tuple(map(statistics.median, zip(*times, strict=True))) for times in (with_digests, without))
+    # Of pairs that stood next to each other: a shared machine changes under them.
+    share = statistics.median(a[0] / b[0] for a, b in zip(with_digests, without, strict=True)) - 1
+    figures = [
+        ("checkpoint, with digests", size, one, share),
+        ("checkpoint, fsynced alone", size, other, None),
+        ("store at a start, first", held, first, None),
+        ("store at a start, again", held, second, None),
+    ]
+    return [
+        {
+            "hardware": hardware("cpu"),
+            "what": what,
+            "gigabytes": f"{held / 1e9:.2f}",
+            "seconds": f"{seconds[0]:.3f}",
+            "cpu_seconds": f"{seconds[1]:.3f}",
+            "share": "" if share is None else f"{share:.3f}",
+            "date": date.today().isoformat(),
+            "command": " ".join(["python -m benchmarks.proofs", *sys.argv[1:]]),
+        }
+        for what, held, seconds, share in figures
+    ]
+
+
+if __name__ == "__main__":
+    end_process(main())
