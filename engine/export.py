@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -83,9 +82,8 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
             _require_whole(folder)
             digests.write_digests(folder)
             # It is for its reader to complete, so no digest holds it; the mark tells whether one did.
-            card = _card(opened, whole).encode()
-            (folder / CARD).write_bytes(card)
-            mark(folder, "model", card=hashlib.sha256(card).hexdigest())
+            (folder / CARD).write_text(_card(opened, whole), encoding="utf-8")
+            mark(folder, "model", card=digests.digest_of(folder / CARD))
             claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
             put_in_place(folder, target)
     return type(whole)
@@ -103,7 +101,7 @@ def _files_of(out: Path, existing: Existing) -> list[str]:
             " name another folder"
         ) from error
     card = out / CARD
-    if card.is_file() and digests.sha256(card) != marked(out).get("card"):
+    if card.is_file() and digests.digest_of(card) != marked(out).get("card"):
         raise UserError(f"{card}: was changed since it was exported, so --replace leaves it; move it away")
     return [*files, CARD]
 

@@ -349,7 +349,7 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
             raise ValueError("a pair is in neither fold")
         digest = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
         if told.get("columns", digest) != digest:
-            raise ValueError("is not what was written, its sha256 differs")
+            raise ValueError("is not what was written, its digest differs")
     if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
         raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
     return CrossFit(float(told["rate"]), int(told["visits"]), **columns)
@@ -376,7 +376,7 @@ def _told(schema: pa.Schema) -> dict[str, str]:
     if digests:
         told["columns"] = digests["columns"]
         if _digest_of(*map(str.encode, told.values())) != digests["sha256"]:
-            raise ValueError("is not what was written, its sha256 differs")
+            raise ValueError("is not what was written, its digest differs")
     return told
 
 
@@ -389,4 +389,4 @@ def _digest_of(*parts: bytes | memoryview) -> str:
 
 
 def _identity(store: Store) -> str:
-    return "-".join(store.manifest["files"][name]["sha256"] for name in ("image_ids.bin", "caption_ids.bin"))
+    return "-".join(store.manifest["files"][name]["xxh3"] for name in ("image_ids.bin", "caption_ids.bin"))

@@ -125,13 +125,11 @@ def leave(code: int, message: str | None = None) -> NoReturn:
     with suppress(Exception):
         for child in psutil.Process().children(recursive=True):
             child.kill()
-    for folder in list(_scratch):
-        # The main thread may still be writing there.
-        for _ in range(5):
-            shutil.rmtree(folder, ignore_errors=True)
-            if not folder.exists():
-                break
-            time.sleep(0.05)
+    if _scratch:
+        # The main thread may be writing there still, and `exec` ends it first.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        with suppress(OSError):
+            os.execv("/bin/sh", ["sh", "-c", 'rm -rf -- "$@"; exit "$0"', str(code), *map(str, _scratch)])
     os._exit(code)
 
 

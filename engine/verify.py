@@ -157,8 +157,8 @@ def _kept_pairs(folder: Path, root: Path) -> Iterator[Part]:
     except UserError as error:
         yield _part(file, root, str(error))
         return
-    yield from _read(folder, {name: shard for name, shard in shards.items() if "sha256" in shard}, root)
-    for name in (name for name, shard in shards.items() if "sha256" not in shard):
+    yield from _read(folder, {name: shard for name, shard in shards.items() if "xxh3" in shard}, root)
+    for name in (name for name, shard in shards.items() if "xxh3" not in shard):
         yield _checked(
             folder / name, root, partial(digests.check_sizes, folder, {name: shards[name]}, RESTORE), sound=NOT_COVERED
         )
@@ -192,8 +192,8 @@ def _read(folder: Path, files: digests.Described, root: Path) -> Iterator[Part]:
             try:
                 digests.check_sizes(folder, {name: files[name]}, RESTORE)
                 with reading("file", folder / name, RESTORE):
-                    if digests.sha256(folder / name, bar.update) != files[name]["sha256"]:
-                        raise UserError(f"{folder / name}: is not what was written (its sha256 differs); {RESTORE}")
+                    if digests.digest_of(folder / name, bar.update) != files[name]["xxh3"]:
+                        raise UserError(f"{folder / name}: is not what was written (its digest differs); {RESTORE}")
             except UserError as error:
                 return str(error)
             return None

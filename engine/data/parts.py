@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_128_hexdigest
 
 from ..errors import reading
 from ..files.atomic import write_atomically
-from ..files.digests import sha256
+from ..files.digests import digest_of
 from .shards import BadSample
 from .store import token_dtype, write_ids, write_tokens
 
@@ -76,7 +77,7 @@ def write_part(folder: Path, name: str, items: list[Item], bad: list[BadSample])
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([vars(item) for item in items], schema=schema), sink)
     content = sink.getvalue().to_pybytes()
-    file = folder / f"part-{name}-{hashlib.sha256(content).hexdigest()[:32]}.parquet"
+    file = folder / f"part-{name}-{xxh3_128_hexdigest(content)}.parquet"
     for other in folder.glob(f"part-{name}-*.parquet"):
         other.unlink()
     write_atomically(file, content)
@@ -89,7 +90,7 @@ def kept_part(folder: Path, name: str) -> Path | None:
     One without some pictures, because their files were missing, is made again: they may be there now.
     """
     for file in folder.glob(f"part-{name}-*.parquet"):
-        whole = file.stem.endswith(sha256(file)[:32])
+        whole = file.stem.endswith(digest_of(file))
         if whole and not any(entry["cause"].startswith("picture file") for entry in bad_of(file)):
             return file
     return None

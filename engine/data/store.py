@@ -36,7 +36,7 @@ from ..files.ownership import MARK, claim, mark
 # CSR of a bipartite graph: indptr int64 [left nodes + 1], indices int32, ascending in each row.
 Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
-FORMAT = 2
+FORMAT = 3
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
 # What building a store leaves beside its files.
@@ -80,7 +80,7 @@ class TextStore:
     @property
     def identity(self) -> str:
         """Equal for stores that hold the same, wherever they lie."""
-        held = {name: self.manifest["files"][name]["sha256"] for name in self._files if name != "pairs.parquet"}
+        held = {name: self.manifest["files"][name]["xxh3"] for name in self._files if name != "pairs.parquet"}
         return hashlib.sha256(json.dumps([self.manifest.get("tower"), held]).encode()).hexdigest()
 
     def prove(self, known: digests.Known | None = None, *, anew: bool = False) -> digests.Known:
@@ -206,7 +206,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
             )
         # Earlier versions wrote none.
         if manifest.get("sha256", digest := _manifest_digest(manifest)) != digest:
-            raise UserError(f"store {file}: is not what was written (its sha256 differs); {ANEW}")
+            raise UserError(f"store {file}: is not what was written (its digest differs); {ANEW}")
         needed = PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES
         if missing := [name for name in needed if not isinstance(manifest["files"][name]["bytes"], int)]:
             raise ValueError(f"no size of {missing[0]}")
@@ -279,7 +279,7 @@ def settle(folder: Path, path: Path) -> None:
     (target / lock.NAME).unlink(missing_ok=True)
     files = read_manifest(target)["files"]
     # Their digests were computed, or checked, just now.
-    digests.remember(target, {digests.signature(target / name): entry["sha256"] for name, entry in files.items()})
+    digests.remember(target, {digests.signature(target / name): entry["xxh3"] for name, entry in files.items()})
 
 
 def files_of(path: Path) -> Iterator[str]:

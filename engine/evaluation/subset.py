@@ -77,7 +77,7 @@ def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple
     store, kept = audit.store, audit.verdicts.kept
     _check_shards(store)
     identity = {
-        "pairs": store.manifest["files"]["pairs.parquet"]["sha256"],
+        "pairs": store.manifest["files"]["pairs.parquet"]["xxh3"],
         "kept": hashlib.sha256(np.packbits(kept).tobytes()).hexdigest(),
         "samples": samples,
         "bytes": size,
@@ -136,7 +136,7 @@ def _open(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     with reading("export", file, remedy):
         record = json.loads(file.read_text(encoding="utf-8"))
         differing = ", ".join(name for name, value in identity.items() if record["identity"][name] != value)
-        written = {shard["name"]: {"bytes": shard["bytes"], "sha256": shard["sha256"]} for shard in record["shards"]}
+        written = {shard["name"]: {"bytes": shard["bytes"], "xxh3": shard["xxh3"]} for shard in record["shards"]}
     if differing:
         raise UserError(f"--export {folder}: holds another export ({differing} differ); choose another folder")
     digests.check(folder, written, remedy)
@@ -164,7 +164,7 @@ def _write_shard(
             bar.update(sample.pairs)
             sample = next(stream, None)
     made = {"name": file.name, "samples": len(keys), "pairs": pairs, "bytes": file.stat().st_size}
-    return made | {"sha256": digests.sha256(file)}, end, sample
+    return made | {"xxh3": digests.digest_of(file)}, end, sample
 
 
 def _kept_samples(audit: Audit, start: Position) -> Iterator[KeptSample]:

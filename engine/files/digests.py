@@ -1,6 +1,9 @@
 """Digests of files: written beside them, and read again before they are believed.
 
-digests.json    {relative path: {bytes, sha256}} of the folder it lies in, for checkpoints, models and runs
+digests.json    {relative path: {bytes, xxh3}} of the folder it lies in, for checkpoints, models and runs
+
+XXH3 of 128 bits finds what disks, networks and cut calls do to a file, at the speed of reading it; it is no proof
+against someone who means harm.
 
 A file whose digest was computed and that has not been touched since (device, inode, size, times) is not read again:
 the user's cache folder remembers. `efficientclip verify` reads everything.
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from xxhash import xxh3_128
 
 from ..errors import UserError, reading
 from .atomic import sync, write_atomically
@@ -35,9 +39,9 @@ Described = dict[str, dict[str, Any]]
 Known = dict[Signature, str]
 
 
-def sha256(file: Path, progress: Callable[[int], Any] = lambda read: None) -> str:
+def digest_of(file: Path, progress: Callable[[int], Any] = lambda read: None) -> str:
     """Of the whole file, in hex; `progress` is told the bytes read."""
-    state, chunk = hashlib.sha256(), bytearray(CHUNK)
+    state, chunk = xxh3_128(), bytearray(CHUNK)
     view = memoryview(chunk)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
@@ -56,10 +60,10 @@ def described(folder: Path, files: Iterable[str]) -> Described:
         ThreadPoolExecutor(4) as hashing,
     ):
         synced = syncing.map(lambda name: sync(folder / name), names)
-        digests = list(hashing.map(lambda name: sha256(folder / name, bar.update), names))
+        digests = list(hashing.map(lambda name: digest_of(folder / name, bar.update), names))
         list(synced)
     return {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
+        name: {"bytes": (folder / name).stat().st_size, "xxh3": digest}
         for name, digest in zip(names, digests, strict=True)
     }
 
@@ -84,8 +88,8 @@ def read_digests(folder: Path) -> Described:
     with reading("digests", file, "restore the folder from a copy"):
         found: Described = json.loads(file.read_text(encoding="utf-8"))
         for name, entry in found.items():
-            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or ".." in Path(name).parts:
-                raise ValueError(f"{name} is not described by bytes and sha256")
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["xxh3"], str) or ".." in Path(name).parts:
+                raise ValueError(f"{name} is not described by bytes and xxh3")
     return found
 
 
@@ -119,12 +123,14 @@ def check(
         tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
         ThreadPoolExecutor(4) as pool,
     ):
-        for name, digest in zip(unread, pool.map(lambda name: sha256(folder / name, bar.update), unread), strict=True):
+        for name, digest in zip(
+            unread, pool.map(lambda name: digest_of(folder / name, bar.update), unread), strict=True
+        ):
             found[signatures[name]] = digest
     for name, entry in files.items():
-        if found[signatures[name]] != entry["sha256"]:
+        if found[signatures[name]] != entry["xxh3"]:
             forget(folder)
-            raise UserError(f"{folder / name}: is not what was written (its sha256 differs); {remedy}")
+            raise UserError(f"{folder / name}: is not what was written (its digest differs); {remedy}")
     sound = {signatures[name]: found[signatures[name]] for name in files}
     if unread:
         remember(folder, before | sound)

@@ -145,14 +145,14 @@ def _digest_of(files: Sequence[Path]) -> str:
     found = []
     for file in files:
         with reading("weights", file, "restore the file from a copy"):
-            found.append(_sha256(file, digests.signature(file)))
+            found.append(_digest_once(file, digests.signature(file)))
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 @cache
-def _sha256(file: Path, signature: digests.Signature) -> str:
+def _digest_once(file: Path, signature: digests.Signature) -> str:
     """Of a file that is as it was when it had that `signature`."""
-    return digests.sha256(file)
+    return digests.digest_of(file)
 
 
 def frozen_name(config: settings.Config) -> str:

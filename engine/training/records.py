@@ -46,7 +46,7 @@ class Written:
         with reading("metrics", file, RESTORE):
             content = file.read_bytes()[: metrics["bytes"]] if metrics["bytes"] else b""
         if hashlib.sha256(content).hexdigest() != metrics["sha256"]:
-            raise UserError(f"{file}: is not what was written (its sha256 differs); {RESTORE}")
+            raise UserError(f"{file}: is not what was written (its digest differs); {RESTORE}")
 
 
 class Metrics:

@@ -24,7 +24,7 @@ from ..data.pixels import PicturePairs, load_pictures
 from ..data.store import Store, TextStore, edges
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
-from ..files.digests import sha256
+from ..files.digests import digest_of
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, teacher_name, tower_difference
@@ -134,7 +134,7 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
     if config.confidence.selection == "calibrated" and config.confidence.cross_fit is not None:
         # A run that a file about other pairs would mislead ends here.
         read_cross_fit(config.confidence.cross_fit, store)
-        identity["cross_fit"] = sha256(config.confidence.cross_fit / CROSS_FIT)
+        identity["cross_fit"] = digest_of(config.confidence.cross_fit / CROSS_FIT)
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {

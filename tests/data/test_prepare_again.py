@@ -177,10 +177,10 @@ def test_a_new_store_is_not_read_again(
         prepare(write_shards(tmp_path / "shards", 1), tmp_path / "made", config)
     assert "digests of made.partial: 100%" in capsys.readouterr().err
     with monkeypatch.context() as patched:
-        patched.setattr(digests, "sha256", None)
+        patched.setattr(digests, "digest_of", None)
         found = Store(tmp_path / "made").prove()
     entries = read_manifest(tmp_path / "made")["files"].values()
-    assert sorted(found.values()) == sorted(entry["sha256"] for entry in entries)
+    assert sorted(found.values()) == sorted(entry["xxh3"] for entry in entries)
     ids = tmp_path / "made" / "image_ids.bin"
     ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
     with pytest.raises(UserError, match=r"image_ids\.bin: is not what was written"):

@@ -374,7 +374,7 @@ def test_an_export_is_not_mixed_with_another(
     content[1000] ^= 1
     tar.write_bytes(content)
     told = refused(capsys, *arguments)
-    assert "00000.tar: is not what was written (its sha256 differs); remove" in told and "and export anew" in told
+    assert "00000.tar: is not what was written (its digest differs); remove" in told and "and export anew" in told
     tar.unlink()
     assert "00000.tar: is missing; remove" in refused(capsys, *arguments)
     assert not (tmp_path / "kept" / lock.NAME).exists()

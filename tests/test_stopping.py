@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STUBBORN = """
+import sys, threading
+from pathlib import Path
+from efficientclip import stopping
+
+stopping.watch()
+with stopping.scratch(Path(sys.argv[1])) as folder:
+    print("ready", flush=True)
+    while True:
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_scratch_goes_while_the_main_thread_makes_it_again(tmp_path: Path, signum: signal.Signals) -> None:
+    folders = [tmp_path / f"scratch-{number}" for number in range(4)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", STUBBORN, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for folder in folders
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.send_signal(signum)
+    told = [process.communicate(timeout=20)[1].decode() for process in processes]
+    assert [process.returncode for process in processes] == [128 + signum] * 4
+    assert set(told) == {f"stopped by {signum.name}; the same command goes on\n"}
+    assert not [folder for folder in folders if folder.exists()]
