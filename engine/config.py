@@ -394,8 +394,10 @@ def _absolute(value: Any, key: str = "") -> Any:
         return [_absolute(held) for held in value]
     if isinstance(value, dict):
         return {name: _absolute(held) for name, held in value.items()}
+    # A hub id is a name, or an owner and a name.
     by_name = key in HUB_OR_PATH and isinstance(value, str)
-    if isinstance(value, Path) or (by_name and (value.startswith((".", "/", "~")) or os.path.exists(value))):
+    path = by_name and (value.startswith((".", "/", "~")) or value.count("/") > 1 or os.path.exists(value))
+    if isinstance(value, Path) or path:
         return type(value)(os.path.abspath(os.path.expanduser(value)))
     return value
 

@@ -405,7 +405,7 @@ def main() -> NoReturn:
     """Entry of the `deepspeed` launcher; ends the process."""
     from .cli import main as command
 
-    stopping.watch(quiet=int(os.environ.get("RANK", 0)) > 0)
+    stopping.watch()
     end_process(command(["profile", *sys.argv[1:]]))
 
 

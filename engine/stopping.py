@@ -50,12 +50,12 @@ _stop = _Stop()
 _scratch: set[Path] = set()
 
 
-def watch(*, quiet: bool = False) -> None:
-    """From now on signals, and the launcher's death, end this process as the module says; `quiet`: another rank tells.
+def watch() -> None:
+    """From now on signals, and the launcher's death, end this process as the module says; of ranks, the first tells.
 
     Call it from the main thread, as early as possible.
     """
-    _stop.quiet = quiet
+    _stop.quiet = int(os.environ.get("RANK", 0)) > 0
     if _stop.owner == os.getpid():
         return
     _stop.owner, _stop.signum, _stop.patience = os.getpid(), None, None

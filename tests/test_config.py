@@ -212,7 +212,7 @@ def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypa
     given = [
         "run=alias/../runs/new", "data.store=store", "data.shards=[a, /b]", "data.validation.held=./c", "deepspeed=d",
         "mlm.texts=~/texts", "confidence.cross_fit=judged", "model.start_from=runs/old", f"model.text_tower={tower}",
-        "data.tokenizer=hfl/chinese-roberta-wwm-ext", "model.image_tower.pretrained=./none", "model.teacher.mean=e.npy",
+        "data.tokenizer=hfl/chinese-roberta", "model.image_tower.pretrained=of/a/run", "model.teacher.mean=e.npy",
     ]  # fmt: skip
     config, model = (found := load_config(file, given)), found.model
     assert config.run == folders / "runs/new" and config.data.store == folders / "store"
@@ -221,9 +221,9 @@ def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypa
     assert config.confidence.cross_fit == folders / "judged" and model.start_from == folders / "runs/old"
     assert model.text_tower is not None and model.text_tower.clip_layers == str(folders / "store")
     assert model.text_tower.architecture == {"model_type": "efficientclip_text", "label": "store"}
-    assert model.image_tower is not None and model.image_tower.pretrained == str(folders / "none")
+    assert model.image_tower is not None and model.image_tower.pretrained == str(folders / "of/a/run")
     assert model.teacher is not None and model.teacher.mean == folders / "e.npy"
-    assert config.data.tokenizer == "hfl/chinese-roberta-wwm-ext"
+    assert config.data.tokenizer == "hfl/chinese-roberta"
     assert model.teacher.pretrained == "openai/clip-vit-base-patch32"
     save_config(config, folders / "saved.yaml")
     monkeypatch.chdir("/")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efficientclip.cli import main
-from efficientclip.data.store import Store
+from efficientclip.data.store import FORMAT, Store
 from efficientclip.errors import UserError
 from efficientclip.files import digests
 from efficientclip.files.ownership import MARK, mark
@@ -100,7 +100,7 @@ def test_what_no_store_may_hold_is_found_behind_right_digests(folder: Path, file
     assert f"{file}: row" in str(part.error)
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 2}'])
+@pytest.mark.parametrize("content", ["", "{", json.dumps({"format": FORMAT})])
 def test_a_broken_manifest_is_one_message(folder: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
     (folder / "store" / "manifest.json").write_text(content)
     assert main(["verify", str(folder / "store")]) == 2

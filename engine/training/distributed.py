@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,8 +24,12 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.cpp_extension import _get_build_directory
 from transformers.utils import logging
 
-from ..config import Config
+import efficientclip.kernels
+
+from .. import __version__
+from ..config import Config, identity_keys
 from ..errors import UserError
+from .ranks import agree
 
 # What the YAML decides; DeepSpeed's JSON owns ZeRO, precision, communication and offload.
 OWNED = {
@@ -39,7 +45,7 @@ OWNED = {
 
 @contextmanager
 def process_group(config: Config) -> Iterator[int]:
-    """This process set up for training, as its rank."""
+    """This process set up for training, as its rank, once all are known to have the same config and code."""
     # Bars over the writing of small weight files would tear the progress bar.
     logging.disable_progress_bar()
     if not torch.cuda.is_available():
@@ -53,9 +59,35 @@ def process_group(config: Config) -> Iterator[int]:
     # Filling every torch.empty would write DeepSpeed's buckets anew in each step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, _ = join_process_group()
+    _require_agreement(config)
     yield rank
     # After an error the others are not there to take leave of, and the process ends anyway.
     dist.destroy_process_group()
+
+
+def _require_agreement(config: Config) -> None:
+    """UserError, naming rank and host, unless all ranks have the same config and code; nothing else is said before."""
+    described = json.dumps(identity_keys(config, aside=True), sort_keys=True, default=str)
+    found = {
+        "config": hashlib.sha256(described.encode()).hexdigest(),
+        "efficientclip": f"{__version__} {_code()}",
+        **{package: importlib.metadata.version(package) for package in ("torch", "deepspeed", "numpy")},
+    }
+    remedies = {
+        "config": "give all nodes the same YAML, overrides and DeepSpeed JSON",
+        "efficientclip": "install the same version on all nodes",
+    }
+    agree(found, remedies)
+
+
+@cache
+def _code() -> str:
+    """Digest of this package's own modules, its kernels and its C++ loader."""
+    state = hashlib.sha256()
+    for root in (Path(__file__).parent.parent, *map(Path, efficientclip.kernels.__path__)):
+        for file in sorted([*root.rglob("*.py"), *root.glob("_loader*.so")]):
+            state.update(file.read_bytes())
+    return state.hexdigest()[:16]
 
 
 def _keep_freed_memory() -> None:

@@ -18,7 +18,7 @@ def launched(
     run: Callable[[Config], int], command: str, description: str | None, arguments: list[str] | None
 ) -> NoReturn:
     """`run` the config that the command line names, on one of the launcher's ranks; ends the process with its code."""
-    stopping.watch(quiet=int(os.environ.get("RANK", 0)) > 0)
+    stopping.watch()
     parser = argparse.ArgumentParser(prog=f"efficientclip {command}", description=description)
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")

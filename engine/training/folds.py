@@ -27,7 +27,7 @@ from ..model.encode import BATCH, encode_rows
 from ..noise_rate import folds, judge, near, pair_groups, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled
-from .run_folder import agreed, owned, proven
+from .run_folder import owned, proven
 from .runs import new_trainer, text_run, told_to_stop
 from .trainer import Trainer
 
@@ -42,7 +42,7 @@ def cross_fit(config: Config) -> int:
         raise UserError("confidence.cross_fit: not set; name the folder that the fold towers are to be written to")
     if config.data.store is None or config.training.tower != "text":
         raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
-    with process_group(config) as rank, agreed(config), owned(folder, "cross-fit", "cross-fit"):
+    with process_group(config) as rank, owned(folder, "cross-fit", "cross-fit"):
         store = Store(config.data.store)
         proven({"store": store})
         groups = pair_groups(store, near(store.features, config.seed))

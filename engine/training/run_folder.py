@@ -8,8 +8,6 @@ RUN/config.yaml       as it was run, paths absolute
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -17,17 +15,13 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
-import efficientclip.kernels
-
-from .. import __version__
-from ..config import Config, differing_keys, identity_keys, load_config, save_config
+from ..config import Config, differing_keys, load_config, save_config
 from ..data.store import TextStore
 from ..errors import UserError, reading, writing
 from ..files import digests
@@ -35,7 +29,7 @@ from ..files.atomic import put_in_place, write_atomically
 from ..files.lock import NAME as LOCK
 from ..files.lock import held
 from ..files.ownership import LOGS, Kind, claim, kind_of, mark
-from .ranks import agree, assembled, gathered, told
+from .ranks import assembled, gathered, told
 
 SEEN_SECONDS = 6
 ENDED = ("metrics.jsonl", "confidence.parquet", "hardware.json")
@@ -98,33 +92,6 @@ def proven(stores: Mapping[str, TextStore]) -> dict[str, str]:
         for store in stores.values():
             store.prove(known)
     return {name: store.identity for name, store in stores.items()}
-
-
-@contextmanager
-def agreed(config: Config) -> Iterator[None]:
-    """UserError, naming rank and host, unless all ranks have the same config and code; nothing else is said before."""
-    described = json.dumps(identity_keys(config, aside=True), sort_keys=True, default=str)
-    found = {
-        "config": hashlib.sha256(described.encode()).hexdigest(),
-        "efficientclip": f"{__version__} {_code()}",
-        **{package: importlib.metadata.version(package) for package in ("torch", "deepspeed", "numpy")},
-    }
-    remedies = {
-        "config": "give all nodes the same YAML, overrides and DeepSpeed JSON",
-        "efficientclip": "install the same version on all nodes",
-    }
-    agree(found, remedies)
-    yield
-
-
-@cache
-def _code() -> str:
-    """Digest of this package's own modules, its kernels and its C++ loader."""
-    state = hashlib.sha256()
-    for root in (Path(__file__).parent.parent, *map(Path, efficientclip.kernels.__path__)):
-        for file in sorted([*root.rglob("*.py"), *root.glob("_loader*.so")]):
-            state.update(file.read_bytes())
-    return state.hexdigest()[:16]
 
 
 def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | Path | None) -> None:

@@ -34,7 +34,7 @@ from ..noise_rate import read_cross_fit
 from ..objectives.retrieval import retrieval_report
 from .distributed import deepspeed_digest, process_group
 from .ranks import agree
-from .run_folder import agreed, describe, owned, proven
+from .run_folder import describe, owned, proven
 from .trainer import Trainer, Validate
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -77,7 +77,7 @@ def told_to_stop(trainer: Trainer, signum: int) -> int:
 def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
     """A trainer of `config` in its own folder, within the process group of all ranks."""
     starts = {"text": text_run, "image": _image_start, "both": _both_towers}
-    with process_group(config), agreed(config), owned(config.run, "run", "training"):
+    with process_group(config), owned(config.run, "run", "training"):
         yield new_trainer(config, kind, starts[config.training.tower](config))
 
 
