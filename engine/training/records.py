@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,10 @@ class Metrics:
         if self.file.is_file():
             lines = [line for line in self.file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
             write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
-        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)
+        self.folder = run / "tensorboard"
+        with writing(self.folder):
+            self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        threading.excepthook = _told_by_main_thread
         self.pending: list[dict[str, float]] = []
 
     def add(self, values: dict[str, float]) -> None:
@@ -84,15 +88,22 @@ class Metrics:
     def _write(self, step: int, values: dict[str, Any]) -> None:
         with writing(self.file), self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"train/{name}", value, step)
+        scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float)}
         for name, report in values.get("validation", {}).items():
-            for direction in ("t2i", "i2t"):
-                self.board.add_scalar(f"{name}/{direction} R@10", report[direction]["R@10"], step)
+            scalars |= {f"{name}/{direction} R@10": report[direction]["R@10"] for direction in ("t2i", "i2t")}
+        with writing(self.folder):
+            for name, value in scalars.items():
+                self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.board.close()
+        with writing(self.folder):
+            self.board.close()
+
+
+def _told_by_main_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread prints what stopped it, although its next call raises that again."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def _step_of(line: str) -> int:
