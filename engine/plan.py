@@ -45,7 +45,7 @@ from .data.batches import Segments
 from .data.store import read_manifest
 from .errors import UserError
 from .model.towers import ImageTower, TextTower, architecture
-from .noise_rate import read_rate
+from .noise.rate import read_rate
 
 GIB, DAY = 2**30, 86_400
 PICTURES = "pictures through the frozen tower"

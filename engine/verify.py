@@ -22,8 +22,8 @@ from .files import digests
 from .files.lock import NAME as LOCK
 from .files.ownership import MARK, RESULTS, kind_of
 from .hardware import read_hardware
-from .noise_rate import FILE as CROSS_FIT
-from .noise_rate import read_cross_fit
+from .noise.rate import FILE as CROSS_FIT
+from .noise.rate import read_cross_fit
 
 WHOLE, NOT_COVERED = "whole", "not covered"
 RESTORE = "restore it from a copy, or make it anew"

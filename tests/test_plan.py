@@ -15,7 +15,7 @@ from efficientclip import cli
 from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
-from efficientclip.noise_rate import COLUMNS, FILE
+from efficientclip.noise.rate import COLUMNS, FILE
 from efficientclip.plan import DEVICES, GIB, Settings, _pauses, advice, measure_work, parse_count, parse_devices, plan
 from tests import tiny
 

@@ -24,7 +24,7 @@ from ..files import digests
 from ..files.atomic import as_umask, put_in_place
 from ..model.efficientclip import load_model
 from ..model.encode import BATCH, encode_rows
-from ..noise_rate import folds, judge, near, pair_groups, write_cross_fit
+from ..noise.rate import folds, judge, near, pair_groups, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled
 from .run_folder import owned, proven

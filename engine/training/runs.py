@@ -29,8 +29,8 @@ from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, teacher_name, tower_difference
 from ..model.teacher import Teacher
-from ..noise_rate import FILE as CROSS_FIT
-from ..noise_rate import read_cross_fit
+from ..noise.rate import FILE as CROSS_FIT
+from ..noise.rate import read_cross_fit
 from ..objectives.retrieval import retrieval_report
 from .distributed import deepspeed_digest, process_group
 from .ranks import agree

@@ -20,7 +20,6 @@ from torch.profiler import record_function
 from tqdm import tqdm
 
 from .. import stopping
-from ..confidence import ConfidenceTable
 from ..config import Config
 from ..data.batches import Bank, Batch
 from ..data.pairs import PairSource
@@ -31,6 +30,7 @@ from ..files.atomic import put_in_place, written_aside
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
 from ..model.encode import moved, to_device
+from ..noise.confidence import ConfidenceTable
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model, step_of
 from .distributed import deepspeed_config

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from efficientclip import train
-from efficientclip.confidence import ConfidenceTable
+from efficientclip.noise.confidence import ConfidenceTable
 
 observe = ConfidenceTable.observe
 

@@ -14,7 +14,7 @@ import torch
 
 from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import load_model
-from efficientclip.noise_rate import read_cross_fit, write_cross_fit
+from efficientclip.noise.rate import read_cross_fit, write_cross_fit
 from tests import tiny
 from tests.training.launch import metrics, run, start
 from tests.training.test_resume import figures, kill_at

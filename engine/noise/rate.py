@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 
-from .data.store import Edges, Store, edges
-from .errors import UserError, reading
-from .files.atomic import written_aside
+from ..data.store import Edges, Store, edges
+from ..errors import UserError, reading
+from ..files.atomic import written_aside
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer[Any]]

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientclip.confidence import ConfidenceTable, clean_probability
 from efficientclip.config import Confidence
 from efficientclip.errors import UserError
+from efficientclip.noise.confidence import ConfidenceTable, clean_probability
 
 
 def observed(table: ConfidenceTable, epoch: int, score: Any) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import Confidence
-from .errors import UserError
-from .noise_rate import read_cross_fit
+from ..config import Confidence
+from ..errors import UserError
+from .rate import read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]

@@ -9,11 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from efficientclip.confidence import ConfidenceTable
 from efficientclip.config import Confidence
 from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
-from efficientclip.noise_rate import (
+from efficientclip.noise.confidence import ConfidenceTable
+from efficientclip.noise.rate import (
     TESTIMONY,
     Competence,
     CrossFit,
@@ -38,7 +38,7 @@ def unit(random: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor
 
 @pytest.mark.parametrize("most_witnesses", [5, 1024])
 def test_p_is_the_share_of_other_captions_that_fit_better(monkeypatch: pytest.MonkeyPatch, most_witnesses: int) -> None:
-    monkeypatch.setattr("efficientclip.noise_rate.MOST_WITNESSES", most_witnesses)
+    monkeypatch.setattr("efficientclip.noise.rate.MOST_WITNESSES", most_witnesses)
     random = np.random.default_rng(0)
     text, image = unit(random, 30), unit(random, 12)
     text[7] = text[8]  # equal scores
@@ -68,7 +68,7 @@ def test_p_of_random_pairs_is_uniform_however_the_tower_scores(monkeypatch: pyte
     text[:40] = torch.nn.functional.normalize(text[:40] * 0.3 + image.mean(0), dim=1)
     popularity = random.dirichlet(np.full(400, 0.3))
     for sampled in (False, True):
-        monkeypatch.setattr("efficientclip.noise_rate.NULL_CAPTIONS", 150 if sampled else 8192)
+        monkeypatch.setattr("efficientclip.noise.rate.NULL_CAPTIONS", 150 if sampled else 8192)
         captions, images = random.choice(400, 6000, p=popularity), random.integers(0, 300, 6000)
         captions, images = np.unique([captions, images], axis=1)
         p, _ = p_values(text.numpy(), image.numpy(), captions, images, edges(captions, images, 400), seed=0)
@@ -154,7 +154,7 @@ def test_captions_from_elsewhere_count_once() -> None:
 
 
 def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efficientclip.noise_rate.LEAST_SOURCE", 60)
+    monkeypatch.setattr("efficientclip.noise.rate.LEAST_SOURCE", 60)
     store = Store(tiny.pair_store(tmp_path / "store"))
     name_sources(store, ["a"] * 100 + ["b"] * 140)
     random = np.random.default_rng(3)
@@ -163,7 +163,7 @@ def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: 
     text_2KD = [unit(random, len(store.offsets) - 1, store.width).numpy() for _ in range(2)]
     found = judge(store, groups, fold, text_2KD, visits=1, seed=0)
     assert found.rate > 0
-    monkeypatch.setattr("efficientclip.noise_rate.NEGLIGIBLE", 1.1)
+    monkeypatch.setattr("efficientclip.noise.rate.NEGLIGIBLE", 1.1)
     assert judge(store, groups, fold, text_2KD, visits=1, seed=0).rate == 0
     for part in (np.arange(100), np.arange(100, 240)):
         rows = part[fold[part] == 0]
@@ -184,7 +184,7 @@ def test_small_sources_are_taken_together(tmp_path: Path, monkeypatch: pytest.Mo
     store = Store(tiny.pair_store(tmp_path / "store"))
     name_sources(store, ["a"] * 100 + ["b"] * 60 + ["c"] * 50 + [None] * 30)
     for least, sizes in ((0, [100, 60, 50, 30]), (60, [100, 60, 80]), (90, [100, 140]), (101, [240])):
-        monkeypatch.setattr("efficientclip.noise_rate.LEAST_SOURCE", least)
+        monkeypatch.setattr("efficientclip.noise.rate.LEAST_SOURCE", least)
         parts = sources(store)
         assert [len(rows) for rows in parts] == sizes
         assert sorted(np.concatenate(parts)) == list(range(240))
