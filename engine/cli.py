@@ -225,7 +225,16 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     from rich.console import Console
 
-    from .plan import advice, assumptions, parse_count, parse_devices, plan, plan_tables, read_profile, settings_of
+    from .planning.plan import (
+        advice,
+        assumptions,
+        parse_count,
+        parse_devices,
+        plan,
+        plan_tables,
+        read_profile,
+        settings_of,
+    )
 
     settings = settings_of(
         None if given.calibrated_by is None else read_profile(given.calibrated_by),

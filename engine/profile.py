@@ -39,7 +39,7 @@ from .files.atomic import write_atomically, written_aside
 from .files.ownership import MADE_BY, claim_file
 from .hardware import device_name, hardware
 from .model.efficientclip import EfficientCLIP
-from .plan import (
+from .planning.plan import (
     COMPUTED,
     GIB,
     ONCE,

@@ -18,7 +18,7 @@ from efficientclip.errors import UserError
 from efficientclip.evaluation.run import read_metrics
 from efficientclip.files.ownership import claim_file
 from efficientclip.hardware import read_hardware
-from efficientclip.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
+from efficientclip.planning.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
 from efficientclip.profile import Recorder
 from tests import tiny
 from tests.training import launch

@@ -16,7 +16,17 @@ from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
 from efficientclip.noise.rate import COLUMNS, FILE
-from efficientclip.plan import DEVICES, GIB, Settings, _pauses, advice, measure_work, parse_count, parse_devices, plan
+from efficientclip.planning.plan import (
+    DEVICES,
+    GIB,
+    Settings,
+    _pauses,
+    advice,
+    measure_work,
+    parse_count,
+    parse_devices,
+    plan,
+)
 from tests import tiny
 
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20

@@ -40,12 +40,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedConfig
 
-from .config import Config, Section, Tower, differing_keys
-from .data.batches import Segments
-from .data.store import read_manifest
-from .errors import UserError
-from .model.towers import ImageTower, TextTower, architecture
-from .noise.rate import read_rate
+from ..config import Config, Section, Tower, differing_keys
+from ..data.batches import Segments
+from ..data.store import read_manifest
+from ..errors import UserError
+from ..model.towers import ImageTower, TextTower, architecture
+from ..noise.rate import read_rate
 
 GIB, DAY = 2**30, 86_400
 PICTURES = "pictures through the frozen tower"
