@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import __version__, stopping
+from . import __version__, profile, stopping
 from .errors import UserError, reported
 
 PICTURES = (
@@ -86,18 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--caption-tokens", type=float, help="mean length of captions (default: the profile's, or 20)")
     plan.add_argument("--text-tokens", type=float, help="mean length of unpaired texts (default: the profile's, or 32)")
 
-    profile = command(_profile, "profile", "run some steps of a config and tell where their time goes")
-    profile.add_argument("config", type=Path, metavar="CONFIG")
-    profile.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    profile.add_argument("--warm-up", type=int, default=10, metavar="N", help="steps before the measured (default: 10)")
-    profile.add_argument("--steps", type=int, default=20, metavar="N", help="measured steps (default: 20)")
-    profile.add_argument("--traced", type=int, default=3, metavar="N", help="steps in the trace (default: 3)")
-    profile.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="figures; the trace lies beside it (default: RUN-profile.json)"
-    )
-    _add_replace(profile)
-    # The `deepspeed` launcher sets it.
-    profile.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    profile.add_options(command(profile.run, "profile", "run some steps of a config and tell where their time goes"))
 
     evaluate = command(_evaluate, "evaluate", "measure a run: retrieval, zero-shot classes, or classification of texts")
     _add_run(evaluate)
@@ -252,30 +241,6 @@ def _plan(given: argparse.Namespace) -> None:
         console.print(table)
     for line in (*advice(made, config), *(f"assumed: {line}" for line in assumptions(settings, config))):
         console.print(f"- {line}", highlight=False)
-
-
-def _profile(given: argparse.Namespace) -> None:
-    from .config import load_config
-
-    config = load_config(given.config, given.overrides)
-    from .profile import profile
-    from .training.distributed import end_process
-    from .training.ranks import together
-
-    def run() -> int:
-        profile(
-            config,
-            given.config,
-            given.overrides,
-            output=given.output,
-            replace=given.replace,
-            warm_up=given.warm_up,
-            measured=given.steps,
-            traced=given.traced,
-        )
-        return 0
-
-    end_process(together(run))
 
 
 def _evaluate(given: argparse.Namespace) -> None:

@@ -109,7 +109,7 @@ class Tree:
         process = SERVER.Process(target=_enter, args=(plan,))
         with _starting:
             # The server outlives this call and imports in this environment.
-            SERVER.set_forkserver_preload([*ENGINE, "efficientclip.profile", __name__])
+            SERVER.set_forkserver_preload([*ENGINE, "efficientclip.planning.profile", __name__])
             with patch.dict(os.environ, environment(OMP_NUM_THREADS="1")):
                 process.start()
         assert process.pid is not None

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 # Imports take ten seconds: a server does them once, and processes of one rank are forked from it.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.profile"])
+SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.planning.profile"])
 
 
 def environment(**extra: str) -> dict[str, str]:

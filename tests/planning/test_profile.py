@@ -19,7 +19,7 @@ from efficientclip.evaluation.run import read_metrics
 from efficientclip.files.ownership import claim_file
 from efficientclip.hardware import read_hardware
 from efficientclip.planning.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
-from efficientclip.profile import Recorder
+from efficientclip.planning.profile import Recorder
 from tests import tiny
 from tests.training import launch
 from tests.training.launch import metrics, run
