@@ -24,7 +24,9 @@ import torch
 
 from benchmarks.measuring import RESULTS, Neighbours, Row, hardware, record
 from efficientclip.config import load_config
-from efficientclip.planning.plan import DAY, GIB, Plan, plan, read_profile, settings_of
+from efficientclip.planning.measured import read_profile
+from efficientclip.planning.plan import DAY, Plan, plan
+from efficientclip.planning.settings import GIB, settings_of
 
 COLUMNS = (
     "date", "hardware", "torch", "command", "ranks", "pair_visits", "batch_size", "planned_s", "measured_s",

@@ -42,7 +42,8 @@ from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.run import read_metrics
-from efficientclip.planning.plan import DEVICES, GIB, Settings, measure_work, operations, picture_training_work
+from efficientclip.planning.settings import DEVICES, GIB, Settings
+from efficientclip.planning.work import measure_work, operations, picture_training_work
 
 DATA = Path("data/demo")
 TEST = DATA / "test_vendor.tar"

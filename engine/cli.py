@@ -214,16 +214,10 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.config, given.overrides)
     from rich.console import Console
 
-    from .planning.plan import (
-        advice,
-        assumptions,
-        parse_count,
-        parse_devices,
-        plan,
-        plan_tables,
-        read_profile,
-        settings_of,
-    )
+    from .planning.measured import read_profile
+    from .planning.plan import plan
+    from .planning.settings import parse_count, parse_devices, settings_of
+    from .planning.tables import advice, assumptions, plan_tables
 
     settings = settings_of(
         None if given.calibrated_by is None else read_profile(given.calibrated_by),

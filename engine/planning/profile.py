@@ -26,7 +26,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, record_function, schedule
 from torch.profiler import profile as torch_profile
 
@@ -42,19 +41,10 @@ from ..model.efficientclip import EfficientCLIP
 from ..training.distributed import join_process_group
 from ..training.runs import set_up
 from ..training.trainer import Trainer, Validate
-from .plan import (
-    COMPUTED,
-    GIB,
-    ONCE,
-    PARTS,
-    Device,
-    Profile,
-    Settings,
-    measure_work,
-    operations,
-    picture_training_work,
-    short,
-)
+from .measured import COMPUTED, ONCE, PARTS, Profile
+from .settings import Device, Settings
+from .tables import profile_tables
+from .work import measure_work, operations, picture_training_work
 
 COLLECTIVES = (
     "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "all_gather_single", "allgather_coalesced",
@@ -375,27 +365,3 @@ def _device_memory(device: torch.device) -> int:
         return int(torch.cuda.get_device_properties(device).total_memory)
     ranks = int(os.environ.get("LOCAL_SIZE", 1))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
-
-
-def profile_tables(made: Profile) -> list[Table]:
-    """Time of a step by part, and the rates, as tables."""
-    low, high = made.step_seconds_range
-    time_ = Table("part", "ms", "share", title=f"a step of {made.pairs_per_step:,} pairs on {made.world_size} rank(s)")
-    for part, seconds in made.parts.items():
-        time_.add_row(part, f"{1000 * seconds:.1f}", f"{seconds / made.step_seconds:.1%}")
-    time_.add_row("in all", f"{1000 * made.step_seconds:.1f}", "", style="bold")
-    time_.add_row(
-        f"of {made.steps_measured} steps, median", f"{1000 * made.step_seconds_median:.1f}",
-        f"{1000 * low:.1f} to {1000 * high:.1f} ms",
-    )  # fmt: skip
-    rates = Table("", "", title=str(made.hardware["machine"]))
-    rates.add_row("pairs a second", f"{made.pairs_per_step / made.step_seconds:,.0f}")
-    rates.add_row("tokens a second", f"{made.tokens_per_step / made.step_seconds:,.0f}")
-    rates.add_row("operations a second of each device", short(made.flop_per_second))
-    rates.add_row(f"the same while it computes ({', '.join(COMPUTED)})", short(made.flop_per_second_computing))
-    for name, flop in made.flop_per_step.items():
-        rates.add_row(f"operations of a step: {name}", short(flop))
-    rates.add_row("peak memory of a rank", f"{made.peak_bytes / GIB:.2f} GiB")
-    for name, seconds in made.once.items():
-        rates.add_row(f"{name}, once", f"{seconds:.2f} s")
-    return [time_, rates]

@@ -16,17 +16,10 @@ from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
 from efficientclip.noise.rate import COLUMNS, FILE
-from efficientclip.planning.plan import (
-    DEVICES,
-    GIB,
-    Settings,
-    _pauses,
-    advice,
-    measure_work,
-    parse_count,
-    parse_devices,
-    plan,
-)
+from efficientclip.planning.plan import pauses, plan
+from efficientclip.planning.settings import DEVICES, GIB, Settings, parse_count, parse_devices
+from efficientclip.planning.tables import advice
+from efficientclip.planning.work import measure_work
 from tests import tiny
 
 HIDDEN, LAYERS, INNER, VOCABULARY, LENGTH = 64, 3, 256, 1000, 20
@@ -152,10 +145,10 @@ def test_a_calibrated_run_has_the_epochs_of_what_it_keeps(tmp_path: Path) -> Non
         for rule in ecl
     )
     assert any("cross-fit comes before" in note for note in advice(plan(calibrated, SETTINGS), calibrated))
-    assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 100_000, 977)
+    assert pauses(calibrated, 100_000, 977) == pauses(plain, 100_000, 977)
     table = pa.table({name: pa.array([], pa.float64()) for name in COLUMNS})
     pq.write_table(table.replace_schema_metadata({"rate": "0.5", "visits": "7", "pairs": ""}), tmp_path / FILE)
-    assert _pauses(calibrated, 100_000, 977) == _pauses(plain, 50_000, 977) != _pauses(plain, 100_000, 977)
+    assert pauses(calibrated, 100_000, 977) == pauses(plain, 50_000, 977) != pauses(plain, 100_000, 977)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from efficientclip.errors import UserError
 from efficientclip.evaluation.run import read_metrics
 from efficientclip.files.ownership import claim_file
 from efficientclip.hardware import read_hardware
-from efficientclip.planning.plan import DAY, DEVICES, PARTS, Profile, plan, read_profile, settings_of
+from efficientclip.planning.measured import PARTS, Profile, read_profile
+from efficientclip.planning.plan import DAY, plan
 from efficientclip.planning.profile import Recorder
+from efficientclip.planning.settings import DEVICES, settings_of
 from tests import tiny
 from tests.training import launch
 from tests.training.launch import metrics, run
