@@ -178,7 +178,7 @@ def _prepare(given: argparse.Namespace) -> None:
 
     config = load_config(given.config, given.overrides)
     _silence_model_files()
-    from .prepare import prepare
+    from .prepare.build import prepare
 
     manifest = prepare(given.source, given.store, config, given.images, replace=given.replace)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]

@@ -71,9 +71,8 @@ def test_train_gets_the_config_with_its_overrides(tmp_path: Path, monkeypatch: p
 
 def test_features_is_another_name_of_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setitem(
-        sys.modules, "efficientclip.prepare", SimpleNamespace(prepare=lambda *given, **_: seen.append(given) or {})
-    )
+    stage = SimpleNamespace(prepare=lambda *given, **_: seen.append(given) or {})
+    monkeypatch.setitem(sys.modules, "efficientclip.prepare.build", stage)
     config = str(tiny.config(tmp_path))
     for name in ("prepare", "features"):
         assert main([name, "a.csv", "s", "--images", "d", "--config", config, "seed=3"]) == 0

@@ -29,7 +29,7 @@ from ..files.ownership import kind_of
 from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name, tower_difference
-from ..prepare import prepare
+from ..prepare.build import prepare
 from ..stopping import scratch
 
 TEXTS_AT_ONCE = 4096

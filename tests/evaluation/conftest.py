@@ -19,7 +19,7 @@ from transformers import ResNetConfig
 from efficientclip.config import load_config, save_config
 from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig, build_model
-from efficientclip.prepare import prepare
+from efficientclip.prepare.build import prepare
 from tests import tiny
 
 HOSTILE = '<script src="//x">猫&狗</script>'

@@ -27,7 +27,7 @@ from efficientclip.evaluation.charts import sparkline
 from efficientclip.evaluation.verdicts import caption_centroid_scores
 from efficientclip.files import lock
 from efficientclip.files.ownership import MARK
-from efficientclip.prepare import prepare
+from efficientclip.prepare.build import prepare
 from tests import formats, tiny
 from tests.evaluation.conftest import HOSTILE, World
 from tests.evaluation.test_report import Resources

@@ -31,7 +31,7 @@ PATIENCE = 20.0
 ENDLESS = 90.0
 # DeepSpeed's looks once a second.
 LAUNCHER_POLL = 0.5
-ENGINE = ("efficientclip.cli", "efficientclip.train", "efficientclip.cross_fit", "efficientclip.prepare",
+ENGINE = ("efficientclip.cli", "efficientclip.train", "efficientclip.cross_fit", "efficientclip.prepare.build",
           "efficientclip.export")  # fmt: skip
 TOLD = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _starting = threading.Lock()

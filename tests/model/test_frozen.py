@@ -13,7 +13,7 @@ from efficientclip.errors import UserError
 from efficientclip.files import digests
 from efficientclip.model import frozen
 from efficientclip.model.frozen import image_tower_name, tower_difference
-from efficientclip.prepare import prepare
+from efficientclip.prepare.build import prepare
 from efficientclip.training.runs import _check_store
 from tests.evaluation.conftest import World, built
 from tests.model import hub

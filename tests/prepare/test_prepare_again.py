@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientclip import prepare as stage
 from efficientclip.cli import main
 from efficientclip.config import Config, ImageTower, Teacher
 from efficientclip.data import sources
@@ -24,10 +23,11 @@ from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
 from efficientclip.errors import UserError
 from efficientclip.files import digests, lock
 from efficientclip.model.frozen import image_tower_name
-from efficientclip.prepare import prepare
+from efficientclip.prepare import build as stage
+from efficientclip.prepare.build import prepare
 from tests import tiny
-from tests.data.tars import CAPTIONS, as_table, good, png, write_shards, write_tar
 from tests.formats import files
+from tests.prepare.tars import CAPTIONS, as_table, good, png, write_shards, write_tar
 from tests.training import launch
 
 

@@ -24,13 +24,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .config import Config
-from .data import sources
-from .data.images import ImageBatch, ImageLoader
-from .data.parts import Item, Made, bad_of, batches, digest, kept_part, merge, write_part
-from .data.shards import BadSample, Sample
-from .data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
-from .data.store import (
+from ..config import Config
+from ..data import sources
+from ..data.images import ImageBatch, ImageLoader
+from ..data.shards import BadSample, Sample
+from ..data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
+from ..data.store import (
     ANEW,
     PAIR_FILES,
     TEXT_FILES,
@@ -43,14 +42,15 @@ from .data.store import (
     token_dtype,
     write_tokens,
 )
-from .data.tokenizer import fingerprint, load_tokenizer
-from .errors import UserError, reading, writing
-from .files import lock
-from .files.atomic import write_atomically
-from .files.digests import check
-from .files.ownership import claim, kind_of
-from .model.frozen import FrozenImages, image_tower_name, teacher_name, tower_difference
-from .model.teacher import Teacher
+from ..data.tokenizer import fingerprint, load_tokenizer
+from ..errors import UserError, reading, writing
+from ..files import lock
+from ..files.atomic import write_atomically
+from ..files.digests import check
+from ..files.ownership import claim, kind_of
+from ..model.frozen import FrozenImages, image_tower_name, teacher_name, tower_difference
+from ..model.teacher import Teacher
+from .parts import Item, Made, bad_of, batches, digest, kept_part, merge, write_part
 
 PARALLEL_CHUNK = 8192
 ENCODE_BATCH = 256

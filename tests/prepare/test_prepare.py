@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientclip import prepare as stage
 from efficientclip.config import Config
-from efficientclip.data import parts, sources
+from efficientclip.data import sources
 from efficientclip.data.shards import BadSample, read_picture
 from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
-from efficientclip.prepare import prepare
-from tests.data.tars import CAPTIONS, as_table, good, png, write_tar
+from efficientclip.prepare import build as stage
+from efficientclip.prepare import parts
+from efficientclip.prepare.build import prepare
 from tests.formats import chinese_clip, files
+from tests.prepare.tars import CAPTIONS, as_table, good, png, write_tar
 
 
 def test_store_holds_every_image_and_caption_once(tmp_path: Path, config: Config) -> None:
