@@ -32,10 +32,11 @@ from rich.table import Table
 from benchmarks.measuring import RESULTS, hardware, once, record
 from benchmarks.noise_rate import judged
 from efficientclip.config import load_config
-from efficientclip.data.store import Store, finish, write_ids
+from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import load_model
 from efficientclip.model.encode import encode_store
 from efficientclip.objectives.retrieval import best_ranks
+from efficientclip.prepare.writer import finish, write_ids
 
 Floats = npt.NDArray[np.float64]
 

@@ -34,11 +34,12 @@ from rich.table import Table
 
 from benchmarks.measuring import RESULTS, hardware, once, record
 from efficientclip.config import load_config
-from efficientclip.data.store import PAIR_FILES, Store, finish, write_ids, write_tokens
+from efficientclip.data.store import PAIR_FILES, Store
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.demo import Concept, Picture, assign_noise
 from efficientclip.evaluation.verdicts import separation
 from efficientclip.noise.rate import CrossFit, read_cross_fit
+from efficientclip.prepare.writer import finish, write_ids, write_tokens
 
 CASES = ("std-0", "std-0.1", "std-0.3", "std-0.5", "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2", "near-0.3")
 NOISY_SOURCE, NEIGHBOURS = "twitter", 10

@@ -28,9 +28,10 @@ from rich.table import Table
 
 from benchmarks.measuring import RESULTS, Row, hardware, record
 from efficientclip.config import load_config
-from efficientclip.data.store import PAIR_FILES, Store, finish, staging, write_ids
+from efficientclip.data.store import PAIR_FILES, Store, staging
 from efficientclip.files import digests
 from efficientclip.files.atomic import sync
+from efficientclip.prepare.writer import finish, write_ids
 from efficientclip.training import checkpoint as checkpoints
 from efficientclip.training.distributed import end_process, process_group
 from efficientclip.training.run_folder import owned, proven

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.measuring import Neighbours, hardware, record, wait_until_idle
 from efficientclip.data.pairs import PairLoader
-from efficientclip.data.store import PAIR_FILES, Store, finish, staging, write_ids
+from efficientclip.data.store import PAIR_FILES, Store, staging
+from efficientclip.prepare.writer import finish, write_ids
 
 PAIRS, BATCH, WIDTH, MEAN_TOKENS, ROUNDS = 1_000_000, 4_096, 512, 20, 9
 # Workers of the DataLoader, and the most batches that it or PairLoader makes ahead by default.

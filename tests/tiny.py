@@ -11,17 +11,9 @@ import pyarrow.parquet as pq
 import yaml
 from transformers import BertTokenizer
 
-from efficientclip.data.store import (
-    PAIR_FILES,
-    TEXT_FILES,
-    finish,
-    read_manifest,
-    staging,
-    token_dtype,
-    write_ids,
-    write_tokens,
-)
+from efficientclip.data.store import PAIR_FILES, TEXT_FILES, read_manifest, staging
 from efficientclip.data.tokenizer import fingerprint
+from efficientclip.prepare.writer import finish, token_dtype, write_ids, write_tokens
 
 CHARACTERS = "猫狗鸟鱼红蓝黄绿大小上下天地山水火木金土人手足口目日月星云雨风雪花草树果"
 WIDTH = 16

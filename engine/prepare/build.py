@@ -10,77 +10,35 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
-from ..data import sources
-from ..data.images import ImageBatch, ImageLoader
-from ..data.shards import BadSample, Sample
-from ..data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS, is_parallel, is_tars, open_source
-from ..data.store import (
-    ANEW,
-    PAIR_FILES,
-    TEXT_FILES,
-    files_of,
-    finish,
-    first_not_finite,
-    read_manifest,
-    settle,
-    staging,
-    token_dtype,
-    write_tokens,
-)
+from ..data.sources import is_parallel
+from ..data.store import ANEW, PAIR_FILES, TEXT_FILES, read_manifest, staging
 from ..data.tokenizer import fingerprint, load_tokenizer
-from ..errors import UserError, reading, writing
+from ..errors import UserError, writing
 from ..files import lock
 from ..files.atomic import write_atomically
 from ..files.digests import check
 from ..files.ownership import claim, kind_of
-from ..model.frozen import FrozenImages, image_tower_name, teacher_name, tower_difference
-from ..model.teacher import Teacher
-from .parts import Item, Made, bad_of, batches, digest, kept_part, merge, write_part
+from ..model.frozen import tower_difference
+from .parallel import parallel_recipe
+from .parts import bad_of, kept_part, merge, write_part
+from .pictures import picture_recipe
+from .recipe import Recipe, described
+from .texts import build_texts
+from .writer import files_of, finish, settle
 
-PARALLEL_CHUNK = 8192
-ENCODE_BATCH = 256
 LISTED_BAD_SAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of a source, and what its rows depend on: other pieces may change without it."""
-
-    of: list[Any]
-    make: Callable[[Any], Made]
-
-    @property
-    def name(self) -> str:
-        return hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a pair store is made of, in parts that an interrupted call keeps; `samples` is their number, if known.
-
-    `outside`: pictures lie in files of their own, which may change, or come, while `files` stay.
-    """
-
-    files: Sequence[Path]
-    tower: str
-    parts: Sequence[Part]
-    samples: int | None
-    outside: bool
 
 
 def prepare(
@@ -103,9 +61,9 @@ def prepare(
     if of_texts:
         files: Sequence[Path] = [source]
         identity["max_text_tokens"] = config.data.max_text_tokens
-        build = partial(_build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
+        build = partial(build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
     else:
-        recipe = _parallel_recipe(source, config) if is_parallel(source) else _picture_recipe(source, config, images)
+        recipe = parallel_recipe(source, config) if is_parallel(source) else picture_recipe(source, config, images)
         files = recipe.files
         claim(path, "store", sources=files)
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else os.path.realpath(images)}
@@ -240,193 +198,6 @@ def _build_pairs(
     return {**merged, "bad_counts": dict(causes), "bad_samples": listed}
 
 
-def _picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
-    if config.model.image_tower is None:
-        raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
-    name = image_tower_name(config.model.image_tower)
-    # Loaded when the first part is to be made, if one is.
-    encoder = cache(lambda: FrozenImages(config))
-    opened = open_source(source, images)
-    if is_tars(source):
-        parts = [Part([name, _described(tar)], partial(_shard_part, encoder, tar)) for tar in opened.files]
-    else:
-        of = [name, *map(_described, opened.files), None if images is None else os.path.realpath(images)]
-        parts = [
-            Part([*of, sources.PART, number], partial(_source_part, encoder, part))
-            for number, part in enumerate(opened.parts)
-        ]
-    return Recipe(opened.files, name, parts, opened.pictures, outside=not is_tars(source))
-
-
-def _shard_part(load: Callable[[], FrozenImages], shard: Path, bar: Any) -> Made:
-    items: list[Item] = []
-    encoder = load()
-    tower, started = encoder.tower, time.perf_counter()
-    with ImageLoader(
-        shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
-    ) as loader:
-        for batch in loader:
-            rows = encoder.encode_pixels(batch.images)
-            features = _fp16_rows(rows, [f"shard {shard}, sample {key}" for key in batch.keys])
-            items += map(_item, _samples(shard, batch), features)
-            bar.update(len(batch))
-            _show_wait(bar, loader.waited_seconds, started)
-        return items, loader.bad_samples
-
-
-def _samples(shard: Path, batch: ImageBatch) -> Iterator[Sample]:
-    for at, key in enumerate(batch.keys):
-        yield Sample(
-            key=key,
-            image=batch.encoded[at] or b"",
-            shard=shard,
-            offset=batch.offsets[at],
-            length=batch.lengths[at],
-            captions=batch.captions[at],
-            noise=[entry.get("noise") for entry in batch.entries[at]],
-            source=str((batch.records[at] or {}).get("source", "")),
-        )
-
-
-def _source_part(load: Callable[[], FrozenImages], part: Callable[[], Iterator[Sample | BadSample]], bar: Any) -> Made:
-    encoder = load()
-    items: list[Item] = []
-    bad: list[BadSample] = []
-    started, waited = time.perf_counter(), encoder.waited_seconds
-    for found in encoder.encode_samples(map(_captioned, part())):
-        if isinstance(found, BadSample):
-            bad.append(found)
-        else:
-            sample, feature_D = found
-            items += [_item(sample, *_fp16_rows(feature_D[None], [f"picture {sample.key} of {sample.shard}"]))]
-        bar.update()
-        _show_wait(bar, encoder.waited_seconds - waited, started)
-    return items, bad
-
-
-def _captioned(sample: Sample | BadSample) -> Sample | BadSample:
-    if isinstance(sample, Sample) and not sample.captions:
-        return BadSample(sample.shard.name, sample.key, "image without caption")
-    return sample
-
-
-def _item(sample: Sample, feature: bytes) -> Item:
-    return Item(
-        hash=digest(sample.image),
-        feature=feature,
-        key=sample.key,
-        source=sample.source,
-        shard=str(sample.shard.resolve()),
-        offset=sample.offset,
-        length=sample.length,
-        captions=sample.captions,
-        noise=sample.noise,
-    )
-
-
-def _show_wait(bar: Any, waited_seconds: float, started: float) -> None:
-    share = waited_seconds / max(time.perf_counter() - started, 1e-9)
-    bar.set_postfix(waited_for_data=f"{share:.0%}", refresh=False)
-
-
-def _parallel_recipe(source: Path, config: Config) -> Recipe:
-    if config.model.teacher is None:
-        raise UserError(
-            f"model.teacher: not set; {source} is taken as parallel text, zh<TAB>en, which it encodes. A table of"
-            f" pictures needs a first line with one of {', '.join(PICTURE_COLUMNS)} and one of"
-            f" {', '.join(CAPTION_COLUMNS)}"
-        )
-    name = teacher_name(config.model.teacher)
-    teacher = cache(partial(Teacher, config.model.teacher))
-    lines = _read_lines(source)
-
-    def make(start: int, bar: Any) -> Made:
-        good: list[tuple[int, str, str]] = []
-        bad: list[BadSample] = []
-        for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
-            caption, _, english = (piece.strip() for piece in line.partition("\t"))
-            if not caption or not english:
-                bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
-            else:
-                good.append((number, caption, english))
-        features: list[bytes] = []
-        if good:
-            rows = teacher().encode([english for *_, english in good], progress=source.name)
-            places = [f"source {source}, line {number}" for number, *_ in good]
-            features = _fp16_rows(rows, places, " and model.teacher")
-        items = [
-            Item(
-                hash=digest(english.encode()),
-                feature=feature,
-                key=f"line {number}",
-                source="parallel",
-                shard=str(source.resolve()),
-                offset=0,
-                length=0,
-                captions=[caption],
-                noise=[None],
-            )
-            for (number, caption, english), feature in zip(good, features, strict=True)
-        ]
-        return items, bad
-
-    of = [name, _described(source), PARALLEL_CHUNK]
-    parts = [Part([*of, start], partial(make, start)) for start in range(0, len(lines), PARALLEL_CHUNK)]
-    return Recipe([source], name, parts, len(lines), outside=False)
-
-
-def _build_texts(
-    source: Path, name: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> dict[str, Any]:
-    """Write a text store's files into `folder`; returns their part of the manifest."""
-    lines = [line for line in _read_lines(source) if line.strip()]
-    if not lines:
-        raise UserError(f"source {source}: empty, no text found")
-    inner = max_tokens - 2
-
-    def pieces() -> Iterator[list[int]]:
-        for batch in batches(tqdm(lines, desc=f"tokens of {name}", unit="text"), 1024):
-            for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-                for start in range(0, len(tokens), inner):
-                    yield [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]
-
-    dtype = token_dtype(len(tokenizer))
-    with writing(folder):
-        texts = write_tokens(folder, pieces(), dtype)
-        tokenizer.save_pretrained(folder / "tokenizer")
-    return {
-        "texts": texts,
-        "token_dtype": dtype.name,
-        "vocabulary": len(tokenizer),
-        "special_tokens": sorted(tokenizer.all_special_ids),
-        "mask_token": tokenizer.mask_token_id,
-    }
-
-
-def _read_lines(source: Path) -> list[str]:
-    """Lines as editors and `wc` count them; Unicode's other separators are part of a text."""
-    with reading("source", source, "copy it again"):
-        content = source.read_bytes()
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"source {source}: byte {error.start} is not UTF-8; convert it with iconv -t UTF-8") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]
-
-
 def _fingerprint(files: Sequence[Path]) -> str:
-    described = [(Path(place).name, size, changed) for place, size, changed in map(_described, files)]
-    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
-
-
-def _described(file: Path) -> tuple[str, int, int]:
-    found = file.stat()
-    return os.path.realpath(file), found.st_size, found.st_mtime_ns
-
-
-def _fp16_rows(features_MD: np.ndarray[Any, Any], places: Sequence[str], more: str = "") -> list[bytes]:
-    """UserError naming the first of `places` whose row is not finite; `more`: what else may be the cause."""
-    if (row := first_not_finite(features_MD)) is not None:
-        raise UserError(f"{places[row]}: the frozen tower gave NaN or infinity for it; check its weights{more}")
-    return [row.tobytes() for row in features_MD.astype(np.float16)]
+    found = [(Path(place).name, size, changed) for place, size, changed in map(described, files)]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
 
 from ..data.shards import BadSample
-from ..data.store import token_dtype, write_ids, write_tokens
 from ..errors import reading
 from ..files.atomic import write_atomically
 from ..files.digests import digest_of
+from .writer import token_dtype, write_ids, write_tokens
 
 PAIR_SCHEMA = pa.schema(
     [

@@ -16,9 +16,9 @@ from efficientclip.data import sources
 from efficientclip.data.shards import BadSample, read_picture
 from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
-from efficientclip.prepare import build as stage
-from efficientclip.prepare import parts
+from efficientclip.prepare import parts, pictures
 from efficientclip.prepare.build import prepare
+from efficientclip.prepare.texts import read_lines
 from tests.formats import chinese_clip, files
 from tests.prepare.tars import CAPTIONS, as_table, good, png, write_tar
 
@@ -98,7 +98,7 @@ def test_interrupted_call_keeps_its_finished_parts(
     shards.mkdir()
     for number in range(3):
         write_tar(shards / f"{number}.tar", good(2 * number) | good(2 * number + 1))
-    real, read = stage.ImageLoader, []
+    real, read = pictures.ImageLoader, []
 
     def failing(shard: Path, **settings: Any) -> Any:
         read.append(shard.name)
@@ -106,7 +106,7 @@ def test_interrupted_call_keeps_its_finished_parts(
             raise KeyboardInterrupt
         return real(shard, **settings)
 
-    monkeypatch.setattr(stage, "ImageLoader", failing)
+    monkeypatch.setattr(pictures, "ImageLoader", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(shards, tmp_path / "made", config)
     with pytest.raises(UserError, match="was interrupted"):
@@ -224,7 +224,7 @@ def test_interrupted_call_over_another_source_goes_on(
 ) -> None:
     monkeypatch.setattr(sources, "PART", 1)
     images = as_chinese_clip(tmp_path, {number: png(number) for number in CAPTIONS})
-    real, encoded = stage.FrozenImages.encode, []
+    real, encoded = pictures.FrozenImages.encode, []
 
     def failing(self: Any, pictures: Any) -> Any:
         encoded.append(len(pictures))
@@ -232,7 +232,7 @@ def test_interrupted_call_over_another_source_goes_on(
             raise KeyboardInterrupt
         return real(self, pictures)
 
-    monkeypatch.setattr(stage.FrozenImages, "encode", failing)
+    monkeypatch.setattr(pictures.FrozenImages, "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(images, tmp_path / "made", config)
     assert not (tmp_path / "made").exists()
@@ -270,7 +270,7 @@ def test_what_a_file_is_taken_for_is_told(
 @pytest.mark.parametrize("line", ["猫\u2028狗\tcat", "猫\u0085狗\tcat", "猫\x0b狗\tcat", "猫\r狗\tcat"])
 def test_only_line_ends_end_a_line(tmp_path: Path, line: str) -> None:
     (tmp_path / "t.tsv").write_bytes(f"\ufeff{line}\r\n鸟\tbird\n\n鱼\tfish".encode())
-    assert stage._read_lines(tmp_path / "t.tsv") == [line, "鸟\tbird", "", "鱼\tfish"]
+    assert read_lines(tmp_path / "t.tsv") == [line, "鸟\tbird", "", "鱼\tfish"]
 
 
 def test_a_changed_picture_file_is_told_when_it_is_shown(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
 from efficientclip.errors import UserError
 from efficientclip.files import digests, lock
 from efficientclip.model.frozen import image_tower_name
-from efficientclip.prepare import build as stage
+from efficientclip.prepare import build, parallel, pictures
 from efficientclip.prepare.build import prepare
 from tests import tiny
 from tests.formats import files
@@ -40,13 +40,13 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that were encoded."""
-    real, names = stage.ImageLoader, []
+    real, names = pictures.ImageLoader, []
 
     def noted(shard: Path, **settings: Any) -> Any:
         names.append(shard.name)
         return real(shard, **settings)
 
-    monkeypatch.setattr(stage, "ImageLoader", noted)
+    monkeypatch.setattr(pictures, "ImageLoader", noted)
     return names
 
 
@@ -79,7 +79,7 @@ def test_nothing_but_a_store_is_written_over(
             "table.csv": "image,caption\na.png,猫\n".encode(),
         },
     )
-    monkeypatch.setattr(stage, "FrozenImages", None)
+    monkeypatch.setattr(pictures, "FrozenImages", None)
     before = contents(tmp_path)
     images = tmp_path / "foreign" if source == "table.csv" else None
     for replace in (False, True):
@@ -131,16 +131,16 @@ def test_a_store_of_something_else_stays_until_the_new_one_is_whole(
     assert contents(path) == before
     (path / "notes.txt").write_text("mine")
     with monkeypatch.context() as patched, pytest.raises(UserError, match=r"no part of it \(notes\.txt\)"):
-        patched.setattr(stage, "FrozenImages", None)
+        patched.setattr(pictures, "FrozenImages", None)
         prepare(shards / "0.tar", path, config, replace=True)
     (path / "notes.txt").unlink()
-    real, usable = stage.FrozenImages.encode_pixels, []
+    real, usable = pictures.FrozenImages.encode_pixels, []
 
     def noted(self: Any, pixels: Any) -> Any:
         usable.append(len(Store(path)))
         return real(self, pixels)
 
-    monkeypatch.setattr(stage.FrozenImages, "encode_pixels", noted)
+    monkeypatch.setattr(pictures.FrozenImages, "encode_pixels", noted)
     prepare(shards / "0.tar", path, config, replace=True)
     assert usable == [6] and len(Store(path)) == 2
     assert not [found.name for found in tmp_path.iterdir() if "made" in found.name and found != path]
@@ -161,7 +161,7 @@ def test_a_link_that_leads_nowhere_is_refused_before_any_work(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards = write_shards(tmp_path / "shards", 1)
-    monkeypatch.setattr(stage, "load_tokenizer", None)
+    monkeypatch.setattr(build, "load_tokenizer", None)
     for name, to in (("loop", "loop"), ("unmounted", "disk/deep")):
         (tmp_path / name).symlink_to(to)
         with pytest.raises(UserError, match=f"the link .*/{name} leads nowhere"):
@@ -196,20 +196,20 @@ def test_a_row_that_is_not_finite_is_named(
         rows[-1, 3] = np.nan
         return rows
 
-    monkeypatch.setattr(stage.FrozenImages, "encode_pixels", second_is_nan)
+    monkeypatch.setattr(pictures.FrozenImages, "encode_pixels", second_is_nan)
     if source == "shards":
         path, message = (
             write_shards(tmp_path / "shards", 1),
             r"shard .*/0\.tar, sample 001: the frozen tower .*weights$",
         )
     elif source == "table":
-        pictures = as_table(tmp_path, {number: png(number) for number in CAPTIONS})
-        path, message = pictures, r"picture images/2\.png of .*/images/2\.png: the frozen tower .*weights$"
+        table = as_table(tmp_path, {number: png(number) for number in CAPTIONS})
+        path, message = table, r"picture images/2\.png of .*/images/2\.png: the frozen tower .*weights$"
     else:
         path = tmp_path / "parallel.tsv"
         path.write_text("猫\tcat\n狗\t\n鸟\tbird\n")
         message = r"parallel\.tsv, line 3: the frozen tower gave NaN .*weights and model\.teacher$"
-        monkeypatch.setattr(stage, "Teacher", lambda _: SimpleNamespace(encode=partial(second_is_nan, None)))
+        monkeypatch.setattr(parallel, "Teacher", lambda _: SimpleNamespace(encode=partial(second_is_nan, None)))
         teacher = Teacher(kind="usem3")
         config = config.model_copy(update={"model": config.model.model_copy(update={"teacher": teacher})})
     with pytest.raises(UserError, match=message):
@@ -248,7 +248,7 @@ def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
     def interrupted(using: Config) -> list[str]:
         encoded.clear()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(stage, "merge", _interrupt)
+            patched.setattr(build, "merge", _interrupt)
             prepare(shards, path, using)
         return encoded
 
@@ -281,7 +281,7 @@ def test_a_store_that_was_only_not_renamed_yet_is_not_made_again(
 ) -> None:
     shards = write_shards(tmp_path / "shards")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("efficientclip.data.store.settle", _interrupt)
+        patched.setattr("efficientclip.prepare.writer.settle", _interrupt)
         prepare(shards, tmp_path / "made", config)
     encoded.clear()
     assert prepare(shards, tmp_path / "made", config)["pairs"] == len(Store(tmp_path / "made")) == 6
@@ -299,7 +299,7 @@ def test_pictures_that_come_later_are_read(
     picture.unlink() if limit == 0.9 else picture.write_bytes(content[:100])
     limited = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_share": limit})})
     with monkeypatch.context() as patched, pytest.raises((UserError, KeyboardInterrupt)):
-        patched.setattr(stage, "merge", _interrupt)
+        patched.setattr(build, "merge", _interrupt)
         prepare(table, tmp_path / "made", limited)
     picture.write_bytes(content)
     made = prepare(table, tmp_path / "made", limited)
@@ -330,7 +330,7 @@ def test_what_another_call_made_meanwhile_is_not_made_again(
         monkeypatch.undo()
         prepare(shards, path, config)
 
-    monkeypatch.setattr(stage, "_require_ours", other)
+    monkeypatch.setattr(build, "_require_ours", other)
     assert prepare(shards, path, config)["pairs"] == 6
     assert not staging(path).exists() and not (path / lock.NAME).exists()
 

@@ -1,0 +1,66 @@
+"""Parallel text, zh<TAB>en: the English side through the frozen teacher, in parts."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..data.shards import BadSample
+from ..data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS
+from ..errors import UserError
+from ..model.frozen import teacher_name
+from ..model.teacher import Teacher
+from .parts import Item, Made, digest
+from .recipe import Part, Recipe, described, fp16_rows
+from .texts import read_lines
+
+PARALLEL_CHUNK = 8192
+
+
+def parallel_recipe(source: Path, config: Config) -> Recipe:
+    """Of the lines zh<TAB>en of `source`."""
+    if config.model.teacher is None:
+        raise UserError(
+            f"model.teacher: not set; {source} is taken as parallel text, zh<TAB>en, which it encodes. A table of"
+            f" pictures needs a first line with one of {', '.join(PICTURE_COLUMNS)} and one of"
+            f" {', '.join(CAPTION_COLUMNS)}"
+        )
+    name = teacher_name(config.model.teacher)
+    teacher = cache(partial(Teacher, config.model.teacher))
+    lines = read_lines(source)
+
+    def make(start: int, bar: Any) -> Made:
+        good: list[tuple[int, str, str]] = []
+        bad: list[BadSample] = []
+        for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
+            caption, _, english = (piece.strip() for piece in line.partition("\t"))
+            if not caption or not english:
+                bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
+            else:
+                good.append((number, caption, english))
+        features: list[bytes] = []
+        if good:
+            rows = teacher().encode([english for *_, english in good], progress=source.name)
+            places = [f"source {source}, line {number}" for number, *_ in good]
+            features = fp16_rows(rows, places, " and model.teacher")
+        items = [
+            Item(
+                hash=digest(english.encode()),
+                feature=feature,
+                key=f"line {number}",
+                source="parallel",
+                shard=str(source.resolve()),
+                offset=0,
+                length=0,
+                captions=[caption],
+                noise=[None],
+            )
+            for (number, caption, english), feature in zip(good, features, strict=True)
+        ]
+        return items, bad
+
+    of = [name, described(source), PARALLEL_CHUNK]
+    parts = [Part([*of, start], partial(make, start)) for start in range(0, len(lines), PARALLEL_CHUNK)]
+    return Recipe([source], name, parts, len(lines), outside=False)
