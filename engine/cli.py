@@ -162,7 +162,7 @@ def _add_replace(parser: argparse.ArgumentParser, help: str = "write over a file
 
 def _demo_data(given: argparse.Namespace) -> None:
     from .config import load_config
-    from .demo import build_demo_data
+    from .demo.build import build_demo_data
 
     recipe = load_config(given.config).demo_data
     build_demo_data(

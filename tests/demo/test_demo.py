@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from efficientclip import demo
-from efficientclip.demo import Concept, Picture
+from efficientclip.demo import build as demo
+from efficientclip.demo.build import Concept, Picture
 from efficientclip.errors import UserError
 from efficientclip.files import atomic, lock
 from efficientclip.files.ownership import kind_of

@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .config import Teacher as TeacherConfig
-from .errors import UserError
-from .files.atomic import put_in_place, recover, write_atomically
-from .files.lock import held
-from .files.ownership import claim, mark, require_known
-from .model.teacher import Teacher
+from ..config import Teacher as TeacherConfig
+from ..errors import UserError
+from ..files.atomic import put_in_place, recover, write_atomically
+from ..files.lock import held
+from ..files.ownership import claim, mark, require_known
+from ..model.teacher import Teacher
 
 NPM = {
     "emoji-datasource-google": ("16.0.0", "Apache-2.0 (pictures by Google, Noto Emoji)"),
