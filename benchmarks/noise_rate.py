@@ -36,7 +36,7 @@ from benchmarks.measuring import RESULTS, hardware, once, record
 from efficientclip.config import load_config
 from efficientclip.data.store import PAIR_FILES, Store
 from efficientclip.data.tokenizer import load_tokenizer
-from efficientclip.demo.build import Concept, Picture, assign_noise
+from efficientclip.demo.concepts import Concept, Picture, assign_noise
 from efficientclip.evaluation.verdicts import separation
 from efficientclip.noise.rate import CrossFit, read_cross_fit
 from efficientclip.prepare.writer import finish, write_ids, write_tokens

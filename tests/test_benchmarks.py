@@ -20,7 +20,8 @@ from benchmarks import contrastive, ecl, gpu, measuring, mlm, resources
 from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.resources import Recipe, Spent
-from efficientclip.demo.build import Concept, Picture, write_shard
+from efficientclip.demo.concepts import Concept, Picture
+from efficientclip.demo.pictures import write_shard
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from efficientclip.demo import build as demo
-from efficientclip.demo.build import Concept, Picture
+from efficientclip.demo import build, packages
+from efficientclip.demo.concepts import Concept, Picture, assign_noise, bucket, divide, split_of
+from efficientclip.demo.pictures import slug, square, write_shard
+from efficientclip.demo.texts import dictionary_pairs, manual_paragraphs
 from efficientclip.errors import UserError
 from efficientclip.files import atomic, lock
 from efficientclip.files.ownership import kind_of
@@ -36,17 +38,17 @@ def training_pictures(count: int = 40) -> list[Picture]:
 
 def test_split_ignores_gender_and_is_fixed() -> None:
     names = ("man running", "woman running", "person running")
-    assert len({demo.split_of(concept(number, name)) for number, name in enumerate(names)}) == 1
+    assert len({split_of(concept(number, name)) for number, name in enumerate(names)}) == 1
     # printf running | sha1sum; another bucket would move pictures across the split of every trained run.
-    assert demo.bucket("running") == int("3c49d9cc3c0c83421a1cfb921cdd4aa35dc1ba5c", 16) % 100 == 64
-    assert demo.split_of(concept(0, "woman running")) == "train"
-    assert demo.split_of(concept(0, "woman dancing")) == "val"
+    assert bucket("running") == int("3c49d9cc3c0c83421a1cfb921cdd4aa35dc1ba5c", 16) % 100 == 64
+    assert split_of(concept(0, "woman running")) == "train"
+    assert split_of(concept(0, "woman dancing")) == "val"
 
 
 def test_splits_keep_held_out_concepts_and_style_out_of_train() -> None:
     concepts = [concept(number) for number in range(300)]
     pngs = {style: {one.key: b"png" for one in concepts} for style in ("google", "twitter", "openmoji", "fluent")}
-    splits = demo._splits(concepts, pngs)
+    splits = divide(concepts, pngs)
     trained = {picture.concept.key for picture in splits["train"]}
     held_out = {"val_concept", "val_both", "test_concept", "test_concept_google", "test_both"}
     for name in held_out:
@@ -69,7 +71,7 @@ def test_splits_keep_held_out_concepts_and_style_out_of_train() -> None:
 def test_noise_is_exact_and_never_true(share: float) -> None:
     pictures = training_pictures()
     pairs = sum(len(picture.captions) for picture in pictures)
-    noised = demo.assign_noise(pictures, share, seed=3)
+    noised = assign_noise(pictures, share, seed=3)
     assert sum(entry["noise"] for picture in noised for entry in picture.captions) == round(share * pairs)
     training = {text for picture in pictures for text in picture.concept.chinese}
     for picture in noised:
@@ -84,16 +86,16 @@ def test_noise_is_exact_and_never_true(share: float) -> None:
 
 def test_noise_follows_its_seed_and_leaves_its_input() -> None:
     pictures = training_pictures()
-    once = demo.assign_noise(pictures, 0.3, seed=0)
-    assert once == demo.assign_noise(training_pictures(), 0.3, seed=0)
-    assert once != demo.assign_noise(pictures, 0.3, seed=1)
+    once = assign_noise(pictures, 0.3, seed=0)
+    assert once == assign_noise(training_pictures(), 0.3, seed=0)
+    assert once != assign_noise(pictures, 0.3, seed=1)
     assert pictures == training_pictures()
 
 
 def test_shards_have_the_same_bytes(tmp_path: Path) -> None:
     pictures = training_pictures(3)
     for name in ("one.tar", "two.tar"):
-        demo.write_shard(tmp_path / name, "train", pictures)
+        write_shard(tmp_path / name, "train", pictures)
     assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
     with tarfile.open(tmp_path / "one.tar") as tar:
         members = tar.getmembers()
@@ -109,20 +111,20 @@ def test_shards_have_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_train_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "SHARD_SAMPLES", 2)
-    demo._write_train(tmp_path, training_pictures(3))
+    monkeypatch.setattr(build, "SHARD_SAMPLES", 2)
+    build._write_train(tmp_path, training_pictures(3))
     assert [path.name for path in sorted((tmp_path / "train").iterdir())] == [
         "00000.tar",
         "00001.tar",
         "00002.tar",
     ]
-    demo._write_train(tmp_path, training_pictures(1))
+    build._write_train(tmp_path, training_pictures(1))
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["00000.tar"]
     assert not (tmp_path / "train.partial").exists()
 
 
 def test_train_cut_short_in_its_replacement_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    demo._write_train(tmp_path, training_pictures(3))
+    build._write_train(tmp_path, training_pictures(3))
     before = [path.read_bytes() for path in (tmp_path / "train").iterdir()]
     real, calls = atomic.os.replace, []
 
@@ -134,11 +136,11 @@ def test_train_cut_short_in_its_replacement_comes_back(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(atomic.os, "replace", dying)
-        demo._write_train(tmp_path, training_pictures(1))
+        build._write_train(tmp_path, training_pictures(1))
     assert not (tmp_path / "train").exists()
     atomic.recover(tmp_path / "train")
     assert [path.read_bytes() for path in (tmp_path / "train").iterdir()] == before
-    demo._write_train(tmp_path, training_pictures(1))
+    build._write_train(tmp_path, training_pictures(1))
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
@@ -160,11 +162,11 @@ def test_only_demo_data_is_written_over(
     def reached(cache: Path) -> None:
         raise UserError("reached")
 
-    monkeypatch.setattr(demo, "check_tools", lambda: None)
-    monkeypatch.setattr(demo, "_download", reached)
+    monkeypatch.setattr(build, "check_tools", lambda: None)
+    monkeypatch.setattr(build, "download", reached)
     files(tmp_path / "demo", held)
     with pytest.raises(UserError, match=message):
-        demo.build_demo_data(tmp_path / "demo")
+        build.build_demo_data(tmp_path / "demo")
     ours = message == "reached" or "no part" in message
     assert (kind_of(tmp_path / "demo") == "demo data") == ours and not (tmp_path / "demo" / lock.NAME).exists()
     assert {name: (tmp_path / "demo" / name).read_bytes() for name in held} == held
@@ -174,30 +176,30 @@ def test_a_link_is_not_replaced(tmp_path: Path) -> None:
     files(tmp_path, {"disk/00000.tar": b"mine"})
     (tmp_path / "train").symlink_to("disk")
     with pytest.raises(UserError, match="train: is a link"):
-        demo._write_train(tmp_path, training_pictures(1))
+        build._write_train(tmp_path, training_pictures(1))
     assert (tmp_path / "train" / "00000.tar").read_bytes() == b"mine"
 
 
 def test_two_calls_do_not_build_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "check_tools", lambda: None)
-    monkeypatch.setattr(demo, "_download", lambda cache: demo.build_demo_data(tmp_path / "demo"))
+    monkeypatch.setattr(build, "check_tools", lambda: None)
+    monkeypatch.setattr(build, "download", lambda cache: build.build_demo_data(tmp_path / "demo"))
     files(tmp_path / "demo", {"manifest.json": MANIFEST, "train.partial/00000.tar": b"of the first call"})
     with pytest.raises(UserError, match=r"process \d+ on .* \(demo-data\)"):
-        demo.build_demo_data(tmp_path / "demo")
+        build.build_demo_data(tmp_path / "demo")
     assert (tmp_path / "demo" / "train.partial" / "00000.tar").read_bytes() == b"of the first call"
 
 
 def test_picture_is_square_rgb_over_white() -> None:
     buffer = io.BytesIO()
     Image.new("RGBA", (10, 20), (0, 0, 0, 0)).save(buffer, "PNG")
-    with Image.open(io.BytesIO(demo._square(buffer.getvalue(), 16))) as picture:
+    with Image.open(io.BytesIO(square(buffer.getvalue(), 16))) as picture:
         assert (picture.size, picture.mode) == ((16, 16), "RGB")
         assert picture.getextrema() == ((255, 255),) * 3
 
 
 def test_slug_of_an_english_name() -> None:
-    assert demo._slug("woman’s hat") == "womans-hat"
-    assert demo._slug("piñata") == "pinata"
+    assert slug("woman’s hat") == "womans-hat"
+    assert slug("piñata") == "pinata"
 
 
 def test_dictionary_gives_the_first_plain_gloss() -> None:
@@ -210,46 +212,46 @@ def test_dictionary_gives_the_first_plain_gloss() -> None:
         ["大克魯縣", "大克鲁县", "Da4 ke4 lu3 xian4", ["Grand Kru"], [], []],
         ["主角", "主角", "zhu3 jue2", ["main character"], [], []],
     ]
-    assert list(demo.dictionary_pairs(entries)) == [("主角", "leading role"), ("张", "sheet")]
+    assert list(dictionary_pairs(entries)) == [("主角", "leading role"), ("张", "sheet")]
 
 
 def test_manual_page_without_its_markup() -> None:
     page = ".TH LS 1\n.PP\n列出\\fB目录\\fP内容。\n第二行\n.SH 选项\n不要忽略\n"
-    assert list(demo.manual_paragraphs(page)) == ["列出目录内容。第二行", "不要忽略"]
+    assert list(manual_paragraphs(page)) == ["列出目录内容。第二行", "不要忽略"]
 
 
 def test_missing_command_is_named_before_any_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda command: None if command == "npm" else f"/bin/{command}")
     with pytest.raises(UserError, match=r"npm is missing.*apt-get install npm"):
-        demo.build_demo_data(tmp_path / "demo")
+        build.build_demo_data(tmp_path / "demo")
     assert not (tmp_path / "demo").exists()
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda command: f"/bin/{command}")
-    monkeypatch.setattr(demo, "find_spec", lambda module: None)
+    monkeypatch.setattr(packages, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=r"resvg_py is missing; pip install 'efficientclip\[demo\]'"):
-        demo.check_tools()
+        packages.check_tools()
 
 
 def test_failed_download_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"`false` failed"):
-        demo._run(["false"], tmp_path, "thing")
+        packages._run(["false"], tmp_path, "thing")
     assert not [path for path in tmp_path.iterdir() if path.is_file()]
     with pytest.raises(UserError, match=r"no-such-command is missing, needed for thing"):
-        demo._run(["no-such-command"], tmp_path, "thing")
+        packages._run(["no-such-command"], tmp_path, "thing")
 
 
 def test_changed_download_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "openmoji-17.0.0.tgz"
     file.write_bytes(b"other bytes")
     with pytest.raises(UserError, match=r"openmoji-17\.0\.0\.tgz has not the pinned sha256; delete it"):
-        demo.check_digest("openmoji", file)
-    assert len(demo.check_digest("manpages-zh", file)) == 64
+        packages.check_digest("openmoji", file)
+    assert len(packages.check_digest("manpages-zh", file)) == 64
 
 
 def test_damaged_package_is_named(tmp_path: Path) -> None:
     file = tmp_path / "openmoji.tgz"
     file.write_bytes(b"not a tar")
     with pytest.raises(UserError, match=r"openmoji\.tgz has no whole package/x"):
-        demo._member(file, "package/x")
+        packages.member(file, "package/x")
