@@ -1,7 +1,7 @@
 """EfficientCLIP: a text tower trained against frozen image features, on packed tokens, with noisy pairs thrown out.
 
-The way of the data is the way of the imports: shards, store, batches, towers, objectives, confidence, trainer,
-evaluation.
+The way of the data is the way of the imports, and none points up: `data`, `model`, `prepare`, `objectives`, `noise`,
+`training`, `evaluation`, `planning`, and `cli` on top; all stand on `errors`, `files`, `config` and `stopping`.
 """
 
 from __future__ import annotations
