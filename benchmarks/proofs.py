@@ -139,7 +139,7 @@ def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[R
         # The optimiser's state is there from the first step on.
         batch = next(trainer.loader)
         trainer.bank.add_to(batch, trainer.source.edges)
-        trainer._train_step(batch)
+        trainer.train_step(batch)
         digested, summed, bare = saves(trainer, rounds)
     size = sum(path.stat().st_size for path in (folder / "run" / "checkpoints").glob("step-*/**/*") if path.is_file())
     size /= len(list((folder / "run" / "checkpoints").glob("step-*")))

@@ -97,7 +97,7 @@ class Trainer:
             with stopping.finishing(self.config.training.grace_seconds):
                 stopped_by = self._train()
                 if stopped_by is None:
-                    self._finish()
+                    self.finish()
                 return stopped_by
         finally:
             self.loader.close()
@@ -129,7 +129,7 @@ class Trainer:
             if batch.frozen_MD is not None:
                 self.bank.add_to(batch, self.source.edges)
             waited = time.perf_counter() - started
-            values = self._train_step(batch)
+            values = self.train_step(batch)
             self.step += 1
             values |= {"step_seconds": time.perf_counter() - started, "data_wait_seconds": waited}
             self._log(values, force=self.step in (1, self.total_steps))
@@ -143,7 +143,7 @@ class Trainer:
                 refresh=False,
             )
             best = False
-            stop, ended = self._anywhere(stopping.requested() or 0, self.loader.ended)
+            stop, ended = self.anywhere(stopping.requested() or 0, self.loader.ended)
             if ended:
                 with self.span("confidence"):
                     self._end_epoch()
@@ -167,7 +167,7 @@ class Trainer:
         bar.close()
         return None
 
-    def _train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> dict[str, float]:
         """Forward, backward and update on one global batch; returns its figures and shows ECL its scores."""
         config = self.config
         rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
@@ -380,7 +380,7 @@ class Trainer:
                     self.loader.kept_share,
                 )
 
-    def _anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
+    def anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
         """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""
         stop, ended_anywhere = self._highest(stop, ended)
         return stop, bool(ended_anywhere)
@@ -453,7 +453,7 @@ class Trainer:
             file = write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
             self.written.add(file)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
         """The model, ECL's table and the digests of a finished run; each appears whole or not at all."""
         self._write_final()
         if self.loader.epoch_step > 0:
