@@ -83,7 +83,8 @@ class Trainer:
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
         self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
-        if self.rank == 0:
+        # A finished run writes its last one again, in the place of what is there.
+        if self.rank == 0 and self.step < self.total_steps:
             forget_from(self.run, self.loader.epoch)
 
     @property

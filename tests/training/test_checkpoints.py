@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -108,11 +109,23 @@ def test_what_is_pointed_to_is_not_pruned(half: tuple[Path, str]) -> None:
     assert (folder / (folder / "latest").read_text() / "digests.json").is_file()
 
 
+@contextmanager
+def digests_broken(folder: Path) -> Iterator[None]:
+    before = (folder / "digests.json").read_bytes()
+    (folder / "digests.json").write_bytes(b"\xff")
+    yield
+    (folder / "digests.json").write_bytes(before)
+
+
 def test_a_finished_run_is_not_begun_anew_and_keeps_a_users_files(half: tuple[Path, str], folder: Path) -> None:
     shutil.copytree(folder / "whole" / "model", half[0] / "model")
     (half[0] / "model" / "notes.md").write_text("mine")
     run(1, half[1])
     assert (half[0] / "model" / "notes.md").read_text() == "mine"
+    history = {file: file.read_bytes() for file in (half[0] / "history").iterdir()}
+    with digests_broken(half[0] / "model"):
+        assert "model/digests.json: broken" in run(1, half[1], code=2)
+    assert history == {file: file.read_bytes() for file in (half[0] / "history").iterdir()}
     shutil.rmtree(half[0] / "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in half[0].rglob("*") if path.is_file()}
     output = run(1, half[1], "seed=7", code=2)
