@@ -21,7 +21,7 @@ from rich.table import Table
 from benchmarks.contrastive import COLUMNS, KEY, Case, Seen, draw, measure
 from benchmarks.measuring import Row, record
 
-TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_fused.py")
+TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_triton_contrastive.py")
 SHOWN = ("implementation", "pass", "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "error", "note")
 
 

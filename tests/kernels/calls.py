@@ -11,7 +11,7 @@ from efficientclip.kernels import contrastive, sigmoid
 
 OPERATORS = [
     operator
-    for operators in (contrastive.CONTRASTIVE, sigmoid.SIGMOID)
+    for operators in (contrastive.OPERATORS, sigmoid.OPERATORS)
     for operator in (operators.sums, operators.gradients)
 ]
 

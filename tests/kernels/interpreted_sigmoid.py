@@ -10,8 +10,10 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, similarity
-from efficientclip.kernels.similarity import Tile
+from efficientclip.kernels import paths, sigmoid, sigmoid_loss
+from efficientclip.kernels.contract import Options
+from efficientclip.kernels.triton import tuning
+from efficientclip.kernels.triton.tuning import Tile
 from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -20,11 +22,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @pytest.fixture(autouse=True)
 def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few pairs need several tiles, strips and chunks."""
-    monkeypatch.setattr(sigmoid, "uses_triton", lambda features: True)
+    monkeypatch.setattr(paths, "KERNELS_ON_CPU", True)
     for size, tile in {2: Tile(32, 32, 4, 2), 4: Tile(32, 64, 4, 2)}.items():
-        monkeypatch.setitem(similarity.TILES, size, tile)
-    monkeypatch.setattr(sigmoid, "CHUNK", 64)
-    monkeypatch.setattr(sigmoid, "STRIP_TILES", 2)
+        monkeypatch.setitem(tuning.TILES, size, tile)
+    monkeypatch.setattr(tuning, "CHUNK", 64)
+    monkeypatch.setattr(tuning, "STRIP_TILES", 2)
 
     cut = InterpreterBuilder.create_fp_trunc
 
@@ -81,17 +83,15 @@ def test_blocks_of_columns_add_up(rng: torch.Generator, positives: str) -> None:
     ids_KN = torch.stack([given["image_ids"], given["caption_ids"]])
     excluded_2E = torch.stack(given["excluded"])
     excluded_2E = excluded_2E[:, excluded_2E[0] < 40]
-    whole = contrastive._Options(
-        ids_KN[:, own], ids_KN, given["bank_ids"], excluded_2E, own.start, positives == "ids", False
-    )
+    whole = Options(ids_KN[:, own], ids_KN, given["bank_ids"], excluded_2E, own.start, positives == "ids", False)
     scalars, grads = (torch.tensor(14.0), torch.tensor(-5.0)), [torch.rand(40, generator=rng).double() for _ in "12"]
 
     def found(columns: slice, positive_M: torch.Tensor | None = None) -> list[torch.Tensor]:
         last = columns.stop == 70
-        arguments = text[own], image[columns], bank if last else None, *scalars, *whole.of_block(columns, 70, last)[:6]
+        arguments = text[own], image[columns], bank if last else None, *scalars, *whole.of_block(columns, 70, last)
         if positive_M is None:
-            return sigmoid.sigmoid_sums(*arguments)
-        d_text_MD, d_image_CD, d_scale, d_bias = sigmoid.sigmoid_gradients(*arguments, positive_M, grads, True, True)
+            return sigmoid.OPERATORS.sums(*arguments)
+        d_text_MD, d_image_CD, d_scale, d_bias = sigmoid.OPERATORS.gradients(*arguments, positive_M, grads, True, True)
         d_image_ND = torch.zeros(70, 24)
         d_image_ND[columns] = d_image_CD
         return [d_text_MD, d_image_ND, d_scale, d_bias]

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientclip.kernels import paired_similarity, positive_ranks, similarity
-from efficientclip.kernels.similarity import Tile, paired_similarity_naive, positive_ranks_naive
+from efficientclip.kernels import paired_similarity, paths, positive_ranks
+from efficientclip.kernels.similarity import paired_similarity_naive, positive_ranks_naive
+from efficientclip.kernels.triton import tiles, tuning
+from efficientclip.kernels.triton.tuning import Tile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -19,10 +21,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """CPU tensors to the Triton kernels, in tiles so small that few queries need several."""
-    monkeypatch.setattr(similarity, "uses_triton", lambda features: True)
-    monkeypatch.setattr(similarity, "TILES", {2: Tile(16, 64, 4, 2), 4: Tile(32, 64, 4, 2)})
-    monkeypatch.setattr(similarity, "SLAB_ROWS", 64)
-    monkeypatch.setattr(similarity, "PROGRAMS", 6)
+    monkeypatch.setattr(paths, "KERNELS_ON_CPU", True)
+    monkeypatch.setattr(tuning, "TILES", {2: Tile(16, 64, 4, 2), 4: Tile(32, 64, 4, 2)})
+    monkeypatch.setattr(tuning, "SLAB_ROWS", 64)
+    monkeypatch.setattr(tuning, "PROGRAMS", 6)
 
 
 def positives(rng: torch.Generator, M: int, Q: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,7 @@ def positives(rng: torch.Generator, M: int, Q: int) -> tuple[Tensor, Tensor]:
 
 
 def test_the_interpreter_is_on() -> None:
-    assert similarity.interpreted()
+    assert tiles.arithmetic(torch.bfloat16)["UPCAST"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from efficientclip.kernels import contrastive, contrastive_loss, sigmoid_loss
+from efficientclip.kernels import chunked, contrastive_loss, sigmoid_loss
+from efficientclip.kernels import ranks as kernel_ranks
 from efficientclip.training.distributed import end_process
 from tests.kernels import sigmoid_cases, test_contrastive
 from tests.kernels.calls import Calls
@@ -114,8 +115,8 @@ def error(name: str, found: Sequence[dict[str, Tensor]], truth: Sequence[dict[st
 
 def count_exchanges() -> dict[str, int]:
     """Wraps the gradients' collective, and the ring's exchange."""
-    counts = {"_reduce_scatter": 0, "pass_on": 0}
-    for owner, name in ((contrastive, "_reduce_scatter"), (contrastive._Ranks, "pass_on")):
+    counts = {"reduce_scatter": 0, "pass_on": 0}
+    for owner, name in ((kernel_ranks, "reduce_scatter"), (kernel_ranks.Ranks, "pass_on")):
         exchange = getattr(owner, name)
 
         def counted(*args: Any, name: str = name, exchange: Any = exchange, **kwargs: Any) -> Any:
@@ -194,7 +195,7 @@ def main(path: str, seed: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
-    contrastive.TILE_ROWS, contrastive.TILE_LOGITS = 16, 16 * 40
+    chunked.TILE_ROWS, chunked.TILE_LOGITS = 16, 16 * 40
     results = measure(seed, group)
     if rank == 0:
         print(summary(results), flush=True)

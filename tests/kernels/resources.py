@@ -35,10 +35,15 @@ def resources(
     aligned: bool = True,
     **options: int,
 ) -> dict[str, int]:
-    """`compiled` for arguments of these types; pointers are multiples of 16, and the width D if it is `aligned`."""
+    """`compiled` for arguments of these types, others None.
+
+    Pointers are multiples of 16, and so are the width D and the strides if they are `aligned`.
+    """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    multiples = [name for name in types if name.endswith("_ptr") or (name == "D" and aligned)]
+    constants = {name: None for name in names if name not in types} | constants
+    wide = [name for name in types if name == "D" or name.endswith("_stride")] if aligned else []
+    multiples = [name for name, kind in types.items() if kind.startswith("*")] + wide
     source = ASTSource(
         kernel,
         signature,

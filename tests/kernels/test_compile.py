@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficientclip.kernels import contrastive
+from efficientclip.kernels.contract import ContrastiveGrads, ContrastiveKept, Options
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel does not compile"
@@ -37,7 +37,7 @@ def launches(
     monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: torch.dtype, variant: Variant, D: int = 512
 ) -> list[tuple[Any, dict[str, Any]]]:
     """The kernels and arguments that one loss and its gradients would launch; nothing runs."""
-    from efficientclip.kernels import fused
+    from efficientclip.kernels.triton import contrastive, tiles, tuning
 
     seen: list[tuple[Any, dict[str, Any]]] = []
 
@@ -53,7 +53,7 @@ def launches(
     M = 250
     text, some = torch.zeros(M, D, dtype=dtype), torch.arange(M)
     ids_KM = torch.zeros(variant.ids, M, dtype=torch.int64) if variant.ids else None
-    options = contrastive._Options(
+    options = Options(
         ids_KM,
         ids_KM,
         ids_KM[0] if variant.bank and ids_KM is not None else None,
@@ -64,14 +64,15 @@ def launches(
     )
     capability = architecture // 10, architecture % 10
     with monkeypatch.context() as patch:
-        patch.setattr(contrastive, "FUSED_ON_CPU", True)
-        patch.setattr(fused, "tile_config", lambda text_MD, burden: fused.config_for(capability, dtype, burden))
+        config = tuning.config_for(capability, dtype, tuning.burden(options))
+        patch.setattr(tuning, "tile_config", lambda text_MD, options: config)
         for name in KERNELS:
-            patch.setattr(fused, name, Recorder(getattr(fused, name)))
-        tiles: Any = contrastive._tiles(text, text, text if variant.bank else None, torch.ones(()), options)
-        tiles.upcast, tiles.precision = False, "tf32x3" if dtype == torch.float32 else "ieee"
-        sums = tiles.forward()
-        tiles.backward(sums, contrastive._Gradients(*sums[: len(contrastive._Gradients._fields)]), True, True)
+            module = tiles if name == "product_kernel" else contrastive
+            patch.setattr(module, name, Recorder(getattr(module, name)))
+        walk = contrastive.TritonContrastive(text, text, text if variant.bank else None, torch.ones(()), options)
+        sums = walk.forward()
+        grads = ContrastiveGrads(*sums[: len(ContrastiveGrads._fields)])
+        walk.backward(ContrastiveKept(sums.row_lse_M, sums.col_lse_N), grads, True, True)
     return seen
 
 
@@ -130,12 +131,12 @@ def test_no_spills_and_tensor_cores(
 
 def test_forward_and_recompute_agree() -> None:
     """Masked cells are ordered by the tiles of forward, and the recomputes look them up by theirs; p sums to 1."""
-    from efficientclip.kernels import fused
+    from efficientclip.kernels.triton import tuning
 
     for capability in ((8, 0), (9, 0), (10, 0)):
         for dtype in DTYPES:
             for burden in range(3):
-                config = fused.config_for(capability, dtype, burden)
+                config = tuning.config_for(capability, dtype, burden)
                 again = (config.forward, config.rescue, config.gradient)
                 assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
                 assert len({launch.depth for launch in again}) == 1

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficientclip.kernels import contrastive, contrastive_loss, contrastive_loss_naive, explain
+from efficientclip.kernels import ContrastiveOutput, chunked, contrastive_loss, contrastive_loss_naive, explain
 from tests.kernels.calls import Calls
 
-Loss = Callable[..., contrastive.ContrastiveOutput]
+Loss = Callable[..., ContrastiveOutput]
 
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "TILE_ROWS", 61)
-    monkeypatch.setattr(contrastive, "TILE_LOGITS", 61 * 97)
+    monkeypatch.setattr(chunked, "TILE_ROWS", 61)
+    monkeypatch.setattr(chunked, "TILE_LOGITS", 61 * 97)
 
 
 def unit(rng: torch.Generator, *shape: int) -> Tensor:
@@ -170,11 +170,11 @@ def test_paths_of_a_tile(
         raise RuntimeError("the other path was taken")
 
     if forced == "one":
-        monkeypatch.setattr(contrastive._Tiles, "_two_exponentials", refuse)
+        monkeypatch.setattr(chunked.ChunkedContrastive, "two_exponentials", refuse)
         check(features(rng, 200, 70, 32), torch.float32, 14, positives=positives)
     else:
-        monkeypatch.setattr(contrastive, "SUM_RANGE", (1.0, 0.0))
-        monkeypatch.setattr(contrastive, "SHIFT_REACH", -math.inf)
+        monkeypatch.setattr(chunked, "SUM_RANGE", (1.0, 0.0))
+        monkeypatch.setattr(chunked, "SHIFT_REACH", -math.inf)
         check(features(rng, 200, 70, 32), torch.float32, 14, positives=positives, **everything(rng, 200, 70))
 
 
@@ -344,7 +344,7 @@ def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
         loss = contrastive_loss(text, image, unit(rng, Q, D).float(), logit_scale=14.0, image_ids=ids).loss
         assert calls.products == tiles
         loss.backward()
-    assert calls.largest <= 4 * contrastive.TILE_LOGITS < 4 * M * M
+    assert calls.largest <= 4 * chunked.TILE_LOGITS < 4 * M * M
     # The bank's tiles yield no gradient for images.
     assert calls.products == 3 * tiles + (0 if frozen else 6)
     assert (image.grad is None) == frozen

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficientclip.kernels import contrastive
+from efficientclip.kernels.contrastive import OPERATORS
 from tests.kernels.test_contrastive import everything, features
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -39,10 +39,10 @@ def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_operators(rng: torch.Generator, case: dict[str, Any], dtype: torch.dtype) -> None:
     given = arguments(rng, dtype, **case)
-    sums = contrastive.contrastive_sums(*given)
-    grads = [torch.rand_like(part) for part in sums[: len(contrastive._Gradients._fields)]]
+    sums = OPERATORS.sums(*given)
+    grads = [torch.rand_like(part) for part in sums[: OPERATORS.differentiable]]
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(contrastive.contrastive_gradients, (*given, *sums[1:3], grads, *needs))
+        torch.library.opcheck(OPERATORS.gradients, (*given, *sums[1:3], grads, *needs))
     for at in (0, 1, 3):
         given[at].requires_grad_()
-    torch.library.opcheck(contrastive.contrastive_sums, tuple(given))
+    torch.library.opcheck(OPERATORS.sums, tuple(given))

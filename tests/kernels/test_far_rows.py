@@ -19,16 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from efficientclip.kernels import (
-    contrastive,
     contrastive_loss,
-    fused,
     paired_similarity,
+    paths,
     positive_ranks,
-    sigmoid,
     sigmoid_loss,
-    similarity,
     top_k,
 )
+from efficientclip.kernels.triton import similarity, tiles, tuning
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAR = 1 << 31
@@ -48,16 +46,13 @@ def test_in_the_interpreter() -> None:
 def kernels_where_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not INTERPRETED:
         return
-    launch = fused.Launch(16, 16, 16, 4, 2)
-    config = fused.Config(
+    launch = tuning.Launch(16, 16, 16, 4, 2)
+    config = tuning.Config(
         launch, launch, launch, launch, descriptors=True, kept=8, programs=2, chunk=(64, 64), panel=64
     )
-    monkeypatch.setattr(fused, "tile_config", lambda text_MD, burden: config)
-    monkeypatch.setattr(contrastive, "FUSED_ON_CPU", True)
-    for module in (sigmoid, similarity):
-        monkeypatch.setattr(module, "uses_triton", lambda features: True)
-    monkeypatch.setattr(similarity, "TILES", {2: similarity.Tile(16, 16, 4, 2), 4: similarity.Tile(16, 16, 4, 2)})
-    monkeypatch.setattr(sigmoid, "TILES", similarity.TILES)
+    monkeypatch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+    monkeypatch.setattr(paths, "KERNELS_ON_CPU", True)
+    monkeypatch.setattr(tuning, "TILES", {2: tuning.Tile(16, 16, 4, 2), 4: tuning.Tile(16, 16, 4, 2)})
 
 
 def lazy(elements: int, dtype: torch.dtype) -> Tensor:
@@ -117,8 +112,8 @@ def test_a_row_of_a_bank_beyond_them(rng: torch.Generator, dtype: torch.dtype) -
 def copy(
     source: tl.tensor, target: tl.tensor, stride: tl.tensor, row: tl.tensor, rows: tl.tensor, cols: tl.tensor
 ) -> None:
-    block = fused._load(source, stride, row, 0, rows, cols, 16, 32, True)
-    fused._store(target, stride, row, 0, rows, cols, block, 16, 32)
+    block = tiles.load_block(source, stride, row, 0, rows, cols, 16, 32, True)
+    tiles.store_block(target, stride, row, 0, rows, cols, block, 16, 32)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels run in the interpreter, or on a GPU")
@@ -133,5 +128,7 @@ def test_tiles_beyond_them(rng: torch.Generator, dtype: torch.dtype) -> None:
 
     queries, scores = unit(rng, 2, D, dtype), torch.empty(2)
     owners, rows = torch.arange(2), torch.tensor([tall - 1, tall - 8])
-    similarity._positive_kernel[1,](queries, source, owners, rows, scores, 2, D, BLOCK=16, BLOCK_K=32, UPCAST=True)
+    similarity.positive_kernel[1,](
+        queries, source, D, D, owners, rows, scores, 2, D, BLOCK=16, BLOCK_K=32, **tiles.arithmetic(dtype)
+    )
     torch.testing.assert_close(scores, (queries.double() * source[rows]).sum(1).float())

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficientclip.kernels import contrastive, sigmoid, sigmoid_loss, sigmoid_loss_naive, similarity
+from efficientclip.kernels import chunked, sigmoid_loss, sigmoid_loss_naive
 from tests.kernels.calls import Calls
 from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
 
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contrastive, "TILE_ROWS", 61)
-    monkeypatch.setattr(contrastive, "TILE_LOGITS", 61 * 97)
+    monkeypatch.setattr(chunked, "TILE_ROWS", 61)
+    monkeypatch.setattr(chunked, "TILE_LOGITS", 61 * 97)
 
 
 # The reference
@@ -178,7 +178,7 @@ def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
         loss = sigmoid_loss(text, image, data["bank"], logit_scale=14.0, image_ids=torch.arange(3000) // 2).loss
         assert calls.products == tiles
         loss.backward()
-    assert calls.largest <= 4 * contrastive.TILE_LOGITS < 4 * 3000 * 3000
+    assert calls.largest <= 4 * chunked.TILE_LOGITS < 4 * 3000 * 3000
     # The bank's tiles yield no gradient for images.
     assert calls.products == 3 * tiles + (0 if frozen else 6)
     assert (image.grad is None) == frozen
@@ -197,32 +197,36 @@ def test_triton_kernels_interpreted() -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("dtype", "size", "kinds"), [("bf16", 2, 0), ("bf16", 2, 2), ("fp32", 4, 2)])
 def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, kinds: int, capability: int) -> None:
+    from efficientclip.kernels.triton import sigmoid, tiles, tuning
     from tests.kernels.resources import resources
 
-    tile = similarity.TILES[size]
-    shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, "UPCAST": False}
-    flags = {"IDS": kinds, "IDS_POSITIVE": kinds > 0, "CLOSED": sigmoid.CLOSED}
+    tile = tuning.TILES[size]
+    product = {"PRECISION": "tf32x3" if size == 4 else "ieee", "UPCAST": False}
+    shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, **product}
+    flags = {"IDS": kinds, "POSITIVES": kinds > 0}
     features, vector, label = f"*{dtype}", "*fp32", "*i32"
-    cells = {
-        "text_ptr": features, "column_ptr": features, "scalars_ptr": vector,
-        "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
-        "ids_row_ptr": label, "ids_col_ptr": label, "more_row_ptr": label, "more_col_ptr": label,
-        "cell_rows_ptr": label, "cell_cols_ptr": label, "bounds_ptr": label,
+    given = {
+        "text": features, "columns": features, "text_stride": "i32", "columns_stride": "i32", "scalars": vector,
+        "cells": label, "bounds": label, "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
     }  # fmt: skip
-    loss = cells | {"loss_ptr": vector, "strip_tiles": "i32"}
-    slope = cells | {"slope_ptr": features, "sums_ptr": vector, "first_row": "i32", "first_col": "i32"}
+    if kinds:
+        given |= {"row_codes": label, "col_codes": label}
+    loss = given | {"loss": vector, "strip_tiles": "i32"}
+    slope = given | {"slope": features, "sums": vector, "first_row": "i32", "first_col": "i32"}
     gather = {
-        "slope_ptr": features, "feature_ptr": features, "out_ptr": vector, "rows": "i32", "K": "i32", "D": "i32",
+        "chunk": features, "features": features, "out": vector, "chunk_stride": "i32", "features_stride": "i32",
+        "out_stride": "i32", "rows": "i32", "K": "i32", "D": "i32",
     }  # fmt: skip
-    chunk = {"CHUNK": sigmoid.CHUNK, "SLOPE_UNIT": sigmoid.SLOPE_UNIT}
-    wide = sigmoid.warps(tile, kinds)
+    wide = tuning.warps(tile, kinds)
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
-        (sigmoid._loss_kernel, loss, shape | flags, wide),
-        (sigmoid._slope_kernel, slope, shape | flags | chunk, wide),
+        (sigmoid.loss_kernel, loss, shape | flags, wide),
+        (sigmoid.slope_kernel, slope, shape | flags | {"CHUNK": tuning.CHUNK}, wide),
     ]
     if kinds:
-        for strides in ({"ROW_STRIDE": sigmoid.CHUNK, "K_STRIDE": 1}, {"ROW_STRIDE": 1, "K_STRIDE": sigmoid.CHUNK}):
-            kernels.append((sigmoid._gather_kernel, gather, shape | strides, tile.num_warps))
+        blocks = {"BLOCK_R": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, "BLOCK_D": tile.BLOCK, **product}
+        for transposed in (False, True):
+            constants = {"TRANSPOSED": transposed, **blocks}
+            kernels.append((tiles.product_kernel, gather, constants, tile.num_warps))
     for kernel, types, constants, num_warps in kernels:
         used = resources(
             kernel, types, constants, capability, tmp_path, num_warps=num_warps, num_stages=tile.num_stages

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from efficientclip.kernels import sigmoid, sigmoid_loss
+from efficientclip.kernels import sigmoid_loss
+from efficientclip.kernels.sigmoid import OPERATORS
 from tests.kernels.sigmoid_cases import everything, features
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -31,7 +32,7 @@ def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, 
         text, image, bank, torch.tensor([14.0], dtype=dtype), torch.tensor(-3.0, dtype=dtype), ids_KM, ids_KM,
         options["bank_ids"] if case.get("ids") else None,
         torch.stack(options["excluded"]) if case.get("excluded") else None,
-        case.get("offset", 0), case.get("as_positives", False),
+        case.get("offset", 0), case.get("as_positives", False), False,
     ]  # fmt: skip
 
 
@@ -39,13 +40,13 @@ def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_operators(rng: torch.Generator, case: dict[str, Any], dtype: torch.dtype) -> None:
     given = arguments(rng, dtype, **case)
-    loss_M, positive_M = sigmoid.sigmoid_sums(*given)
+    loss_M, positive_M = OPERATORS.sums(*given)
     grads = [torch.rand_like(loss_M), torch.rand_like(positive_M)]
     for needs in ((True, True), (True, False), (False, True), (False, False)):
-        torch.library.opcheck(sigmoid.sigmoid_gradients, (*given, positive_M, grads, *needs))
+        torch.library.opcheck(OPERATORS.gradients, (*given, positive_M, grads, *needs))
     for at in (0, 1, 3, 4):
         given[at].requires_grad_()
-    torch.library.opcheck(sigmoid.sigmoid_sums, tuple(given))
+    torch.library.opcheck(OPERATORS.sums, tuple(given))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -54,7 +55,7 @@ def test_gradients_of_both_outputs(rng: torch.Generator, case: dict[str, Any]) -
     inputs = [given[at].requires_grad_() for at in (0, 1, 3, 4)]
 
     def sums(text: Any, image: Any, scale: Any, bias: Any) -> Any:
-        return tuple(sigmoid.sigmoid_sums(text, image, given[2], scale, bias, *given[5:]))
+        return tuple(OPERATORS.sums(text, image, given[2], scale, bias, *given[5:]))
 
     assert torch.autograd.gradcheck(sums, inputs)
 

@@ -198,44 +198,44 @@ def test_triton_kernels_interpreted() -> None:
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
 def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, capability: int) -> None:
+    from efficientclip.kernels.triton import similarity, tuning
     from tests.kernels.resources import resources
 
-    tile = similarity.TILES[size]._asdict()
-    shape = {"BLOCK": tile.pop("BLOCK"), "BLOCK_K": tile.pop("BLOCK_K"), "UPCAST": False}
+    tile = tuning.TILES[size]._asdict()
+    product = {"PRECISION": "tf32x3" if size == 4 else "ieee", "UPCAST": False}
+    shape = {"BLOCK": tile.pop("BLOCK"), "BLOCK_K": tile.pop("BLOCK_K"), **product}
     features, vector, lists = f"*{dtype}", "*fp32", "*i64"
+    given = {"query": features, "bank": features, "query_stride": "i32", "bank_stride": "i32", "D": "i32"}
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         (
-            similarity._count_kernel,
-            {
-                "query_ptr": features, "bank_ptr": features, "best_ptr": vector, "count_ptr": "*i32",
-                "owners_ptr": "*i32", "rows_ptr": "*i32", "bounds_ptr": "*i32",
-                "M": "i32", "Q": "i32", "D": "i32", "strip_tiles": "i32",
+            similarity.count_kernel,
+            given
+            | {
+                "best": vector, "count": "*i32", "cells": "*i32", "bounds": "*i32", "M": "i32", "Q": "i32",
+                "strip_tiles": "i32",
             },
             shape,
             tile,
         ),
         (
-            similarity._positive_kernel,
-            {
-                "query_ptr": features, "bank_ptr": features, "owners_ptr": lists, "rows_ptr": lists,
-                "out_ptr": vector, "E": "i32", "D": "i32",
-            },
+            similarity.positive_kernel,
+            given | {"owners": lists, "rows": lists, "out": vector, "E": "i32"},
             shape,
             tile,
         ),
         (
-            similarity._paired_kernel,
+            similarity.paired_kernel,
             {
                 "text_ptr": features, "bank_ptr": features, "rows_ptr": lists, "out_ptr": vector,
                 "M": "i32", "D": "i32",
             },
-            {"BLOCK_R": similarity.PAIRED_ROWS, "BLOCK_K": similarity.PAIRED_K},
+            {"BLOCK_R": tuning.PAIRED_ROWS, "BLOCK_K": tuning.PAIRED_K},
             {},
         ),
     ]  # fmt: skip
     for kernel, types, constants, options in kernels:
         # Cosines take features of any width as they lie; the others get zeros appended.
-        aligned = kernel is not similarity._paired_kernel
+        aligned = kernel is not similarity.paired_kernel
         used = resources(kernel, types, constants, capability, tmp_path, aligned, **options)
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
         # What a program may hold on every card of sm_80 and later but the small ones.

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from efficientclip.kernels import contrastive, contrastive_loss, explain
+from efficientclip.kernels import contrastive, contrastive_loss, explain, paths
+from efficientclip.kernels.contract import ContrastiveGrads, ContrastiveKept, Options
 from tests.kernels.test_contrastive import check as check_against_plain
 from tests.kernels.test_contrastive import everything, features, run, unit
 
@@ -35,19 +36,20 @@ def test_in_the_interpreter() -> None:
 @pytest.fixture(autouse=True)
 def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
     """The kernels on CPU tensors too; in the interpreter, tiles so small that there are many."""
-    monkeypatch.setattr(contrastive, "FUSED_ON_CPU", True)
+    monkeypatch.setattr(paths, "KERNELS_ON_CPU", True)
     if INTERPRETED:
         use_tiles(monkeypatch, descriptors=True)
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8) -> None:
-    from efficientclip.kernels import fused
+    from efficientclip.kernels.triton import tuning
 
-    config = fused.Config(
-        fused.Launch(32, 16, 32, 4, 2), fused.Launch(32, 16, 32, 4, 2), fused.Launch(32, 16, 32, 4, 2),
-        fused.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3, chunk=(64, 48), panel=64,
+    tile = tuning.Launch(32, 16, 32, 4, 2)
+    config = tuning.Config(
+        tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
+        chunk=(64, 48), panel=64,
     )  # fmt: skip
-    monkeypatch.setattr(fused, "tile_config", lambda text_MD, burden: config)
+    monkeypatch.setattr(tuning, "tile_config", lambda text_MD, options: config)
 
 
 def on_device(value: Any) -> Any:
@@ -128,7 +130,7 @@ def test_weak_columns(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, res
     if rescued:
         check(data, torch.float32, 150)
         return
-    from efficientclip.kernels import fused
+    from efficientclip.kernels.triton import contrastive as fused
 
     class Skipped:
         def __getitem__(self, grid: Any) -> Any:
@@ -142,7 +144,7 @@ def test_weak_columns(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, res
 
 @runs_kernels
 def test_merging_of_many_strips(rng: torch.Generator) -> None:
-    from efficientclip.kernels.fused import merge_kernel
+    from efficientclip.kernels.triton.contrastive import merge_kernel
 
     P, N, width, block = 37, 40, 48, 16
     tops, sums = 60 * torch.randn(3, P, generator=rng), torch.rand(P, width, generator=rng)
@@ -155,9 +157,9 @@ def test_merging_of_many_strips(rng: torch.Generator) -> None:
 
 def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
     """What walks the tiles of texts whose images start at `first`; in fp64 the chunked path."""
-    given = dict.fromkeys(contrastive._Options._fields) | {"as_positives": False, "smooth": False, "offset": first}
-    options = contrastive._Options(**given | more)
-    return contrastive._tiles(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device), options)
+    given = dict.fromkeys(Options._fields) | {"as_positives": False, "smooth": False, "offset": first}
+    options = Options(**given | more)
+    return contrastive.walk(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device), options)
 
 
 @runs_kernels
@@ -182,16 +184,17 @@ def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: in
     }
     ours = tiles(text, image, bank, 10.0, first, **more)
     chunked = tiles(text.double(), image.double(), bank.double(), 10.0, first, **more)
-    assert (type(ours).__name__, type(chunked).__name__) == ("FusedTiles", "_Tiles")
+    assert (type(ours).__name__, type(chunked).__name__) == ("TritonContrastive", "ChunkedContrastive")
     sums, truth = ours.forward(), chunked.forward()
     for name, value in truth._asdict().items():
         if value is not None:
             torch.testing.assert_close(getattr(sums, name), value, rtol=2e-6, atol=2e-5, msg=name)
-    fields = contrastive._Gradients._fields
+    fields = ContrastiveGrads._fields
     values = (getattr(truth, name) for name in fields)
-    grads = contrastive._Gradients(*(None if v is None else torch.rand_like(v) / 1e6 for v in values))
+    grads = ContrastiveGrads(*(None if v is None else torch.rand_like(v) / 1e6 for v in values))
+    kept, true = (ContrastiveKept(of.row_lse_M, of.col_lse_N) for of in (sums, truth))
     for one, other in zip(
-        ours.backward(sums, grads, True, True), chunked.backward(truth, grads, True, True), strict=True
+        ours.backward(kept, grads, True, True), chunked.backward(true, grads, True, True), strict=True
     ):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
@@ -253,30 +256,30 @@ def test_strides_do_not_matter(rng: torch.Generator) -> None:
 
 @runs_kernels
 def test_rows_far_apart_or_of_odd_widths_are_copied() -> None:
-    from efficientclip.kernels.fused import _addressable
+    from efficientclip.kernels.triton.tiles import addressable
 
     far = torch.empty_strided((3, 512), (1 << 31, 1), dtype=torch.bfloat16, device="meta")
-    assert _addressable(far).stride() == (512, 1)
+    assert addressable(far).stride() == (512, 1)
     near = torch.empty_strided((3, 512), (1024, 1), dtype=torch.bfloat16, device="meta")
-    assert _addressable(near) is near
+    assert addressable(near) is near
     odd = torch.ones(3, 1000, dtype=torch.bfloat16)
-    assert _addressable(odd).shape == (3, 1008) and _addressable(odd).sum() == 3000
+    assert addressable(odd).shape == (3, 1008) and addressable(odd).sum() == 3000
 
 
 @runs_kernels
 @pytest.mark.parametrize("frozen", [True, False])
 def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, frozen: bool) -> None:
     """Frozen images cost no product, and neither does the bank's share of d image."""
-    from efficientclip.kernels import fused
+    from efficientclip.kernels.triton import contrastive as fused
 
     transposed = []
-    product = fused.FusedTiles._add_product
+    product = fused.add_product
 
-    def counted(self: Any, *arguments: Any) -> None:
+    def counted(*arguments: Any) -> None:
         transposed.append(arguments[3])
-        product(self, *arguments)
+        product(*arguments)
 
-    monkeypatch.setattr(fused.FusedTiles, "_add_product", counted)
+    monkeypatch.setattr(fused, "add_product", counted)
     text, image, bank = (unit(rng, size, 8).float().to(DEVICE) for size in (70, 70, 20))
     text.requires_grad_()
     image.requires_grad_(not frozen)
@@ -292,5 +295,5 @@ def test_explain_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     text = torch.zeros(1, 1, device=DEVICE)
     assert explain(text) == f"fused Triton kernels: torch.float32 tensors on {text.device}"
     assert explain(text.double()).startswith("chunked torch: fp64")
-    monkeypatch.setattr(contrastive, "find_spec", lambda name: None)
+    monkeypatch.setattr(paths, "find_spec", lambda name: None)
     assert explain(text).endswith("pip install triton")

@@ -1,0 +1,476 @@
+"""The tiles of both losses in plain torch, for every device and dtype: no M x N matrix, nothing of it kept.
+
+Cost model, for M texts on this rank, N images of all ranks, Q bank rows and width D:
+
+- compute: 4 products of M (N + Q) D multiply-adds, one in forward and three in backward (the recompute, d text,
+  d image), 3 when images are frozen. A logit of `contrastive_loss` costs one exponential a pass, two where logits
+  spread too far; one of `sigmoid_loss` an exponential and a logarithm in forward, an exponential and a division in
+  backward. The bank's logits yield no d image.
+- memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, the equal ids of one tile, fp32
+  M x D for d text and fp32 N x D for d image; for half-precision features also one block of columns in fp32.
+
+The diagonal (each pair's own logit) never enters a sum over a tile: its share is added from the pairs themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .contract import (
+    ContrastiveGrads,
+    ContrastiveKept,
+    ContrastiveSums,
+    Options,
+    SigmoidGrads,
+    SigmoidKept,
+    SigmoidSums,
+    accumulated,
+)
+
+# 8 MB in fp32: a tile stays in the last-level cache between its product and the passes over it.
+TILE_LOGITS = 1 << 21
+TILE_ROWS = 512
+
+# A tile shifted by one constant is trusted when its sums lie in this range: no term overflowed, and those
+# that underflowed (below e^-87 in fp32) are at most C * 2^-46 of any sum.
+SUM_RANGE = (2.0**-80, 1e34)
+# In backward one exponential serves p_row and p_col while all log-sum-exps lie this near the shift.
+SHIFT_REACH = 40.0
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns [start, stop) of the batch or of the bank; `first` is the global index of the first one."""
+
+    start: int
+    stop: int
+    first: int
+    bank: bool
+
+
+def _plan(rows: int, columns: int, bank: int) -> tuple[int, list[_Block]]:
+    """Rows a tile and the blocks of columns: no block holds both batch and bank."""
+    row_step = max(1, min(TILE_ROWS, rows))
+    # Few rows do not make blocks ever wider: a block may be held in fp32.
+    width = max(1, TILE_LOGITS // max(row_step, TILE_ROWS // 2))
+    blocks = [_Block(at, min(at + width, columns), at, False) for at in range(0, columns, width)]
+    blocks += [_Block(at, min(at + width, bank), columns + at, True) for at in range(0, bank, width)]
+    return row_step, blocks
+
+
+def _sorted(ids: Tensor) -> tuple[Tensor, Tensor]:
+    values, order = ids.contiguous().sort(stable=True)
+    return values, order
+
+
+class _Cells:
+    """The cells of each tile that are no plain negatives: masked ones, and positives beside the diagonal.
+
+    Equal ids are joined by sorting, tile by tile: the lists are as long as there are equal pairs in the tile.
+    The diagonal's cell of row i is in column `offset` + i, and nowhere if there is no such column.
+    """
+
+    def __init__(self, options: Options, blocks: Sequence[_Block], row_step: int) -> None:
+        self.blocks, self.offset, self.row_step = blocks, options.offset, row_step
+        self.as_positives = options.as_positives
+        self.rows_M: Sequence[Tensor] = () if options.ids_KM is None else [*options.ids_KM]
+        columns_N = () if options.ids_KN is None else [*options.ids_KN]
+        self.sorted: list[list[tuple[Tensor, Tensor]]] = []
+        for block in blocks:
+            sources: Sequence[Tensor] = columns_N
+            if block.bank:
+                sources = [] if options.bank_ids_Q is None else [options.bank_ids_Q]
+            self.sorted.append([_sorted(ids[block.start : block.stop]) for ids in sources])
+        self.excluded: tuple[Tensor, Tensor] | None = None
+        excluded = options.excluded_2E
+        if excluded is not None and excluded.shape[1]:
+            rows, columns = (part.contiguous() for part in excluded)
+            firsts = torch.tensor([block.first for block in blocks], device=rows.device)
+            tile = (rows // row_step) * len(blocks) + torch.searchsorted(firsts, columns, right=True) - 1
+            tile, order = tile.sort(stable=True)
+            self.excluded = rows[order], columns[order]
+            tiles = -(-int(rows.max() + 1) // row_step) * len(blocks)
+            self.bounds = torch.searchsorted(tile, torch.arange(tiles + 1, device=rows.device)).tolist()
+
+    @property
+    def empty(self) -> bool:
+        return self.excluded is None and not any(self.sorted)
+
+    def tile(self, start: int, stop: int, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Flat indices into the tile of rows [start, stop) and block `index`: masked ones, positive ones."""
+        if self.empty:
+            return None, None
+        block = self.blocks[index]
+        width = block.stop - block.start
+        diagonal = block.first - self.offset - start
+        same: Tensor | None = None
+        joined = []
+        for rows, columns in zip(self.rows_M, self.sorted[index], strict=False):
+            ids, order = columns
+            low = torch.searchsorted(ids, rows[start:stop])
+            count = torch.searchsorted(ids, rows[start:stop], right=True) - low
+            row = torch.arange(stop - start, device=ids.device).repeat_interleave(count)
+            begin = (low - count.cumsum(0) + count).repeat_interleave(count)
+            column = order[begin + torch.arange(len(row), device=ids.device)]
+            off = row != column + diagonal
+            joined.append((row * width + column)[off])
+        if joined:
+            same = joined[0] if len(joined) == 1 else torch.cat(joined).unique()
+        left_out: Tensor | None = None
+        if self.excluded is not None:
+            at = start // self.row_step * len(self.blocks) + index
+            low_at, high_at = (self.bounds[min(i, len(self.bounds) - 1)] for i in (at, at + 1))
+            row = self.excluded[0][low_at:high_at] - start
+            column = self.excluded[1][low_at:high_at] - block.first
+            left_out = (row * width + column)[row != column + diagonal].unique()
+        if self.as_positives:
+            if left_out is not None and same is not None:
+                left_out = left_out[~torch.isin(left_out, same)]
+            return left_out, same
+        if left_out is None or same is None:
+            return (same if left_out is None else left_out), None
+        return torch.cat([same, left_out]).unique(), None
+
+
+class _Tiles:
+    """Walks the logits tile by tile, in buffers that all tiles share: autocast leaves such products alone."""
+
+    def __init__(
+        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: Options
+    ) -> None:
+        self.dtype = accumulated(text_MD.dtype)
+        self.text_MD = text_MD
+        self.scale = scale.detach().to(self.dtype).reshape(())
+        # Features in the accumulation dtype are used where they lie; a product wants them contiguous.
+        self.image_ND = image_ND.contiguous() if image_ND.dtype == self.dtype else image_ND
+        self.bank_QD = bank_QD.contiguous() if bank_QD is not None and bank_QD.dtype == self.dtype else bank_QD
+        M, N, Q = len(text_MD), len(image_ND), 0 if bank_QD is None else len(bank_QD)
+        self.row_step, self.blocks = _plan(M, N, Q)
+        self.cells = _Cells(options, self.blocks, self.row_step)
+        self.offset = options.offset
+        self.diagonal = 0 <= self.offset <= N - M
+        widest = max((block.stop - block.start for block in self.blocks), default=0)
+        tallest = min(self.row_step, M)
+        self.buffers = [self._new(tallest * widest) for _ in range(2)]
+        self.scaled_RD = self._new(tallest, text_MD.shape[1])
+        self.columns_CD = self._new(widest if text_MD.dtype != self.dtype else 0, text_MD.shape[1])
+
+    def _new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.text_MD.device)
+
+    def _vector(self, size: int, fill: float = 0.0) -> Tensor:
+        return torch.full((size,), fill, dtype=torch.float64, device=self.text_MD.device)
+
+    def _columns(self, block: _Block) -> Tensor:
+        source = self.bank_QD if block.bank else self.image_ND
+        if source is None:
+            raise RuntimeError("a bank block without a bank")
+        chunk = source[block.start : block.stop]
+        return chunk if source.dtype == self.dtype else self.columns_CD[: len(chunk)].copy_(chunk)
+
+    def _scaled_rows(self, rows: slice) -> Tensor:
+        # Converted before the multiplication: a 0-dim scale would not widen a bf16 product.
+        return self.scaled_RD[: rows.stop - rows.start].copy_(self.text_MD[rows]).mul_(self.scale)
+
+    def _logits(self, scaled_RD: Tensor, columns_CD: Tensor) -> Tensor:
+        rows, width = len(scaled_RD), len(columns_CD)
+        tile = self.buffers[0][: rows * width].view(rows, width)
+        return torch.mm(scaled_RD, columns_CD.T, out=tile)
+
+    def _spare(self, tile: Tensor) -> Tensor:
+        return self.buffers[1][: tile.numel()].view_as(tile)
+
+    def _fill(self, tile: Tensor, start: int, block: _Block, masked: Tensor | None, value: float) -> None:
+        """Sets the diagonal's cells and the masked ones."""
+        diagonal = start + self.offset - block.first
+        if not block.bank and -len(tile) < diagonal < tile.shape[1]:
+            tile.diagonal(diagonal).fill_(value)
+        if masked is not None:
+            tile.view(-1).index_fill_(0, masked, value)
+
+    def _gradients(self, need_text: bool, need_image: bool) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Zeros for d text_MD and d image_ND in the accumulation dtype, and for d scale in fp64."""
+        d_text_MD = self._new(*self.text_MD.shape).zero_() if need_text else None
+        d_image_ND = self._new(*self.image_ND.shape).zero_() if need_image else None
+        return d_text_MD, d_image_ND, self._vector(1).squeeze(0)
+
+    def _close_rows(
+        self, rows: slice, d_RD: Tensor | None, d_image_ND: Tensor | None, scaled_RD: Tensor, own_M: Tensor
+    ) -> Tensor | float:
+        """Adds the own cells' slopes to rows whose tiles are done, and turns d z text into d text; d scale."""
+        own = slice(self.offset + rows.start, self.offset + rows.stop)
+        own_R1 = own_M[rows, None].to(self.dtype)
+        if d_image_ND is not None and self.diagonal:
+            d_image_ND[own].addcmul_(scaled_RD, own_R1)
+        if d_RD is None:
+            return 0.0
+        if self.diagonal:
+            d_RD.addcmul_(self.image_ND[own].to(self.dtype), own_R1)
+        d_scale = (d_RD * self.text_MD[rows]).sum(dtype=torch.float64)
+        d_RD.mul_(self.scale)
+        return d_scale
+
+
+class ChunkedContrastive(_Tiles):
+    """Sums and gradients of `contrastive_loss`."""
+
+    def __init__(
+        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: Options
+    ) -> None:
+        super().__init__(text_MD, image_ND, bank_QD, scale, options)
+        self.smooth = options.smooth
+
+    def forward(self) -> ContrastiveSums:
+        M, N = len(self.text_MD), len(self.image_ND)
+        positive_M = self._vector(M)
+        row_lse_M, col_lse_N = self._vector(M, -math.inf), self._vector(N, -math.inf)
+        row_masked_M, col_masked_N, row_extras_M, col_extras_N = (self._vector(n) for n in (M, N, M, N))
+        row_extra_M = col_extra_N = row_logits_M = col_logits_N = None
+        if self.cells.as_positives:
+            row_extra_M, col_extra_N = self._vector(M), self._vector(N)
+        if self.smooth:
+            row_logits_M, col_logits_N = self._vector(M), self._vector(N)
+        shift = 0.0
+        for start in range(0, M, self.row_step):
+            rows = slice(start, min(start + self.row_step, M))
+            scaled_RD = self._scaled_rows(rows)
+            if self.diagonal:
+                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64)
+            for index, block in enumerate(self.blocks):
+                cols = None if block.bank else slice(block.start, block.stop)
+                columns_CD = self._columns(block)
+                tile = self._logits(scaled_RD, columns_CD)
+                masked, extra = self.cells.tile(start, rows.stop, index)
+                if masked is not None:
+                    _count(masked, tile, row_masked_M[rows], None if cols is None else col_masked_N[cols])
+                if extra is not None and row_extra_M is not None and col_extra_N is not None:
+                    _count(extra, tile, row_extras_M[rows], None if cols is None else col_extras_N[cols])
+                    values = tile.view(-1)[extra].double()
+                    row_extra_M[rows].index_add_(0, extra // tile.shape[1], values)
+                    if cols is not None:
+                        col_extra_N[cols].index_add_(0, extra % tile.shape[1], values)
+                if row_logits_M is not None and col_logits_N is not None:
+                    self._fill(tile, start, block, masked, 0.0)
+                    row_logits_M[rows] += tile.sum(1)
+                    if cols is not None:
+                        col_logits_N[cols] += tile.sum(0)
+                self._fill(tile, start, block, masked, -math.inf)
+                row, col = self.one_exponential(tile, shift, cols is not None)
+                if row is None:
+                    tile = self._logits(scaled_RD, columns_CD)
+                    self._fill(tile, start, block, masked, -math.inf)
+                    row, col = self.two_exponentials(tile, cols is not None)
+                    shift = _next_shift(row, col, shift)
+                row_lse_M[rows] = torch.logaddexp(row_lse_M[rows], row)
+                if cols is not None and col is not None:
+                    col_lse_N[cols] = torch.logaddexp(col_lse_N[cols], col)
+        return ContrastiveSums(
+            positive_M, row_lse_M, col_lse_N, row_extra_M, col_extra_N, row_logits_M, col_logits_N,
+            row_masked_M, col_masked_N, row_extras_M, col_extras_N,
+        )  # fmt: skip
+
+    def one_exponential(self, tile: Tensor, shift: float, both: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Log-sum-exps of the tile's rows and columns from one e = exp(z - shift); None if that is unsafe."""
+        e = (tile.sub_(shift) if shift else tile).exp_()
+        sums = [e.sum(1), e.sum(0)] if both else [e.sum(1)]
+        low = min(float(s.min()) for s in sums)
+        high = max(float(s.max()) for s in sums)
+        # Written so that a NaN is unsafe too.
+        if not (low >= SUM_RANGE[0] and high <= SUM_RANGE[1]):
+            return None, None
+        row, *col = [s.double().log_().add_(shift) for s in sums]
+        return row, (col[0] if both else None)
+
+    def two_exponentials(self, tile: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
+        """The same for any logits, by each row's and each column's own maximum; -inf where all is masked."""
+
+        def lse(dim: int, out: Tensor) -> Tensor:
+            top = tile.amax(dim, keepdim=True)
+            top.masked_fill_(top == -math.inf, 0)
+            total = torch.sub(tile, top, out=out).exp_().sum(dim)
+            return total.double().log_().add_(top.squeeze(dim))
+
+        row = lse(1, self._spare(tile))
+        return row, (lse(0, tile) if both else None)
+
+    def backward(
+        self, sums: ContrastiveKept, grads: ContrastiveGrads, need_text: bool, need_image: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(d text_MD, d image_ND, d scale): the features' in the accumulation dtype; d text also serves d scale."""
+        M = len(self.text_MD)
+        d_text_MD, d_image_ND, d_scale = self._gradients(need_text, need_image)
+        reach_rows = [_reach(part) for part in sums.row_lse_M.split(self.row_step)]
+        nothing = sums.col_lse_N[:0]
+        reach_cols = [
+            _reach(nothing if block.bank else sums.col_lse_N[block.start : block.stop]) for block in self.blocks
+        ]
+        for at, start in enumerate(range(0, M, self.row_step)):
+            rows = slice(start, min(start + self.row_step, M))
+            scaled_RD = self._scaled_rows(rows)
+            d_RD = None if d_text_MD is None else d_text_MD[rows]
+            for index, block in enumerate(self.blocks):
+                columns_CD = self._columns(block)
+                tile = self._logits(scaled_RD, columns_CD)
+                masked, extra = self.cells.tile(start, rows.stop, index)
+                self._fill(tile, start, block, masked, -math.inf)
+                low = min(reach_rows[at][0], reach_cols[index][0])
+                high = max(reach_rows[at][1], reach_cols[index][1])
+                self._weigh(tile, rows, block, sums, grads, (low, high))
+                if grads.row_logits_M is not None and grads.col_logits_N is not None:
+                    tile.add_(grads.row_logits_M[rows, None].to(self.dtype))
+                    if not block.bank:
+                        tile.add_(grads.col_logits_N[block.start : block.stop].to(self.dtype))
+                    self._fill(tile, start, block, masked, 0.0)
+                if extra is not None and grads.row_extra_M is not None and grads.col_extra_N is not None:
+                    values = grads.row_extra_M[rows][extra // tile.shape[1]]
+                    if not block.bank:
+                        values = values + grads.col_extra_N[block.start : block.stop][extra % tile.shape[1]]
+                    tile.view(-1).index_add_(0, extra, values.to(self.dtype))
+                if d_RD is not None:
+                    d_RD.addmm_(tile, columns_CD)
+                if d_image_ND is not None and not block.bank:
+                    d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
+            d_scale += self._close_rows(rows, d_RD, d_image_ND, scaled_RD, grads.positive_M)
+        return d_text_MD, d_image_ND, d_scale
+
+    def _weigh(
+        self,
+        tile: Tensor,
+        rows: slice,
+        block: _Block,
+        sums: ContrastiveKept,
+        grads: ContrastiveGrads,
+        reach: tuple[float, float],
+    ) -> None:
+        """Turns logits into g_row p_row + g_col p_col in place; `reach` spans the tile's log-sum-exps."""
+        row_lse, g_row = sums.row_lse_M[rows], grads.row_lse_M[rows]
+        cols = slice(block.start, block.stop)
+        low, high = reach
+        if low >= high - 2 * SHIFT_REACH:
+            shift = _shift(low, high)
+            e = (tile.sub_(shift) if shift else tile).exp_()
+            factor_R1 = _scaled(g_row, row_lse, shift, self.dtype)[:, None]
+            if block.bank:
+                e.mul_(factor_R1)
+                return
+            factor_C = _scaled(grads.col_lse_N[cols], sums.col_lse_N[cols], shift, self.dtype)
+            e.mul_(torch.add(factor_R1, factor_C, out=self._spare(tile)))
+            return
+        row_lse, g_row = _rounded(row_lse, g_row, self.dtype)
+        if block.bank:
+            tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None])
+            return
+        col_lse, g_col = _rounded(sums.col_lse_N[cols], grads.col_lse_N[cols], self.dtype)
+        by_col = torch.sub(tile, col_lse, out=self._spare(tile)).exp_().mul_(g_col)
+        tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None]).add_(by_col)
+
+
+def _count(flat: Tensor, tile: Tensor, row_R: Tensor, col_C: Tensor | None) -> None:
+    row_R += torch.bincount(flat // tile.shape[1], minlength=tile.shape[0])
+    if col_C is not None:
+        col_C += torch.bincount(flat % tile.shape[1], minlength=tile.shape[1])
+
+
+def _rounded(lse: Tensor, grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-sum-exps in `dtype`, and gradients that make up for their rounding: at 100 that is 4e-6 of every p."""
+    # -inf where everything was masked, and so are the logits.
+    lse = lse.masked_fill(lse == -math.inf, 0)
+    rounded = lse.to(dtype)
+    return rounded, (grad * (rounded - lse).exp()).to(dtype)
+
+
+def _scaled(grad: Tensor, lse: Tensor, shift: float, dtype: torch.dtype) -> Tensor:
+    """grad * exp(shift - lse), 0 where everything was masked."""
+    return torch.where(lse == -math.inf, 0, grad * (shift - lse).exp()).to(dtype)
+
+
+def _reach(lse: Tensor) -> tuple[float, float]:
+    """The least and the greatest log-sum-exp of those that are not masked out; NaN if one is NaN."""
+    real = lse[lse != -math.inf]
+    return (float(real.min()), float(real.max())) if len(real) else (math.inf, -math.inf)
+
+
+def _next_shift(row: Tensor, col: Tensor | None, shift: float) -> float:
+    """A constant near the middle of the log-sum-exps just seen, for the tiles that follow."""
+    low, high = _reach(row if col is None else torch.cat([row, col]))
+    return _shift(low, high) if low <= high else shift
+
+
+def _shift(low: float, high: float) -> float:
+    """A constant amid log-sum-exps, 0 near 0; exact in fp32, as it leaves tiles in fp32 and comes back in fp64."""
+    return 0.0 if max(high, -low) <= SHIFT_REACH else float(torch.tensor((low + high) / 2, dtype=torch.float32))
+
+
+class ChunkedSigmoid(_Tiles):
+    """Losses and gradients of `sigmoid_loss`.
+
+    With u = -y z, y = +1 for positives and -1 else, a cell loses softplus(u) and its slope is -y sigmoid(u): both keep
+    their relative precision however small they are. A masked cell has u = -inf.
+    """
+
+    def __init__(
+        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, options: Options
+    ) -> None:
+        super().__init__(text_MD, image_ND, bank_QD, scale, options)
+        self.bias = bias.detach().to(self.dtype).reshape(())
+
+    def _exponents(self, scaled_RD: Tensor, columns_CD: Tensor, start: int, index: int) -> tuple[Tensor, Tensor | None]:
+        """u of a tile, -inf on the diagonal, and the flat indices of its other positives."""
+        block = self.blocks[index]
+        tile = self._logits(scaled_RD, columns_CD).add_(self.bias)
+        masked, extra = self.cells.tile(start, start + len(tile), index)
+        self._fill(tile, start, block, masked, -math.inf)
+        if extra is not None:
+            tile.view(-1)[extra] = -tile.view(-1)[extra]
+        return tile, extra
+
+    def forward(self) -> SigmoidSums:
+        M = len(self.text_MD)
+        loss_M, positive_M = self._vector(M), self._vector(M)
+        for start in range(0, M, self.row_step):
+            rows = slice(start, min(start + self.row_step, M))
+            scaled_RD = self._scaled_rows(rows)
+            if self.diagonal:
+                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
+                loss_M[rows] -= functional.logsigmoid(positive_M[rows])
+            for index, block in enumerate(self.blocks):
+                tile, _ = self._exponents(scaled_RD, self._columns(block), start, index)
+                softened = torch.abs(tile, out=self._spare(tile)).neg_().exp_().log1p_()
+                loss_M[rows] += softened.add_(tile.clamp_(min=0)).sum(1)
+        return SigmoidSums(loss_M, positive_M)
+
+    def backward(
+        self, sums: SigmoidKept, grads: SigmoidGrads, need_text: bool, need_image: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+        """(d text_MD, d image_ND, d scale, d bias): the features' in the accumulation dtype, the scalars' in fp64."""
+        M, g_M, own_M = len(self.text_MD), grads.loss_M, grads.of_own_cells(sums)
+        d_text_MD, d_image_ND, d_scale = self._gradients(need_text, need_image)
+        d_bias = self._vector(1).squeeze(0)
+        for start in range(0, M, self.row_step):
+            rows = slice(start, min(start + self.row_step, M))
+            scaled_RD = self._scaled_rows(rows)
+            d_RD = None if d_text_MD is None else d_text_MD[rows]
+            for index, block in enumerate(self.blocks):
+                columns_CD = self._columns(block)
+                tile, extra = self._exponents(scaled_RD, columns_CD, start, index)
+                tile.sigmoid_()
+                if extra is not None:
+                    tile.view(-1)[extra] = -tile.view(-1)[extra]
+                tile.mul_(g_M[rows, None].to(self.dtype))
+                d_bias += tile.sum(1).sum(dtype=torch.float64)
+                if d_RD is not None:
+                    d_RD.addmm_(tile, columns_CD)
+                if d_image_ND is not None and not block.bank:
+                    d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
+            d_scale += self._close_rows(rows, d_RD, d_image_ND, scaled_RD, own_M)
+        if self.diagonal:
+            d_bias += own_M.sum()
+        return d_text_MD, d_image_ND, d_scale, d_bias

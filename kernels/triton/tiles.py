@@ -1,0 +1,182 @@
+"""What kernels share: blocks of matrices in and out, the product of a tile, which of its cells have equal ids.
+
+Names: R x C a tile of rows and columns, K features (or columns of a chunk) at a time.
+"""
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .tuning import Launch
+
+
+@triton.jit
+def load_block(
+    source, stride, row, col, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr
+):
+    """A block of a matrix [rows, cols], 0 beyond it; `source` is a descriptor, or a pointer if `stride` is given."""
+    if stride is None:
+        block = source.load([row, col])
+    else:
+        in_rows = tl.arange(0, BLOCK_R)
+        in_cols = tl.arange(0, BLOCK_C)
+        # Rows times stride may pass 2^31; within a block they do not.
+        at = source + tl.cast(row, tl.int64) * stride + col + (in_rows[:, None] * stride + in_cols[None, :])
+        block = tl.load(at, mask=(row + in_rows < rows)[:, None] & (col + in_cols < cols)[None, :], other=0.0)
+    if UPCAST:
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
+def load_rows(source, stride, row_R, open_R, col, cols, BLOCK_C: tl.constexpr, UPCAST: tl.constexpr):
+    """The same of rows by name, each with an address of its own, 0 where not open."""
+    col_C = col + tl.arange(0, BLOCK_C)
+    at = source + row_R.to(tl.int64)[:, None] * stride + col_C[None, :]
+    block = tl.load(at, mask=open_R[:, None] & (col_C < cols)[None, :], other=0.0)
+    if UPCAST:
+        block = block.to(tl.float32)
+    return block
+
+
+@triton.jit
+def store_block(target, stride, row, col, rows, cols, block, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The counterpart of `load_block`; nothing is written beyond the matrix."""
+    if stride is None:
+        target.store([row, col], block.to(target.dtype))
+    else:
+        in_rows = tl.arange(0, BLOCK_R)
+        in_cols = tl.arange(0, BLOCK_C)
+        at = target + tl.cast(row, tl.int64) * stride + col + (in_rows[:, None] * stride + in_cols[None, :])
+        inside = (row + in_rows < rows)[:, None] & (col + in_cols < cols)[None, :]
+        tl.store(at, block.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def tile_product(
+    a, a_stride, a_row, a_rows, b, b_stride, b_row, b_rows, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NAMED: tl.constexpr = False,
+):  # fmt: skip
+    """fp32 [R, C]: dot products of rows of two matrices, in one order over D.
+
+    Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there.
+    """
+    acc_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        if NAMED:
+            a_RK = load_rows(a, a_stride, a_row, a_rows, k, D, BLOCK_K, UPCAST)
+            b_CK = load_rows(b, b_stride, b_row, b_rows, k, D, BLOCK_K, UPCAST)
+        else:
+            a_RK = load_block(a, a_stride, a_row, k, a_rows, D, BLOCK_R, BLOCK_K, UPCAST)
+            b_CK = load_block(b, b_stride, b_row, k, b_rows, D, BLOCK_C, BLOCK_K, UPCAST)
+        acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
+    return acc_RC
+
+
+@triton.jit
+def same_ids(row_codes, col_codes, row, col, M, N, IDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Which cells of a tile have equal ids of any of `IDS` kinds; none beyond the last row or column."""
+    rows = row + tl.arange(0, BLOCK_R)
+    cols = col + tl.arange(0, BLOCK_C)
+    of_rows = tl.load(row_codes + rows, mask=rows < M, other=-1)
+    of_cols = tl.load(col_codes + cols, mask=cols < N, other=-2)
+    same = of_rows[:, None] == of_cols[None, :]
+    if IDS == 2:
+        of_rows = tl.load(row_codes + M + rows, mask=rows < M, other=-1)
+        of_cols = tl.load(col_codes + N + cols, mask=cols < N, other=-2)
+        same = same | (of_rows[:, None] == of_cols[None, :])
+    return same
+
+
+@triton.jit
+def fill_cells(x_RC, cells, bounds, row, col, N, value, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The tile with `value` in its listed cells; marked in place, so that one tensor alone lives through the loop."""
+    tile = row // BLOCK_R * tl.cdiv(N, BLOCK_C) + col // BLOCK_C
+    row_R = row + tl.arange(0, BLOCK_R)
+    col_C = col + tl.arange(0, BLOCK_C)
+    for at in range(tl.load(bounds + tile), tl.load(bounds + tile + 1)):
+        here_RC = (row_R == tl.load(cells + 2 * at))[:, None] & (col_C == tl.load(cells + 2 * at + 1))[None, :]
+        x_RC = tl.where(here_RC, value, x_RC)
+    return x_RC
+
+
+@triton.jit
+def product_kernel(
+    chunk, features, out, chunk_stride, features_stride, out_stride, rows, K, D, TRANSPOSED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D]."""
+    row = tl.program_id(1) * BLOCK_R
+    d = tl.program_id(0) * BLOCK_D
+    acc_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if TRANSPOSED:
+            chunk_RK = load_block(chunk, chunk_stride, k, row, K, rows, BLOCK_K, BLOCK_R, UPCAST).T
+        else:
+            chunk_RK = load_block(chunk, chunk_stride, row, k, rows, K, BLOCK_R, BLOCK_K, UPCAST)
+        feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
+        acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
+    acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
+    store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
+
+
+# Launching
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """How features are multiplied: fp32 by 3xTF32. The interpreter knows no TF32, and takes bf16 for bit patterns."""
+    interpreted = bool(triton.knobs.runtime.interpret)
+    return {
+        "PRECISION": "tf32x3" if dtype == torch.float32 and not interpreted else "ieee",
+        "UPCAST": interpreted,
+    }
+
+
+def matrix(name: str, matrix: Tensor, block: tuple[int, int], descriptors: bool) -> dict[str, Any]:
+    """Arguments for a matrix that is read or written by blocks."""
+    if descriptors:
+        descriptor = TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+        return {name: descriptor, f"{name}_stride": None}
+    return {name: matrix, f"{name}_stride": matrix.stride(0)}
+
+
+def add_product(
+    out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, launch: Launch, descriptors: bool
+) -> None:
+    """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic."""
+    rows, K = chunk.shape[::-1] if transposed else chunk.shape
+    D = out_RD.shape[1]
+    block = (launch.depth, launch.rows) if transposed else (launch.rows, launch.depth)
+    product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows)](
+        **matrix("chunk", chunk, block, descriptors),
+        **matrix("features", features_KD, (launch.depth, launch.columns), descriptors),
+        **matrix("out", out_RD, (launch.rows, launch.columns), descriptors),
+        rows=rows,
+        K=K,
+        D=D,
+        TRANSPOSED=transposed,
+        BLOCK_R=launch.rows,
+        BLOCK_K=launch.depth,
+        BLOCK_D=launch.columns,
+        **arithmetic(features_KD.dtype),
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+    )
+
+
+def addressable(features: Tensor) -> Tensor:
+    """The features, copied where TMA, wide loads or 32-bit offsets in a block do not reach, zeros appended to D."""
+    D, stride = features.shape[1], features.stride(0)
+    wide = D % 16 == stride % 16 == features.data_ptr() % 16 == 0
+    if wide and features.stride(1) == 1 and D <= stride < 1 << 22:
+        return features
+    padded = features.new_zeros(len(features), triton.cdiv(D, 16) * 16)
+    padded[:, :D] = features
+    return padded

@@ -1,0 +1,189 @@
+"""How each chip walks tiles: their sizes, warps and load stages, and why.
+
+The bits of a result depend on every figure but the stages; so they are constants, never tuned at run time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contract import Options
+
+
+class Tile(NamedTuple):
+    """Geometry of a square tile, so that a diagonal can hold a positive each."""
+
+    BLOCK: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+# Of `sigmoid` and `similarity`, by bytes a feature: the largest that spill no register on sm_80, sm_90 and sm_100.
+TILES = {2: Tile(128, 64, 8, 3), 4: Tile(64, 32, 4, 3)}
+
+# `sigmoid`: columns of tiles a forward program walks, so that the same bits come out on every chip.
+STRIP_TILES = 32
+# `sigmoid`: rows and columns of slopes in memory at a time; a multiple of every tile.
+CHUNK = 4096
+
+# `paired_similarity`: pairs a program, and features at a time.
+PAIRED_ROWS, PAIRED_K = 16, 128
+# `positive_ranks`: queries a launch, which bounds the list of tiles: 12 MB (fp32: 48 MB) at a million bank rows.
+SLAB_ROWS = 1 << 14
+# `positive_ranks`: programs a launch aims at, by cutting the bank into strips.
+PROGRAMS = 512
+
+
+def warps(tile: Tile, kinds_of_ids: int) -> int:
+    """Warps of a kernel that compares ids: twice as many where the registers of two kinds would spill."""
+    return 2 * tile.num_warps if kinds_of_ids > 1 else tile.num_warps
+
+
+# Of `contrastive`
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A tile's rows and columns, the depth of one step of its product, warps and load stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one architecture walks the tiles. The bits of a result depend on every field but the stages."""
+
+    forward: Launch
+    rescue: Launch
+    gradient: Launch
+    """Steps as deep as forward's: then both have the same products, and p sums to 1."""
+    product: Launch
+    """Its columns are those of d text and d image, their width D."""
+    descriptors: bool
+    """Whether blocks are moved by TMA, else by each thread's pointers."""
+    kept: int
+    """Rows of the column sums that a forward strip keeps in registers."""
+    programs: int
+    """Forward programs, as many as the full chip holds: a constant, so that its cut versions give equal bits."""
+    chunk: tuple[int, int]
+    """Rows and columns of logit gradients in memory at a time."""
+    panel: int = 32768
+    """Columns whose sums are in memory at a time, a multiple of a forward tile's."""
+
+
+def _config(
+    forward: tuple[int, ...],
+    product: tuple[int, ...],
+    *,
+    descriptors: bool,
+    kept: int,
+    programs: int,
+    chunk: tuple[int, int],
+    recompute: tuple[int, ...] | None = None,
+) -> Config:
+    again = Launch(*(recompute or forward))
+    return Config(Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk)
+
+
+# By architecture, whether features are fp32, and what else a tile looks at: 0 nothing, 1 ids, masked cells or all
+# logits, 2 positives by ids beside all logits. With masked cells, which are ordered by tile, forward and recompute
+# have one tile. Codes and masks take the registers of half a tile, and so does each further sum on wide tiles.
+_TABLE: dict[tuple[int, bool, int], Config] = {
+    # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
+    (80, False, 0): _config(
+        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
+    ),
+    (80, False, 1): _config(
+        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
+    ),
+    # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
+    (80, True, 0): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    (80, True, 1): _config(
+        (64, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    # 4 warps forward: two programs an SM, and the exponentials of one hide under the products of the other.
+    (90, False, 0): _config(
+        (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=264, chunk=(4096, 4096),
+        recompute=(128, 128, 64, 8, 3),
+    ),
+    (90, False, 1): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
+    ),
+    (90, False, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
+    ),
+    # The second program's registers go to the parts of tf32x3.
+    (90, True, 0): _config(
+        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048)
+    ),
+    (90, True, 1): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
+    ),
+    (90, True, 2): _config(
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
+    ),
+    # A thread reads whole rows from tensor memory: no part of a column is a thread's own, hence kept = 1.
+    (100, False, 0): _config(
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
+        recompute=(128, 64, 64, 8, 4),
+    ),
+    (100, False, 1): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+    ),
+    (100, False, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+    ),
+    (100, True, 0): _config(
+        (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, True, 1): _config(
+        (128, 64, 64, 8, 2), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, True, 2): _config(
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+}  # fmt: skip
+
+
+def config_for(capability: tuple[int, int], dtype: torch.dtype, burden: int) -> Config:
+    """The table's row for a CUDA compute capability, a feature dtype (fp16, bf16, fp32), and what a tile looks at.
+
+    D needs no row: it is walked in steps of a depth.
+    """
+    # Consumer Blackwell (12.x) has sm_80's matrix instructions and shared memory.
+    architecture = {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
+    # sm_80's tiles have room for burden 2.
+    return _TABLE[architecture, dtype == torch.float32, min(burden, 1 if architecture == 80 else 2)]
+
+
+def burden(options: Options) -> int:
+    """What a tile needs beside products: 0 nothing, 1 ids, cells or all logits, 2 positives by ids and these."""
+    if options.ids_KM is not None and options.as_positives and options.smooth:
+        return 2
+    return int(options.ids_KM is not None or options.excluded_2E is not None or options.smooth)
+
+
+def tile_config(text_MD: Tensor, options: Options) -> Config:
+    """`config_for` the device that the texts are on."""
+    return config_for(torch.cuda.get_device_capability(text_MD.device), text_MD.dtype, burden(options))
+
+
+def refusal(text_MD: Tensor) -> str | None:
+    """Why the table has no row for the device of such CUDA tensors; None if it has."""
+    if torch.version.hip is not None:
+        return "the fused kernels have no tuning table for ROCm"
+    if text_MD.device.type == "cuda" and torch.cuda.get_device_capability(text_MD.device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(text_MD.device)
+        return f"the fused kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    return None
