@@ -3,9 +3,11 @@
 Cost model, for M texts on this rank, N images of all ranks, Q bank rows and width D:
 
 - compute: 4 products of M (N + Q) D multiply-adds, one in forward and three in backward (the recompute, d text,
-  d image), 3 when images are frozen. A logit of `contrastive_loss` costs one exponential a pass, two where logits
-  spread too far; one of `sigmoid_loss` an exponential and a logarithm in forward, an exponential and a division in
-  backward. The bank's logits yield no d image.
+  d image), 3 when images are frozen. 2 for columns that have no slopes of their own, those of a bank, or of frozen
+  images in a loss from text to image alone: forward makes what they add to d text, a mean weighted by the softmax.
+  A logit of `contrastive_loss` costs one exponential a pass, two where logits spread too far; one of `sigmoid_loss`
+  an exponential and a logarithm in forward, an exponential and a division in backward. The bank's logits yield no
+  d image.
 - memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, the equal ids of one tile, fp32
   M x D for d text and fp32 N x D for d image; for half-precision features also one block of columns in fp32.
 
@@ -33,9 +35,9 @@ from .contract import (
     accumulated,
 )
 
-# 8 MB in fp32: a tile stays in the last-level cache between its product and the passes over it.
-TILE_LOGITS = 1 << 21
-TILE_ROWS = 512
+# 2 MB in fp32: a tile and the block of columns that it is made of stay in a core's own cache.
+TILE_LOGITS = 1 << 19
+TILE_ROWS = 1024
 
 # A tile shifted by one constant is trusted when its sums lie in this range: no term overflowed, and those
 # that underflowed (below e^-87 in fp32) are at most C * 2^-46 of any sum.
@@ -95,8 +97,15 @@ class _Cells:
             tile = (rows // row_step) * len(blocks) + torch.searchsorted(firsts, columns, right=True) - 1
             tile, order = tile.sort(stable=True)
             self.excluded = rows[order], columns[order]
-            tiles = -(-int(rows.max() + 1) // row_step) * len(blocks)
-            self.bounds = torch.searchsorted(tile, torch.arange(tiles + 1, device=rows.device)).tolist()
+            self.tile_E, self.bounds_of, self.bounds = tile, -1, [0]
+
+    def _bounds(self, step: int) -> list[int]:
+        """Where the excluded cells of each tile of these rows begin in the list."""
+        if step != self.bounds_of:
+            first = step * len(self.blocks)
+            tiles = torch.arange(first, first + len(self.blocks) + 1, device=self.tile_E.device)
+            self.bounds_of, self.bounds = step, torch.searchsorted(self.tile_E, tiles).tolist()
+        return self.bounds
 
     @property
     def empty(self) -> bool:
@@ -124,8 +133,7 @@ class _Cells:
             same = joined[0] if len(joined) == 1 else torch.cat(joined).unique()
         left_out: Tensor | None = None
         if self.excluded is not None:
-            at = start // self.row_step * len(self.blocks) + index
-            low_at, high_at = (self.bounds[min(i, len(self.bounds) - 1)] for i in (at, at + 1))
+            low_at, high_at = self._bounds(start // self.row_step)[index : index + 2]
             row = self.excluded[0][low_at:high_at] - start
             column = self.excluded[1][low_at:high_at] - block.first
             left_out = (row * width + column)[row != column + diagonal].unique()
@@ -157,9 +165,10 @@ class _Tiles:
         self.diagonal = 0 <= self.offset <= N - M
         widest = max((block.stop - block.start for block in self.blocks), default=0)
         tallest = min(self.row_step, M)
-        self.buffers = [self._new(tallest * widest) for _ in range(2)]
+        self.buffers = [self._new(tallest * widest) for _ in range(2)] + [self._new(tallest * text_MD.shape[1])]
         self.scaled_RD = self._new(tallest, text_MD.shape[1])
-        self.columns_CD = self._new(widest if text_MD.dtype != self.dtype else 0, text_MD.shape[1])
+        dtypes = {image_ND.dtype, image_ND.dtype if bank_QD is None else bank_QD.dtype}
+        self.columns_CD = self._new(widest if dtypes != {self.dtype} else 0, text_MD.shape[1])
 
     def _new(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.text_MD.device)
@@ -206,15 +215,61 @@ class _Tiles:
         """Adds the own cells' slopes to rows whose tiles are done, and turns d z text into d text; d scale."""
         own = slice(self.offset + rows.start, self.offset + rows.stop)
         own_R1 = own_M[rows, None].to(self.dtype)
+        # A product and a sum: with a column, `addcmul` takes ten times as long.
+        spare_RD = self.buffers[2][: scaled_RD.numel()].view_as(scaled_RD)
         if d_image_ND is not None and self.diagonal:
-            d_image_ND[own].addcmul_(scaled_RD, own_R1)
+            d_image_ND[own].add_(torch.mul(scaled_RD, own_R1, out=spare_RD))
         if d_RD is None:
             return 0.0
         if self.diagonal:
-            d_RD.addcmul_(self.image_ND[own].to(self.dtype), own_R1)
-        d_scale = (d_RD * self.text_MD[rows]).sum(dtype=torch.float64)
+            d_RD.add_(spare_RD.copy_(self.image_ND[own]).mul_(own_R1))
+        slope_R = self._new(len(d_RD))
+        torch.linalg.vecdot(d_RD, spare_RD.copy_(self.text_MD[rows]), out=slope_R)
         d_RD.mul_(self.scale)
-        return d_scale
+        return slope_R.sum(dtype=torch.float64)
+
+
+class _LogSumExps:
+    """Log-sum-exps [n] in fp64, and the means [n, D] of what belongs to each term, weighted by it, if asked for.
+
+    Tiles add sums of exp(z - shift) while the shift is the same; `fold` brings those to what was before.
+    """
+
+    def __init__(self, n: int, like: Tensor, D: int | None = None) -> None:
+        self.lse = torch.full((n,), -math.inf, dtype=torch.float64, device=like.device)
+        self.sums, self.shift, self.added = torch.zeros_like(self.lse), 0.0, False
+        self.mean: Tensor | None = None if D is None else like.new_zeros(n, D)
+        self.total: Tensor | None = None if D is None else like.new_zeros(n, D)
+
+    def add(
+        self, at: slice, sums: Tensor, shift: float, e_RC: Tensor | None = None, columns_CD: Tensor | None = None
+    ) -> None:
+        if shift != self.shift:
+            self.fold()
+            self.shift = shift
+        self.sums[at] += sums
+        self.added = True
+        if self.total is not None and e_RC is not None and columns_CD is not None:
+            self.total.addmm_(e_RC, columns_CD)
+
+    def fold(self) -> None:
+        if not self.added:
+            return
+        mean = None if self.total is None else self.total / self.sums[:, None].to(self.total.dtype)
+        self.merge(slice(None), self.sums.log().add_(self.shift), mean)
+        self.sums.zero_()
+        self.added = False
+        if self.total is not None:
+            self.total.zero_()
+
+    def merge(self, at: slice, lse: Tensor, mean: Tensor | None) -> None:
+        before = self.lse[at]
+        both = torch.logaddexp(before, lse)
+        if self.mean is not None and mean is not None:
+            # Of nothing there is no mean: exp(-inf - -inf) is NaN.
+            old, new = ((part - both).exp().nan_to_num_(0.0)[:, None].to(mean.dtype) for part in (before, lse))
+            self.mean[at] = self.mean[at] * old + mean * new
+        self.lse[at] = both
 
 
 class ChunkedContrastive(_Tiles):
@@ -224,18 +279,24 @@ class ChunkedContrastive(_Tiles):
         self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: Options
     ) -> None:
         super().__init__(text_MD, image_ND, bank_QD, scale, options)
-        self.smooth = options.smooth
+        self.smooth, self.one_way, self.made_in_forward = options.smooth, options.one_way, options.made_in_forward
+
+    def _once(self, block: _Block) -> bool:
+        """Whether forward makes this block's share of d text, so that backward needs it no more."""
+        return self.made_in_forward > (0 if block.bank else 1)
 
     def forward(self) -> ContrastiveSums:
-        M, N = len(self.text_MD), len(self.image_ND)
-        positive_M = self._vector(M)
-        row_lse_M, col_lse_N = self._vector(M, -math.inf), self._vector(N, -math.inf)
+        M, N, D = len(self.text_MD), len(self.image_ND), self.text_MD.shape[1]
+        positive_M, row_lse_M = self._vector(M), self._vector(M, -math.inf)
+        of_columns = _LogSumExps(N, self.scale)
         row_masked_M, col_masked_N, row_extras_M, col_extras_N = (self._vector(n) for n in (M, N, M, N))
-        row_extra_M = col_extra_N = row_logits_M = col_logits_N = None
+        row_extra_M = col_extra_N = row_logits_M = col_logits_N = row_mean_MD = None
         if self.cells.as_positives:
             row_extra_M, col_extra_N = self._vector(M), self._vector(N)
         if self.smooth:
             row_logits_M, col_logits_N = self._vector(M), self._vector(N)
+        if self.made_in_forward:
+            row_mean_MD = self._new(M, D)
         shift = 0.0
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
@@ -243,6 +304,8 @@ class ChunkedContrastive(_Tiles):
             if self.diagonal:
                 own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
                 positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64)
+            of_rows = _LogSumExps(len(scaled_RD), self.scale)
+            once = _LogSumExps(len(scaled_RD), self.scale, D) if self.made_in_forward else of_rows
             for index, block in enumerate(self.blocks):
                 cols = None if block.bank else slice(block.start, block.stop)
                 columns_CD = self._columns(block)
@@ -262,43 +325,78 @@ class ChunkedContrastive(_Tiles):
                     if cols is not None:
                         col_logits_N[cols] += tile.sum(0)
                 self._fill(tile, start, block, masked, -math.inf)
-                row, col = self.one_exponential(tile, shift, cols is not None)
-                if row is None:
+                here = once if self._once(block) else of_rows
+                column_sums = of_columns if cols is not None and not self.one_way else None
+                if not self.one_exponential(tile, shift, columns_CD, here, column_sums, cols):
                     tile = self._logits(scaled_RD, columns_CD)
                     self._fill(tile, start, block, masked, -math.inf)
-                    row, col = self.two_exponentials(tile, cols is not None)
-                    shift = _next_shift(row, col, shift)
-                row_lse_M[rows] = torch.logaddexp(row_lse_M[rows], row)
-                if cols is not None and col is not None:
-                    col_lse_N[cols] = torch.logaddexp(col_lse_N[cols], col)
+                    shift = self.two_exponentials(tile, shift, columns_CD, here, column_sums, cols)
+            of_rows.fold()
+            row_lse_M[rows] = of_rows.lse
+            if row_mean_MD is not None and once.mean is not None:
+                once.fold()
+                row_lse_M[rows] = torch.logaddexp(of_rows.lse, once.lse)
+                share_R = (once.lse - row_lse_M[rows]).exp().nan_to_num_(0.0)
+                torch.mul(once.mean, share_R[:, None].to(self.dtype), out=row_mean_MD[rows])
+        of_columns.fold()
         return ContrastiveSums(
-            positive_M, row_lse_M, col_lse_N, row_extra_M, col_extra_N, row_logits_M, col_logits_N,
-            row_masked_M, col_masked_N, row_extras_M, col_extras_N,
+            positive_M, row_lse_M, of_columns.lse, row_extra_M, col_extra_N, row_logits_M, col_logits_N,
+            row_masked_M, col_masked_N, row_extras_M, col_extras_N, row_mean_MD,
         )  # fmt: skip
 
-    def one_exponential(self, tile: Tensor, shift: float, both: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Log-sum-exps of the tile's rows and columns from one e = exp(z - shift); None if that is unsafe."""
+    def one_exponential(
+        self,
+        tile: Tensor,
+        shift: float,
+        columns_CD: Tensor,
+        of_rows: _LogSumExps,
+        of_columns: _LogSumExps | None,
+        cols: slice | None,
+    ) -> bool:
+        """Adds the tile to both by one e = exp(z - shift); False, and nothing added, if that is unsafe."""
         e = (tile.sub_(shift) if shift else tile).exp_()
-        sums = [e.sum(1), e.sum(0)] if both else [e.sum(1)]
+        sums = [e.sum(1), e.sum(0)] if of_columns is not None else [e.sum(1)]
         low = min(float(s.min()) for s in sums)
         high = max(float(s.max()) for s in sums)
         # Written so that a NaN is unsafe too.
         if not (low >= SUM_RANGE[0] and high <= SUM_RANGE[1]):
-            return None, None
-        row, *col = [s.double().log_().add_(shift) for s in sums]
-        return row, (col[0] if both else None)
+            return False
+        of_rows.add(slice(None), sums[0], shift, e, columns_CD)
+        if of_columns is not None and cols is not None:
+            of_columns.add(cols, sums[1], shift)
+        return True
 
-    def two_exponentials(self, tile: Tensor, both: bool) -> tuple[Tensor, Tensor | None]:
-        """The same for any logits, by each row's and each column's own maximum; -inf where all is masked."""
+    def two_exponentials(
+        self,
+        tile: Tensor,
+        shift: float,
+        columns_CD: Tensor,
+        of_rows: _LogSumExps,
+        of_columns: _LogSumExps | None,
+        cols: slice | None,
+    ) -> float:
+        """The same for any logits, by each row's and each column's own maximum; the shift for the tiles that follow."""
 
-        def lse(dim: int, out: Tensor) -> Tensor:
+        def lse(dim: int, out: Tensor) -> tuple[Tensor, Tensor]:
             top = tile.amax(dim, keepdim=True)
             top.masked_fill_(top == -math.inf, 0)
             total = torch.sub(tile, top, out=out).exp_().sum(dim)
-            return total.double().log_().add_(top.squeeze(dim))
+            return total.double().log().add_(top.squeeze(dim)), total
 
-        row = lse(1, self._spare(tile))
-        return row, (lse(0, tile) if both else None)
+        e = self._spare(tile)
+        row, total_R = lse(1, e)
+        # A row that has any term has its greatest, 1.
+        mean = None if of_rows.mean is None else torch.mm(e, columns_CD, out=torch.empty_like(of_rows.mean))
+        if mean is not None:
+            mean /= total_R.clamp(min=1)[:, None]
+        of_rows.merge(slice(None), row, mean)
+        seen = row
+        if of_columns is not None and cols is not None:
+            col, _ = lse(0, tile)
+            of_columns.merge(cols, col, None)
+            seen = torch.cat([row, col])
+        low, high = _reach(seen)
+        return _shift(low, high) if low <= high else shift
 
     def backward(
         self, sums: ContrastiveKept, grads: ContrastiveGrads, need_text: bool, need_image: bool
@@ -306,23 +404,29 @@ class ChunkedContrastive(_Tiles):
         """(d text_MD, d image_ND, d scale): the features' in the accumulation dtype; d text also serves d scale."""
         M = len(self.text_MD)
         d_text_MD, d_image_ND, d_scale = self._gradients(need_text, need_image)
-        reach_rows = [_reach(part) for part in sums.row_lse_M.split(self.row_step)]
+        slopes = _Slopes(sums, grads, self.dtype)
+        walked = [(index, block) for index, block in enumerate(self.blocks) if not self._once(block)]
+        reach_rows = [_reach(part) for part in sums.row_lse_M.split(self.row_step)] if walked else []
         nothing = sums.col_lse_N[:0]
-        reach_cols = [
-            _reach(nothing if block.bank else sums.col_lse_N[block.start : block.stop]) for block in self.blocks
-        ]
+        reach_cols = {
+            index: _reach(nothing if block.bank or self.one_way else sums.col_lse_N[block.start : block.stop])
+            for index, block in walked
+        }
         for at, start in enumerate(range(0, M, self.row_step)):
             rows = slice(start, min(start + self.row_step, M))
             scaled_RD = self._scaled_rows(rows)
             d_RD = None if d_text_MD is None else d_text_MD[rows]
-            for index, block in enumerate(self.blocks):
+            if d_RD is not None and sums.row_mean_MD is not None:
+                torch.mul(sums.row_mean_MD[rows], grads.row_lse_M[rows, None].to(self.dtype), out=d_RD)
+            for index, block in walked:
                 columns_CD = self._columns(block)
                 tile = self._logits(scaled_RD, columns_CD)
                 masked, extra = self.cells.tile(start, rows.stop, index)
                 self._fill(tile, start, block, masked, -math.inf)
                 low = min(reach_rows[at][0], reach_cols[index][0])
                 high = max(reach_rows[at][1], reach_cols[index][1])
-                self._weigh(tile, rows, block, sums, grads, (low, high))
+                cols = None if block.bank or self.one_way else slice(block.start, block.stop)
+                slopes.weigh(tile, self._spare(tile), rows, cols, low, high)
                 if grads.row_logits_M is not None and grads.col_logits_N is not None:
                     tile.add_(grads.row_logits_M[rows, None].to(self.dtype))
                     if not block.bank:
@@ -340,35 +444,33 @@ class ChunkedContrastive(_Tiles):
             d_scale += self._close_rows(rows, d_RD, d_image_ND, scaled_RD, grads.positive_M)
         return d_text_MD, d_image_ND, d_scale
 
-    def _weigh(
-        self,
-        tile: Tensor,
-        rows: slice,
-        block: _Block,
-        sums: ContrastiveKept,
-        grads: ContrastiveGrads,
-        reach: tuple[float, float],
-    ) -> None:
-        """Turns logits into g_row p_row + g_col p_col in place; `reach` spans the tile's log-sum-exps."""
-        row_lse, g_row = sums.row_lse_M[rows], grads.row_lse_M[rows]
-        cols = slice(block.start, block.stop)
-        low, high = reach
+
+class _Slopes:
+    """What logits are turned into in backward: g_row p_row + g_col p_col."""
+
+    def __init__(self, sums: ContrastiveKept, grads: ContrastiveGrads, dtype: torch.dtype) -> None:
+        self.sums, self.grads, self.dtype = sums, grads, dtype
+        self.shift: float | None = None
+
+    def weigh(self, tile: Tensor, spare: Tensor, rows: slice, cols: slice | None, low: float, high: float) -> None:
+        """In place; the tile's log-sum-exps lie from `low` to `high`. `cols` is None where no column has a slope."""
+        sums, grads = self.sums, self.grads
         if low >= high - 2 * SHIFT_REACH:
             shift = _shift(low, high)
+            if shift != self.shift:
+                self.row_M = _scaled(grads.row_lse_M, sums.row_lse_M, shift, self.dtype)
+                self.col_N = _scaled(grads.col_lse_N, sums.col_lse_N, shift, self.dtype)
+                self.shift = shift
             e = (tile.sub_(shift) if shift else tile).exp_()
-            factor_R1 = _scaled(g_row, row_lse, shift, self.dtype)[:, None]
-            if block.bank:
-                e.mul_(factor_R1)
-                return
-            factor_C = _scaled(grads.col_lse_N[cols], sums.col_lse_N[cols], shift, self.dtype)
-            e.mul_(torch.add(factor_R1, factor_C, out=self._spare(tile)))
+            factor_R1 = self.row_M[rows, None]
+            e.mul_(factor_R1 if cols is None else torch.add(factor_R1, self.col_N[cols], out=spare))
             return
-        row_lse, g_row = _rounded(row_lse, g_row, self.dtype)
-        if block.bank:
+        row_lse, g_row = _rounded(sums.row_lse_M[rows], grads.row_lse_M[rows], self.dtype)
+        if cols is None:
             tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None])
             return
         col_lse, g_col = _rounded(sums.col_lse_N[cols], grads.col_lse_N[cols], self.dtype)
-        by_col = torch.sub(tile, col_lse, out=self._spare(tile)).exp_().mul_(g_col)
+        by_col = torch.sub(tile, col_lse, out=spare).exp_().mul_(g_col)
         tile.sub_(row_lse[:, None]).exp_().mul_(g_row[:, None]).add_(by_col)
 
 
@@ -395,12 +497,6 @@ def _reach(lse: Tensor) -> tuple[float, float]:
     """The least and the greatest log-sum-exp of those that are not masked out; NaN if one is NaN."""
     real = lse[lse != -math.inf]
     return (float(real.min()), float(real.max())) if len(real) else (math.inf, -math.inf)
-
-
-def _next_shift(row: Tensor, col: Tensor | None, shift: float) -> float:
-    """A constant near the middle of the log-sum-exps just seen, for the tiles that follow."""
-    low, high = _reach(row if col is None else torch.cat([row, col]))
-    return _shift(low, high) if low <= high else shift
 
 
 def _shift(low: float, high: float) -> float:

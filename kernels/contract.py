@@ -67,6 +67,11 @@ class Options(NamedTuple):
     """Whether cells of equal ids are positives, else they are masked."""
     smooth: bool
     """Whether sums of all logits are asked for; never by the sigmoid loss."""
+    one_way: bool = False
+    """Whether columns' log-sum-exps are left out, as the loss from image to text has no weight."""
+    made_in_forward: int = 0
+    """Of which columns forward makes what they add to d text: 0 none, 1 the bank's, 2 all. They must have no other
+    slopes: no loss of their own, no gradient, neither `as_positives` nor `smooth`."""
 
     def of_block(self, columns: slice, total: int, own: bool) -> Options:
         """The same for `columns` of the batch alone, and the bank behind them if it is this rank's own block."""
@@ -86,6 +91,7 @@ class Options(NamedTuple):
             bank_ids_Q=self.bank_ids_Q if own else None,
             excluded_2E=excluded_2E,
             offset=self.offset - columns.start,
+            made_in_forward=self.made_in_forward if own or self.made_in_forward == 2 else 0,
         )
 
 
@@ -107,6 +113,8 @@ class ContrastiveSums(NamedTuple):
     col_masked_N: Tensor
     row_extras_M: Tensor
     col_extras_N: Tensor
+    row_mean_MD: Tensor | None = None
+    """Of the columns that are made in forward, sums weighted by the softmax of the row; as products are added up."""
 
 
 class ContrastiveKept(NamedTuple):
@@ -114,6 +122,7 @@ class ContrastiveKept(NamedTuple):
 
     row_lse_M: Tensor
     col_lse_N: Tensor
+    row_mean_MD: Tensor | None = None
 
 
 class ContrastiveGrads(NamedTuple):
@@ -162,10 +171,10 @@ class LossArguments:
     text_MD: Tensor
     """[M, D] fp16, bf16, fp32 or fp64, D up to 1024; this rank's texts. M may differ between ranks or be 0."""
     image_MD: Tensor
-    """[M, D], same dtype; image i belongs to text i. Without `requires_grad` its gradient, and the exchange that it
-    needs, are skipped."""
+    """[M, D], fp64 where the texts are, else of any dtype below: frozen rows are read as they are; image i belongs to
+    text i. Without `requires_grad` its gradient, and the exchange that it needs, are skipped."""
     bank_QD: Tensor | None
-    """[Q, D], same dtype, constant, the same rows on every rank: more negatives from text to image."""
+    """[Q, D], likewise, constant, the same rows on every rank: more negatives from text to image."""
     logit_scale: Tensor | float
     """The multiplier itself, not its logarithm: a number or a tensor of shape () or (1,)."""
     logit_bias: Tensor | float | None = None
@@ -221,9 +230,13 @@ class LossArguments:
 
     def agreed(self) -> dict[str, float]:
         """What all ranks must agree on, by its description."""
+        rows = {"text_MD": self.text_MD, "image_MD": self.image_MD, "bank_QD": self.bank_QD}
         return {
             "the width D of text_MD": self.text_MD.shape[1],
-            "the dtype of text_MD (its index)": DTYPES.index(self.text_MD.dtype),
+            **{
+                f"the dtype of {name} (its index)": -1 if features is None else DTYPES.index(features.dtype)
+                for name, features in rows.items()
+            },
             "whether image_MD requires grad": self.image_MD.requires_grad,
             "the number Q of bank rows": self.bank_rows,
             "whether image_ids is given": self.image_ids is not None,
@@ -324,7 +337,7 @@ def _require_loss_features(text_MD: Tensor, image_MD: Tensor, bank_QD: Tensor | 
             raise ValueError("bank_QD requires grad, expected constants: pass bank_QD.detach()")
     for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
         if features is not None:
-            require_one_dtype(name, features, "text_MD", text_MD)
+            _require_compatible(name, features, "text_MD", text_MD)
 
 
 def _require_scalar(name: str, value: Any, like: Tensor) -> None:
@@ -397,9 +410,12 @@ def require_features(name: str, features: Any, like: Tensor | None = None, like_
         raise ValueError(f"{name} is on {features.device}, expected {like.device}, where {like_name} is")
 
 
-def require_one_dtype(name: str, features: Tensor, like_name: str, like: Tensor) -> None:
-    if features.dtype != like.dtype:
-        raise TypeError(f"{name} is {features.dtype} and {like_name} is {like.dtype}: cast them to one dtype")
+def _require_compatible(name: str, features: Tensor, like_name: str, like: Tensor) -> None:
+    """Rows in 16 and 32 bits go together; fp64 is for references, where nothing else belongs."""
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name} is {features.dtype}, expected float16, bfloat16, float32 or float64")
+    if (features.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise TypeError(f"{name} is {features.dtype} and {like_name} is {like.dtype}: float64 goes with float64 alone")
 
 
 def require_integers(name: str, values: Any, size: int | None, like: Tensor, meaning: str) -> None:

@@ -30,7 +30,7 @@ from .contract import (
     weighted_mean,
 )
 from .operators import Operators, Walk
-from .paths import no_kernels, takes_kernels
+from .paths import no_kernels, of_one_dtype, takes_kernels
 from .ranks import Ranks, sums_of_all
 
 # Naive reference
@@ -78,13 +78,26 @@ def walk(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tenso
     if takes_kernels(text_MD, "contrastive_loss", _no_kernels(text_MD)) and len(text_MD) and len(image_ND):
         from .triton.contrastive import TritonContrastive
 
-        return TritonContrastive(text_MD, image_ND, bank_QD, scale, options)
+        return TritonContrastive(*of_one_dtype(text_MD, image_ND, bank_QD), scale, options)
     return ChunkedContrastive(text_MD, image_ND, bank_QD, scale, options)
 
 
 def _absent(options: Options) -> list[str]:
     extra, logits = ["row_extra_M", "col_extra_N"], ["row_logits_M", "col_logits_N"]
-    return ([] if options.as_positives else extra) + ([] if options.smooth else logits)
+    means = [] if options.made_in_forward else ["row_mean_MD"]
+    return ([] if options.as_positives else extra) + ([] if options.smooth else logits) + means
+
+
+def _made_in_forward(given: ContrastiveArguments) -> int:
+    """See `Options`. Kernels keep a tile's sums in registers, where a row as wide as D has no room beside them."""
+    scale, image_MD = given.logit_scale, given.image_MD
+    wanted = given.text_MD.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
+    plain = given.positives == "pair" and not given.label_smoothing
+    if not (wanted and plain and torch.is_grad_enabled()) or _no_kernels(given.text_MD) is None:
+        return 0
+    if given.direction_weights[1] == 0 and not image_MD.requires_grad:
+        return 2
+    return int(given.bank_rows > 0)
 
 
 OPERATORS = Operators("contrastive", walk, ["scale"], ContrastiveSums, ContrastiveKept, ContrastiveGrads, _absent)
@@ -229,6 +242,7 @@ def contrastive_loss(
     given.check()
     ranks = Ranks(group, exchange, given)
     options = ranks.options(given, smooth=label_smoothing > 0)
+    options = options._replace(one_way=direction_weights[1] == 0, made_in_forward=_made_in_forward(given))
     parts = sums_of_all(OPERATORS, given, [given.as_scalar(logit_scale)], options, ranks)
     absent = _absent(options)
     sums = ContrastiveSums(

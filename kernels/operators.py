@@ -17,7 +17,7 @@ FEATURES = "Tensor text_MD, Tensor image_ND, Tensor? bank_QD"
 # The fields of `Options`.
 OPTIONS = (
     "Tensor? ids_KM, Tensor? ids_KN, Tensor? bank_ids_Q, Tensor? excluded_2E, SymInt offset, bool as_positives, "
-    "bool smooth"
+    "bool smooth, bool one_way, int made_in_forward"
 )
 # Features, and of the options ids and excluded cells; the rest are no tensors.
 FEATURE_ARGUMENTS, TENSOR_OPTIONS = 3, 4
@@ -27,7 +27,7 @@ class Walk(Protocol):
     """What walks over the tiles of a loss, by whichever path."""
 
     def forward(self) -> Sequence[Tensor | None]:
-        """The sums' fields in fp64; None where the options ask for none."""
+        """The sums' fields; None where the options ask for none."""
 
     def backward(self, kept: Any, grads: Any, need_text: bool, need_image: bool) -> Sequence[Tensor | None]:
         """d text_MD and d image_ND, None where not needed, and each scalar's in fp64; the first needs d text."""
@@ -37,7 +37,8 @@ class Operators:
     """A loss's two operators, torch.ops.efficientclip.NAME_sums and NAME_gradients.
 
     `sums(text_MD, image_ND, bank_QD, *scalars, *options)` returns the fields of `Sums`, those that end in _N by column,
-    in fp64; a field that the options do not ask for is empty. `gradients` is told beside the same arguments the fields
+    in fp64 (in _MD: as products are added up); a field that the options do not ask for is empty. `gradients` is told
+    beside the same arguments the fields
     of `Kept`, a list of the gradients of the first fields, those of `Grads`, and whether d text (which the first
     scalar's comes with) and d image are needed; it returns them in fp32 (fp64 for fp64 features), empty where not
     needed, and every scalar's in fp64. Arguments are as `contract` describes and checks them.
@@ -94,19 +95,22 @@ class Operators:
             return _tensors(self._walk(*given).forward())
 
     def _fake_sums(self, text_MD: Tensor, image_ND: Tensor, *more: Any) -> list[Tensor]:
-        sizes = {"M": text_MD.shape[0], "N": image_ND.shape[0]}
+        kinds = {"M": (text_MD.shape[:1], torch.float64), "N": (image_ND.shape[:1], torch.float64)}
+        kinds |= {"MD": (text_MD.shape, accumulated(text_MD.dtype)), "": (torch.Size([0]), torch.float64)}
         absent = self.absent(Options(*more[-len(Options._fields) :]))
-        return [
-            text_MD.new_empty(0 if name in absent else sizes[name[-1]], dtype=torch.float64) for name in self.fields
-        ]
+        found = [kinds["" if name in absent else name.rpartition("_")[2]] for name in self.fields]
+        return [text_MD.new_empty(shape, dtype=dtype) for shape, dtype in found]
 
     def _gradients(self, *given: Any) -> list[Tensor]:
-        arguments, kept = given[: self.given], self.Kept(*given[self.given : -3])
+        arguments = given[: self.given]
         grads, need_text, need_image = given[-3:]
         absent = self.absent(Options(*arguments[-len(Options._fields) :]))
-        used = [None if name in absent else grad for name, grad in zip(self.Grads._fields, grads, strict=True)]
+        used, kept = (
+            [None if name in absent else part for name, part in zip(fields, parts, strict=True)]
+            for fields, parts in ((self.Grads._fields, grads), (self.kept, given[self.given : -3]))
+        )
         with torch.cuda.device_of(given[0]):
-            parts = self._walk(*arguments).backward(kept, self.Grads(*used), need_text, need_image)
+            parts = self._walk(*arguments).backward(self.Kept(*kept), self.Grads(*used), need_text, need_image)
         # Rows without gaps, as the exchanges want them.
         return [part.contiguous() for part in _tensors(parts)]
 
@@ -144,5 +148,5 @@ class Operators:
 
 def _tensors(parts: Sequence[Tensor | None]) -> list[Tensor]:
     """An operator returns tensors only: an empty one for None."""
-    empty = next(part for part in reversed(parts) if part is not None).new_empty(0)
-    return [empty.clone() if part is None else part for part in parts]
+    like = next(part for part in parts if part is not None)
+    return [like.new_empty(0, dtype=torch.float64) if part is None else part for part in parts]

@@ -187,7 +187,7 @@ class _OverRanks(torch.autograd.Function):
                 d_MD, d_CD, *d_factors = operators.gradients(
                     text_MD, image_CD, bank_QD if own else None, *scalars,
                     *ctx.options.of_block(columns, ranks.total, own),
-                    *_of_columns(operators.kept, kept, columns),
+                    *_of_columns(operators.kept, kept, columns, own),
                     _of_columns(operators.fields, grads[: operators.differentiable], columns),
                     need_rows, need_image,
                 )  # fmt: skip
@@ -221,9 +221,10 @@ def _blocks(image: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Tensor]]:
         yield source, ranks.parts[source], image_CD
 
 
-def _of_columns(names: Sequence[str], parts: Sequence[Tensor], columns: slice) -> list[Tensor]:
-    """The part of each field that belongs to `columns`."""
-    return [part[columns] if name.endswith("_N") else part for name, part in zip(names, parts, strict=False)]
+def _of_columns(names: Sequence[str], parts: Sequence[Tensor], columns: slice, own: bool = True) -> list[Tensor]:
+    """The part of each field that belongs to `columns`; what forward made of the rows goes with a rank's own."""
+    found = [part[columns] if name.endswith("_N") else part for name, part in zip(names, parts, strict=False)]
+    return [part if own or not name.endswith("_MD") else part[:0] for name, part in zip(names, found, strict=False)]
 
 
 def _merge(fields: Sequence[str], blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -232,6 +233,12 @@ def _merge(fields: Sequence[str], blocks: Sequence[Sequence[Tensor]]) -> list[Te
     for name, *parts in zip(fields, *blocks, strict=True):
         if name.endswith("_N"):
             merged.append(torch.cat(parts))
+        elif name == "row_mean_MD":
+            # Each is weighted by its own block's softmax.
+            lse_M, lses = merged[fields.index("row_lse_M")], [block[fields.index("row_lse_M")] for block in blocks]
+            shares = [(of_block - lse_M).exp().nan_to_num_(0.0)[:, None] for of_block in lses]
+            made = [part * share.to(part.dtype) for part, share in zip(parts, shares, strict=True) if part.numel()]
+            merged.append(reduce(torch.add, made, parts[0].new_empty(0) if not made else torch.zeros_like(made[0])))
         else:
             merged.append(reduce(torch.logaddexp if name == "row_lse_M" else torch.add, parts))
     return merged

@@ -27,7 +27,7 @@ from .contract import (
     weighted_mean,
 )
 from .operators import Operators, Walk
-from .paths import no_kernels, takes_kernels
+from .paths import no_kernels, of_one_dtype, takes_kernels
 from .ranks import Ranks, sums_of_all
 
 
@@ -50,7 +50,7 @@ def walk(
     if takes_kernels(text_MD, "sigmoid_loss", no_kernels(text_MD)):
         from .triton.sigmoid import TritonSigmoid
 
-        return TritonSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
+        return TritonSigmoid(*of_one_dtype(text_MD, image_ND, bank_QD), scale, bias, options)
     return ChunkedSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contract import accumulated, require_features, require_finite, require_integers, require_one_dtype, require_range
-from .paths import no_kernels, takes_kernels
+from .contract import accumulated, require_features, require_finite, require_integers, require_range
+from .paths import no_kernels, of_one_dtype, takes_kernels
 
 # 16 MB of fp64 scores stay in the last-level cache.
 TILE_CELLS = 1 << 21
@@ -155,7 +155,7 @@ def paired_similarity(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tenso
 
     Args:
         text_MD: [M, D] fp16, bf16, fp32 or fp64, of any length.
-        bank_QD: [Q, D], same dtype and device.
+        bank_QD: [Q, D] on the same device, of any of these dtypes.
         rows_M: [M] int64 in [0, Q).
 
     Returns:
@@ -167,14 +167,13 @@ def paired_similarity(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tenso
     """
     require_features("text_MD", text_MD)
     require_features("bank_QD", bank_QD, text_MD, "text_MD")
-    require_one_dtype("bank_QD", bank_QD, "text_MD", text_MD)
     require_integers("rows_M", rows_M, len(text_MD), text_MD, "one bank row a text")
     require_range("rows_M", rows_M, bank_QD)
     with torch.cuda.device_of(text_MD):
         if takes_kernels(text_MD, "paired_similarity", no_kernels(text_MD)):
             from .triton.similarity import paired
 
-            return paired(text_MD, bank_QD, rows_M)
+            return paired(*of_one_dtype(text_MD, bank_QD), rows_M)
         return _paired_chunked(text_MD, bank_QD, rows_M)
 
 
@@ -189,7 +188,7 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
 
     Args:
         query_MD: [M, D] fp16, bf16, fp32 or fp64, used as given.
-        bank_QD: [Q, D], same dtype and device.
+        bank_QD: [Q, D] on the same device, of any of these dtypes.
         rows_E: [E] int64 in [0, Q): the positives of query 0, then of query 1, and so on; repeats count once.
         groups: [M + 1] int64: those of query i are rows_E[groups[i] : groups[i + 1]], at least one (a CSR
             graph's offsets).
@@ -203,7 +202,6 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
     """
     require_features("query_MD", query_MD)
     require_features("bank_QD", bank_QD, query_MD, "query_MD")
-    require_one_dtype("bank_QD", bank_QD, "query_MD", query_MD)
     require_integers("rows_E", rows_E, None, query_MD, "the positives of all queries")
     require_integers("groups", groups, len(query_MD) + 1, query_MD, "where each query's positives begin")
     if int(groups[0]) != 0 or int(groups[-1]) != len(rows_E):
@@ -224,7 +222,7 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
         if takes_kernels(query_MD, "positive_ranks", no_kernels(query_MD)):
             from .triton.similarity import ranks
 
-            return ranks(query_MD, bank_QD, owners_E, rows_E)
+            return ranks(*of_one_dtype(query_MD, bank_QD), owners_E, rows_E)
         return _ranks_chunked(query_MD, bank_QD, owners_E, rows_E)
 
 

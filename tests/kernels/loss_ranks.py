@@ -21,6 +21,7 @@ from tests.kernels.calls import Calls
 
 Q, D = 19, 24
 EXCHANGES = ("gather", "ring")
+ONE_WAY = "one way"
 LOSSES: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
     "contrastive": (contrastive_loss, test_contrastive.everything),
     "sigmoid": (sigmoid_loss, sigmoid_cases.everything),
@@ -32,7 +33,7 @@ SIZES: dict[int, dict[str, tuple[int, ...]]] = {
 
 
 class Case(NamedTuple):
-    """`positives` None: no options at all."""
+    """`positives` None: no options at all; ONE_WAY: from text to image alone, with excluded cells."""
 
     loss: str
     kind: str
@@ -57,6 +58,8 @@ def cases(world: int) -> list[Case]:
                 for dtype in BATCHES:
                     found.append(Case(loss, kind, positives, dtype, False))
                 found.append(Case(loss, kind, positives, torch.float64, True))
+            if loss == "contrastive":
+                found.append(Case(loss, kind, ONE_WAY, torch.float64, True))
     return found
 
 
@@ -176,6 +179,8 @@ def measure(seed: int, group: Any) -> dict[tuple[Case, str], tuple[list[Any], ..
         for _ in range(BATCHES[case.dtype]):
             data = sigmoid_cases.features(rng, N, Q, D)
             options = LOSSES[case.loss][1](rng, N, Q) | {"positives": case.positives} if case.positives else {}
+            if case.positives == ONE_WAY:
+                options = {"direction_weights": (1.0, 0.0), "excluded": options["excluded"]}
             seen: dict[str, Any] = {}
             for exchange in EXCHANGES:
                 counts.update(dict.fromkeys(counts, 0))

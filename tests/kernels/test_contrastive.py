@@ -61,11 +61,19 @@ def everything(rng: torch.Generator, M: int, Q: int) -> dict[str, Any]:
     }
 
 
-def run(loss: Loss, data: dict[str, Any], dtype: torch.dtype, scale: float, **options: Any) -> dict[str, Tensor]:
-    """Values and gradients, in fp64; the features are rounded to `dtype` first."""
+def run(
+    loss: Loss,
+    data: dict[str, Any],
+    dtype: torch.dtype,
+    scale: float,
+    frozen: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Values and gradients, in fp64; the features are rounded to `dtype` first, or images and bank to `frozen`."""
     scalar = torch.float64 if dtype == torch.float64 else torch.float32
-    text, image = (data[name].to(dtype, copy=True).requires_grad_() for name in ("text", "image"))
-    bank = None if data["bank"] is None else data["bank"].to(dtype)
+    text = data["text"].to(dtype, copy=True).requires_grad_()
+    image = data["image"].to(frozen or dtype, copy=True).requires_grad_(frozen is None)
+    bank = None if data["bank"] is None else data["bank"].to(frozen or dtype)
     logit_scale = torch.tensor([scale], dtype=scalar, device=text.device, requires_grad=True)
     logit_bias = torch.tensor(-3.0, dtype=scalar, device=text.device, requires_grad=True)
     out = loss(text, image, bank, logit_scale=logit_scale, logit_bias=logit_bias, **options)
@@ -79,7 +87,7 @@ def run(loss: Loss, data: dict[str, Any], dtype: torch.dtype, scale: float, **op
         "d_scale": logit_scale.grad,
         "d_bias": logit_bias.grad,
     }
-    return {name: value.detach().double() for name, value in named.items()}
+    return {name: value.detach().double() for name, value in named.items() if value is not None}
 
 
 def rms(value: Tensor) -> float:
@@ -87,7 +95,14 @@ def rms(value: Tensor) -> float:
 
 
 def check(
-    data: dict[str, Any], dtype: torch.dtype, scale: float, *, units: float = 8, slack: float = 0, **options: Any
+    data: dict[str, Any],
+    dtype: torch.dtype,
+    scale: float,
+    *,
+    frozen: torch.dtype | None = None,
+    units: float = 8,
+    slack: float = 0,
+    **options: Any,
 ) -> None:
     """Error against fp64 at most twice that of plain torch, or a unit in the last place of the value itself.
 
@@ -96,10 +111,12 @@ def check(
     since logits cancel or are all alike, or where it is the fp64 reference itself, which errs by as many units in the
     last place of the value; `slack` for features' gradients.
     """
-    rounded = {name: None if value is None else value.to(dtype).double() for name, value in data.items()}
-    truth = run(contrastive_loss_naive, rounded, torch.float64, scale, **options)
-    plain = run(contrastive_loss_naive, data, dtype, scale, **options)
-    ours = run(contrastive_loss, data, dtype, scale, **options)
+    to = {"text": dtype, "image": frozen or dtype, "bank": frozen or dtype}
+    rounded = {name: None if value is None else value.to(to[name]).double() for name, value in data.items()}
+    exact = None if frozen is None else torch.float64
+    truth = run(contrastive_loss_naive, rounded, torch.float64, scale, exact, **options)
+    plain = run(contrastive_loss_naive, data, dtype, scale, frozen, **options)
+    ours = run(contrastive_loss, data, dtype, scale, frozen, **options)
     M = len(data["text"])
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     size = {"d_text": abs(scale) / M, "d_image": abs(scale) / M}
@@ -157,6 +174,38 @@ def test_scales(rng: torch.Generator, small_tiles: None, dtype: torch.dtype, sca
     units = 8 if dtype == torch.float64 else 0
     check(data, dtype, scale, units=units)
     check(data, dtype, scale, units=units, **everything(rng, 257, 130))
+
+
+FROZEN = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+]
+
+
+@pytest.mark.parametrize("directions", [(0.5, 0.5), (1.0, 0.0)], ids=["both ways", "one way"])
+@pytest.mark.parametrize("scale", [1, 14, 100])
+@pytest.mark.parametrize(("dtype", "frozen"), FROZEN, ids=str)
+def test_frozen_rows_of_any_dtype(
+    rng: torch.Generator,
+    small_tiles: None,
+    dtype: torch.dtype,
+    frozen: torch.dtype,
+    scale: float,
+    directions: tuple[float, float],
+) -> None:
+    """As they are, and no worse than plain torch on the same rows; what forward makes of d text, too."""
+    data = features(rng, 257, 130, 63, hard=True)
+    units = 8 if dtype == torch.float64 else 2
+    check(data, dtype, scale, frozen=frozen, units=units, direction_weights=directions)
+    options = everything(rng, 257, 130) | {"direction_weights": directions}
+    check(data, dtype, scale, frozen=frozen, units=units, **options)
+    del options["label_smoothing"]
+    check(data, dtype, scale, frozen=frozen, units=units, **options)
+    check(data, dtype, scale, frozen=frozen, units=units, positives="ids", **options)
 
 
 @pytest.mark.parametrize("forced", ["one", "two"])
@@ -334,20 +383,29 @@ def test_nan_stays_visible(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
-    """No M x N matrix; 4 products of M x N x D in all, 3 with frozen images."""
+    """No M x N matrix; 4 products of M x N x D in all, 3 with frozen images, and 2 with the bank."""
     M, Q, D = 3000, 1500, 16
     text = unit(rng, M, D).float().requires_grad_()
     image = unit(rng, M, D).float().requires_grad_(not frozen)
     ids = torch.arange(M) // 2
-    tiles = 6 * 2
+    batch, bank = 3 * 6, 3 * 3
     with Calls() as calls:
         loss = contrastive_loss(text, image, unit(rng, Q, D).float(), logit_scale=14.0, image_ids=ids).loss
-        assert calls.products == tiles
+        assert calls.products == batch + 2 * bank
         loss.backward()
     assert calls.largest <= 4 * chunked.TILE_LOGITS < 4 * M * M
-    # The bank's tiles yield no gradient for images.
-    assert calls.products == 3 * tiles + (0 if frozen else 6)
+    assert calls.products == (3 if frozen else 4) * batch + 2 * bank
     assert (image.grad is None) == frozen
+
+
+def test_one_way_takes_two_products(rng: torch.Generator) -> None:
+    """With frozen images, which are read as they are: no copy of the bank in fp32."""
+    M, Q, D = 3000, 30_000, 32
+    text, image, bank = unit(rng, M, D).float().requires_grad_(), unit(rng, M, D).half(), unit(rng, Q, D).half()
+    with Calls() as calls:
+        contrastive_loss(text, image, bank, logit_scale=14.0, direction_weights=(1.0, 0.0)).loss.backward()
+    assert calls.products == 2 * 3 * (6 + 59)
+    assert calls.largest <= 4 * chunked.TILE_LOGITS < 4 * Q * D
 
 
 def test_explain_names_the_path() -> None:
@@ -364,7 +422,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"text_MD": torch.zeros(4, 1025)}, ValueError, r"text_MD has shape \(4, 1025\)"),
     ({"text_MD": torch.zeros(4, 8, dtype=torch.int64)}, TypeError, "text_MD is torch.int64"),
     ({"image_MD": torch.zeros(5, 8)}, ValueError, r"image_MD has shape \(5, 8\), expected \(4, 8\)"),
-    ({"image_MD": TEXT.half()}, TypeError, "image_MD is torch.float16 and text_MD is torch.float32"),
+    ({"image_MD": IDS[:, None].expand(4, 8)}, TypeError, "image_MD is torch.int64"),
+    ({"image_MD": TEXT.double()}, TypeError, "image_MD is torch.float64 and text_MD is torch.float32: float64 goes"),
     ({"image_MD": TEXT.to("meta")}, ValueError, "image_MD is on meta, expected cpu"),
     ({"bank_QD": torch.zeros(5, 7)}, ValueError, r"bank_QD has shape \(5, 7\), expected \(5, 8\)"),
     ({"bank_QD": torch.zeros(8)}, ValueError, r"bank_QD has shape \(8,\), expected \[Q, 8\]"),

@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "bank": {"Q": 5},
     "pairs": {"Q": 5, "ids": True, "excluded": True, "smooth": True},
     "positives": {"Q": 5, "ids": True, "excluded": True, "smooth": True, "as_positives": True},
+    "bank in forward": {"Q": 5, "excluded": True, "made_in_forward": 1},
+    "all in forward": {"Q": 5, "ids": True, "one_way": True, "made_in_forward": 2},
     "none of the columns is a row's own": {"ids": True, "offset": 9, "smooth": True},
 }
 
@@ -32,6 +34,7 @@ def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, 
         options["bank_ids"] if case.get("ids") else None,
         torch.stack(options["excluded"]) if case.get("excluded") else None,
         case.get("offset", 0), case.get("as_positives", False), case.get("smooth", False),
+        case.get("one_way", False), case.get("made_in_forward", 0),
     ]  # fmt: skip
 
 
@@ -42,7 +45,7 @@ def test_operators(rng: torch.Generator, case: dict[str, Any], dtype: torch.dtyp
     sums = OPERATORS.sums(*given)
     grads = [torch.rand_like(part) for part in sums[: OPERATORS.differentiable]]
     for needs in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(OPERATORS.gradients, (*given, *sums[1:3], grads, *needs))
+        torch.library.opcheck(OPERATORS.gradients, (*given, *OPERATORS.keep(sums), grads, *needs))
     for at in (0, 1, 3):
         given[at].requires_grad_()
     torch.library.opcheck(OPERATORS.sums, tuple(given))

@@ -243,7 +243,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"text_MD": [1.0]}, TypeError, "text_MD is a list"),
     ({"text_MD": torch.zeros(4, 1025)}, ValueError, r"text_MD has shape \(4, 1025\)"),
     ({"image_MD": torch.zeros(5, 8)}, ValueError, r"image_MD has shape \(5, 8\), expected \(4, 8\)"),
-    ({"image_MD": TEXT.half()}, TypeError, "image_MD is torch.float16 and text_MD is torch.float32"),
+    ({"image_MD": TEXT.double()}, TypeError, "image_MD is torch.float64 and text_MD is torch.float32"),
     ({"bank_QD": torch.zeros(5, 8, requires_grad=True)}, ValueError, "bank_QD requires grad"),
     ({"logit_scale": torch.ones(2)}, ValueError, r"logit_scale has shape \(2,\)"),
     ({"logit_bias": math.inf}, ValueError, "logit_bias is inf"),
