@@ -38,10 +38,10 @@ class Operators:
 
     `sums(text_MD, image_ND, bank_QD, *scalars, *options)` returns the fields of `Sums`, those that end in _N by column,
     in fp64 (in _MD: as products are added up); a field that the options do not ask for is empty. `gradients` is told
-    beside the same arguments the fields
-    of `Kept`, a list of the gradients of the first fields, those of `Grads`, and whether d text (which the first
-    scalar's comes with) and d image are needed; it returns them in fp32 (fp64 for fp64 features), empty where not
-    needed, and every scalar's in fp64. Arguments are as `contract` describes and checks them.
+    beside the same arguments the fields of `Kept`, a list of the gradients of the first fields, those of `Grads`, and
+    whether d text (which the first scalar's comes with) and d image are needed; it returns them in fp32 (fp64 for fp64
+    features), empty where not needed, and every scalar's in fp64. Arguments are as `contract` describes and checks
+    them.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ def arguments(rng: torch.Generator, dtype: torch.dtype, M: int = 9, D: int = 6, 
         text, image, bank, torch.tensor([14.0], dtype=dtype), torch.tensor(-3.0, dtype=dtype), ids_KM, ids_KM,
         options["bank_ids"] if case.get("ids") else None,
         torch.stack(options["excluded"]) if case.get("excluded") else None,
-        case.get("offset", 0), case.get("as_positives", False), False,
+        case.get("offset", 0), case.get("as_positives", False), False, False, 0,
     ]  # fmt: skip
 
 
