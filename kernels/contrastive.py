@@ -245,9 +245,8 @@ def contrastive_loss(
     options = options._replace(one_way=direction_weights[1] == 0, made_in_forward=_made_in_forward(given))
     parts = sums_of_all(OPERATORS, given, [given.as_scalar(logit_scale)], options, ranks)
     absent = _absent(options)
-    sums = ContrastiveSums(
-        *(None if name in absent else part for name, part in zip(OPERATORS.fields, parts, strict=True))
-    )
+    used: list[Any] = [None if name in absent else part for name, part in zip(OPERATORS.fields, parts, strict=True)]
+    sums = ContrastiveSums(*used)
     losses_N, weights_N = _pair_losses(sums, ranks, given)
     loss, positive_M = weighted_mean(losses_N, weights_N), sums.positive_M.detach()
     if logit_bias is not None:

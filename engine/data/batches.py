@@ -70,7 +70,7 @@ class Batch:
     weights_N: npt.NDArray[np.float32]
     frozen_ids_N: IntArray
     trained_ids_M: IntArray
-    frozen_MD: torch.Tensor | None  # fp16 as loaded; None where both sides train
+    frozen_MD: torch.Tensor | None  # fp16 as the store holds them; None where both sides train
     weights_M: torch.Tensor
     inputs: list[dict[str, Any]]
     masked: int  # masked positions on this rank
@@ -112,7 +112,7 @@ class BatchLoader(Protocol):
 
 
 class FrozenTable:
-    """The frozen features, fp16 [n, D] in memory or mapped; `rows` gathers some as fp32."""
+    """The frozen features, fp16 [n, D] in memory or mapped; `rows` gathers some, fp16 as they are."""
 
     def __init__(self, features: npt.NDArray[np.float16]) -> None:
         self.features = features
@@ -121,7 +121,7 @@ class FrozenTable:
         return len(self.features)
 
     def rows(self, ids: IntArray) -> torch.Tensor:
-        return torch.from_numpy(_loader.gather_rows(self.features, ids)).float()
+        return torch.from_numpy(_loader.gather_rows(self.features, ids))
 
 
 class Bank:

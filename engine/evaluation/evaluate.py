@@ -48,7 +48,7 @@ def measure(run: Run, store: Store) -> dict[str, Any]:
     """`evaluate` for what is open already."""
     return retrieval_report(
         run.encode_store(store, progress=True),
-        store.features.astype(np.float32),
+        store.features,
         store.caption_edges,
         edges(store.image_ids, store.caption_ids, len(store.features)),
     )

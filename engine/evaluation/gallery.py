@@ -64,7 +64,7 @@ def named_queries(run: Run, store: Store) -> list[Answers]:
     right = [images[indptr[caption] : indptr[caption + 1]] for caption in ids]
     text_QD = run.encode_texts(queries)
     positives = np.cumsum([0, *map(len, right)], dtype=np.int64), np.concatenate(right)
-    ranks = best_ranks(text_QD, store.features.astype(np.float32), positives)
+    ranks = best_ranks(text_QD, store.features, positives)
     return [
         Answers(query, float(rank), cards)
         for query, rank, cards in zip(queries, ranks, _found(store, text_QD, right), strict=True)

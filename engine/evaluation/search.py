@@ -6,7 +6,6 @@ import io
 import re
 import sys
 import textwrap
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
+from ..objectives.retrieval import read_only
 from .run import open_data, open_run
 
 COLUMNS = 5
@@ -71,10 +71,7 @@ def nearest(
     store: Store, text_QD: npt.NDArray[np.float32], top: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Cosines [Q, T] and image ids [Q, T] of the T = min(top, images) nearest images, best first."""
-    with warnings.catch_warnings():
-        # The mapped features are only read.
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        features_KD = torch.from_numpy(store.features)
+    features_KD = read_only(store.features)
     try:
         scores, ids = top_k(torch.from_numpy(text_QD), features_KD, min(top, len(features_KD)))
     except ValueError as error:

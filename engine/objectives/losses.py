@@ -37,7 +37,9 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
     frozen_MD = batch.frozen_MD
     if frozen_MD is None:
         raise ValueError("this batch has no frozen rows: both_sides_loss is its loss")
-    contrastive, cosine_M = zero, (features_MD.detach() * frozen_MD).sum(1)
+    # A cosine in fp16 has three digits.
+    target_MD = frozen_MD.float()
+    contrastive, cosine_M = zero, (features_MD.detach() * target_MD).sum(1)
     log_probability_M = torch.zeros_like(cosine_M)
     if objective.contrastive_weight > 0:
         contrast = contrastive_loss(
@@ -53,7 +55,7 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
             exchange=objective.exchange,
         )
         contrastive, log_probability_M = contrast.loss, -contrast.per_pair_loss_M
-    distance_M = (1 - F.cosine_similarity(features_MD, frozen_MD)) * batch.weights_M
+    distance_M = (1 - F.cosine_similarity(features_MD, target_MD)) * batch.weights_M
     regression = distance_M.sum() * (world_size / max(float(batch.weights_N.sum()), 1.0))
     total = objective.contrastive_weight * contrastive + objective.regression_weight * regression
     return Losses(total, contrastive.detach(), distance_M.sum().detach(), cosine_M, log_probability_M)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from ..data.store import Edges
 from ..errors import UserError
 
 Ranks = npt.NDArray[np.float64]
+Features = npt.NDArray[np.float16] | npt.NDArray[np.float32]
 CUTOFFS = (1, 5, 10)
 
 
 def best_ranks(
-    query_ND: npt.NDArray[np.float32],
-    candidate_KD: npt.NDArray[np.float32],
+    query_ND: Features,
+    candidate_KD: Features,
     positives: Edges,
 ) -> Ranks:
     """Rank of each query's best positive: 1 + candidates that beat it + half of those that equal it.
@@ -30,14 +32,19 @@ def best_ranks(
     indptr, indices = positives
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query, candidate, groups, rows = (
-        torch.from_numpy(array).to(device)
-        # A store's edges are mapped read-only, which torch warns of.
-        for array in (query_ND, candidate_KD, np.array(indptr), indices.astype(np.int64))
+        read_only(array).to(device) for array in (query_ND, candidate_KD, indptr, indices.astype(np.int64))
     )
     try:
         return positive_ranks(query, candidate, rows, groups).cpu().numpy()
     except ValueError as error:
         raise UserError(f"retrieval: {error}; the model or the store is broken") from error
+
+
+def read_only(array: npt.NDArray[Any]) -> torch.Tensor:
+    """The same memory, a store's mapped features and edges for instance, which nobody writes to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 def summary(ranks: Ranks) -> dict[str, float]:
@@ -52,9 +59,7 @@ def summary(ranks: Ranks) -> dict[str, float]:
     return {**{name: round(value, 2) for name, value in measures.items()}, "queries": len(ranks)}
 
 
-def retrieval_report(
-    text_ND: npt.NDArray[np.float32], image_KD: npt.NDArray[np.float32], text_edges: Edges, image_edges: Edges
-) -> dict[str, Any]:
+def retrieval_report(text_ND: Features, image_KD: Features, text_edges: Edges, image_edges: Edges) -> dict[str, Any]:
     """Both directions: {"t2i": …, "i2t": …, "candidates": images, "texts": texts}.
 
     An image without text, and a text without image, is a candidate for the others but no query.
@@ -67,9 +72,7 @@ def retrieval_report(
     }
 
 
-def _queries(
-    query_ND: npt.NDArray[np.float32], edges: Edges, candidate_KD: npt.NDArray[np.float32]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Edges]:
+def _queries(query_ND: Features, edges: Edges, candidate_KD: Features) -> tuple[Features, Features, Edges]:
     indptr, indices = edges
     asked = np.diff(indptr) > 0
     return query_ND[asked], candidate_KD, (np.concatenate([indptr[:1], indptr[1:][asked]]), indices)

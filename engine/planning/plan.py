@@ -109,7 +109,6 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     tokens = min(together * settings.caption_tokens, training.tokens_per_micro_batch or np.inf)
     tokens += M * texts * settings.text_tokens
     sharded = {stage: W if zero >= stage else 1 for stage in (1, 2, 3)}
-    on_cpu = settings.profile is not None and settings.profile.base_bytes > 0
     # Where both towers train, pictures and captions are read from their tars.
     storage = {}
     if training.tower == "text":
@@ -133,12 +132,12 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
         "features of the batch": (N + 2 * M) * D * 4,
         "scoring copy": P * width * (config.confidence.score == "snapshot"),
         "momentum copies": P * width * momentum,
-        # The rows that a batch may see are a copy; so are the momentum copies' two queues.
-        "bank": 2 * (2 * Q if momentum else min(Q, settings.images)) * D * 4,
+        # The rows that a batch may see are a copy, in fp16; so are the momentum copies' two queues, in fp32.
+        "bank": 2 * (2 * Q * 4 if momentum else min(Q, settings.images) * 2) * D,
         "loss workspace": M * D * 4 + 100 * 2**20,
         # Mapped files count to a process's resident set; a device never sees them.
-        "store, mapped": sum(storage.values()) * on_cpu,
-        "context": settings.profile.base_bytes if settings.profile is not None and on_cpu else CONTEXT_BYTES,
+        "store, mapped": sum(storage.values()) * settings.on_cpu,
+        "context": settings.profile.base_bytes if settings.profile and settings.on_cpu else CONTEXT_BYTES,
     }
     return Plan(settings, visits, steps, positive(flop), positive(seconds), positive(memory), storage)
 

@@ -46,6 +46,11 @@ class Settings:
     world_size: int
     profile: Profile | None = None
 
+    @property
+    def on_cpu(self) -> bool:
+        """Plans without a profile are for GPUs."""
+        return self.profile is not None and self.profile.base_bytes > 0
+
 
 def settings_of(
     profile: Profile | None,

@@ -3,7 +3,8 @@
 - a trained token costs three forwards (backward is two of them); forward is counted operator by operator on a packed
   row of texts of the mean length, so attention is in it;
 - a masked position adds the vocabulary head; a pair adds its projection and the loss, 6 D (N + Q) operations for a
-  batch of N and a bank of Q: three products, of which one is the recompute, since images are frozen;
+  batch of N and a bank of Q: three products, of which one is the recompute, since images are frozen; on CPUs forward
+  makes what a bank adds to d text, and takes two;
 - where both towers train, a pair adds its picture, three forwards too, and the loss a fourth product for the N;
   momentum copies add a forward of each side, and tell each side from a queue of its own;
 - activations are the bytes that autograd keeps of that row, without parameters.
@@ -132,11 +133,13 @@ def operations(
     local = training.batch_size // settings.world_size
     again = training.tokens_per_micro_batch is not None or (training.micro_batch_size or local) < local
     both, objective = training.tower == "both", config.objective
+    # `kernels.chunked` makes the slopes of constant columns in forward, the Triton kernels in backward.
+    constant = 2 if settings.on_cpu else 3
     if objective.momentum:
         # Each side apart, against rows that are given.
-        products = 2 * 3 * (training.batch_size + objective.bank_size)
+        products = 2 * constant * (training.batch_size + objective.bank_size)
     else:
-        products = (3 + both) * training.batch_size + 3 * min(objective.bank_size, settings.images)
+        products = (3 + both) * training.batch_size + constant * min(objective.bank_size, settings.images)
     trained = "captions and pictures" if both else "captions"
     flop = {
         trained: 3 * forward,

@@ -175,7 +175,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         if batch.frozen_MD is not None:
-            batch.frozen_MD = moved(batch.frozen_MD, self.device).float()
+            batch.frozen_MD = moved(batch.frozen_MD, self.device)
         if batch.caption_ids_M is not None:
             batch.caption_ids_M = moved(batch.caption_ids_M, self.device)
         batch.weights_M = moved(batch.weights_M, self.device)

@@ -94,7 +94,7 @@ def test_a_plan_adds_up() -> None:
     assert made.flop["contrastive loss"] == pytest.approx(1e6 * 6 * 32 * (1024 + 20_000))
     assert made.flop["pictures through the frozen tower"] == pytest.approx(500_000 * work.picture)
     # The bank, and the rows of it that a batch sees.
-    assert made.memory["bank"] == 2 * 20_000 * 32 * 4
+    assert made.memory["bank"] == 2 * 20_000 * 32 * 2
     assert made.storage["features"] == 500_000 * 32 * 2
     fixed = sum(made.seconds.values()) / 86_400
     assert list(made.rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
