@@ -30,6 +30,7 @@ from .errors import UserError, reading, writing
 from .evaluation.run import RESTORE, Run, open_run, read_metrics
 from .files import digests
 from .files.atomic import as_umask, put_in_place
+from .files.lock import NAME as LOCK
 from .files.lock import held
 from .files.ownership import claim, kind_of, mark, marked
 from .hardware import in_words, read_hardware
@@ -52,8 +53,8 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     existing: Existing = "replace" if replace else "refuse"
     target = Path(os.path.realpath(out))
     aside = target.parent / f".{target.name}.partial"
-    if kind_of(aside) == "model":
-        # What a killed call left is ours by its mark, and goes.
+    if kind_of(aside) == "model" or (aside.is_dir() and {file.name for file in aside.iterdir()} <= {LOCK}):
+        # What a killed call left is ours by its mark, and goes; it may have died as it removed that.
         with held(aside, "exporting"), stopping.scratch(aside):
             pass
     claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))

@@ -20,7 +20,7 @@ from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.evaluation.run import Run, open_run
 from efficientclip.export import export
-from efficientclip.files import digests
+from efficientclip.files import digests, lock
 from efficientclip.files.ownership import MARK
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig, build_model
 from efficientclip.model.frozen import image_tower_name
@@ -220,7 +220,11 @@ def test_an_export_takes_the_place_of_an_earlier_one_alone(tmp_path: Path, capsy
     (tmp_path / "plain").touch()
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
     card = (out / "README.md").read_text()
+    # Killed as it removed what it had made aside: its mark is gone first.
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / lock.NAME).touch()
     refused(capsys, arguments, "there is one already; --replace")
+    assert not list(tmp_path.glob(".*"))
     arguments.append("--replace")
     (out / "LICENCE").write_text("mine")
     refused(capsys, arguments, "no part of it (LICENCE)")

@@ -65,7 +65,7 @@ def _enter(plan: Plan) -> None:
     os.environ.clear()
     os.environ.update(plan.environment)
     sys.argv = ["efficientclip", *plan.arguments]
-    sys.exit(import_module(plan.module).main(list(plan.arguments)))
+    sys.exit(import_module(plan.module).main())
 
 
 @dataclass
