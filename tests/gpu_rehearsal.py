@@ -1,0 +1,59 @@
+"""`benchmarks.gpu` at its smallest in one process, without what a rented card's machine lacks.
+
+python -m tests.gpu_rehearsal RESULTS.csv
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ABSENT = (
+    "deepspeed", "omegaconf", "rich", "matplotlib", "psutil", "cpuinfo", "pytest_benchmark", "efficientclip._loader",
+)  # fmt: skip
+NCU = 'print(\'==PROF== Connected\')\nprint(\'"ID","Kernel Name","launch__registers_per_thread","other"\')\n'
+NCU += 'print(\'"","","register/thread",""\')\nprint(\'"0","forward_kernel","1,242","3"\')'
+
+
+def main(file: Path) -> None:
+    # Python then says that they are not there.
+    sys.modules |= dict.fromkeys(ABSENT)  # type: ignore[arg-type]
+    os.environ["TRITON_INTERPRET"] = "1"
+    from benchmarks import checkout
+    from benchmarks.gpu import __main__ as gpu
+    from benchmarks.gpu.device import DEVICES, Cpu
+    from benchmarks.gpu.lab import Lab, Results
+
+    def here(lab: Lab, work: Callable[..., Any], given: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        return ((number, work(lab.device, *one)) for number, one in enumerate(given))
+
+    mock.patch.object(Lab, "spread", here).start()
+    mock.patch.object(Cpu, "profiler", lambda device: [sys.executable, "-c", NCU]).start()
+    checkout.register()
+    fewer: dict[str, dict[str, Callable[[Any], Any]]] = {
+        "values": {"DTYPES": lambda all: all[-1:], "OPTIONS": lambda all: {"excluded": all["excluded"]}},
+        "choices": {"FORWARD": ends, "BACKWARD": ends},
+        "whole": {"SIZES": lambda all: all[:1], "TRAINER": lambda all: all[1:2]},
+        "peers": {"cases": lambda all: lambda lab: [all(lab)[at] for at in (2, 6, 7)]},
+    }
+    for part in gpu.PARTS:
+        lab = Lab(DEVICES["cpu"], part, Results(file, "a test", "a CPU"))
+        module = import_module(f"benchmarks.gpu.{part}")
+        for name, cut in fewer.get(part, {}).items():
+            setattr(module, name, cut(getattr(module, name)))
+        with lab.attempt(f"part {part}"):
+            module.run(lab)
+
+
+def ends(choices: dict[str, Any]) -> dict[str, Any]:
+    names = [*choices]
+    return {name: choices[name] for name in (names[0], names[1], names[-1])}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
