@@ -26,6 +26,7 @@ def main(file: Path) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from benchmarks import checkout
     from benchmarks.gpu import __main__ as gpu
+    from benchmarks.gpu import ceilings
     from benchmarks.gpu.device import DEVICES, Cpu
     from benchmarks.gpu.lab import Lab, Results
 
@@ -42,7 +43,8 @@ def main(file: Path) -> None:
         "peers": {"cases": lambda all: lambda lab: [all(lab)[at] for at in (2, 6, 7)]},
     }
     for part in gpu.PARTS:
-        lab = Lab(DEVICES["cpu"], part, Results(file, "a test", "a CPU"))
+        results = Results(file, "a test", "a CPU")
+        lab = Lab(DEVICES["cpu"], part, results, ceilings.rates(results.rows()) or ())
         module = import_module(f"benchmarks.gpu.{part}")
         for name, cut in fewer.get(part, {}).items():
             setattr(module, name, cut(getattr(module, name)))

@@ -40,7 +40,7 @@ def product(lab: Lab, what: str, rows: int, inner: int, columns: int, dtype: tor
     with lab.attempt(what):
         a, b = (torch.randn(one, inner, device=lab.device.type).to(dtype) for one in (rows, columns))
         seconds = lab.seconds(lambda: torch.mm(a, b.T))
-        lab.note(what, seconds, figure=f"{2 * rows * inner * columns / seconds / 1e12:.1f}", unit="TFLOP/s")
+        lab.note(what, seconds, figure=f"{2 * rows * inner * columns / seconds / 1e12:.4g}", unit="TFLOP/s")
 
 
 def panel(lab: Lab, what: str, rows: int, columns: int, transposed: bool) -> None:
@@ -51,7 +51,7 @@ def panel(lab: Lab, what: str, rows: int, columns: int, transposed: bool) -> Non
         out = torch.zeros(len(left), features.shape[1], device=left.device)
         seconds = lab.seconds(lambda: lab.device.add_product(out, left, features))
         flop = 2 * left.numel() * features.shape[1]
-        lab.note(what, seconds, Work(flop), figure=f"{flop / seconds / 1e12:.1f}", unit="TFLOP/s")
+        lab.note(what, seconds, Work(flop), figure=f"{flop / seconds / 1e12:.4g}", unit="TFLOP/s")
 
 
 def noise(lab: Lab, count: int) -> torch.Tensor:
@@ -60,7 +60,7 @@ def noise(lab: Lab, count: int) -> torch.Tensor:
 
 def traffic(lab: Lab, what: str, call: Callable[[], Any], size: int) -> None:
     seconds = lab.alone(call)
-    lab.note(what, seconds, figure=f"{size / seconds / 1e12:.3f}", unit="TB/s")
+    lab.note(what, seconds, figure=f"{size / seconds / 1e12:.4g}", unit="TB/s")
 
 
 def rates(lab_rows: list[dict[str, str]]) -> tuple[float, float] | None:

@@ -50,7 +50,7 @@ def measure(lab: Lab, op: str, call: Callable[[], Any]) -> None:
             # The first may be of the largest chunk, the last of what is left.
             usage, seconds = lab.device.usage(launches[0]()), lab.alone(launches[0])
             flop = launches[0].flop
-            values = {"figure": f"{flop / seconds / 1e12:.1f}", "unit": "TFLOP/s"} if flop else {}
+            values = {"figure": f"{flop / seconds / 1e12:.4g}", "unit": "TFLOP/s"} if flop else {}
             note = f"x {len(launches)} launches of grid {launches[0].grid}; {usage}".removesuffix("; ")
             lab.note(what, seconds, Work(flop), note=note, **values)
 
