@@ -76,8 +76,12 @@ class Case:
         return replace(self, N=min(self.N, 512), bank=min(self.bank, 512))
 
     def flop(self, pass_: str) -> int:
-        """Of the products needed: one forward; backward the logits again, d text, and d image unless frozen."""
-        batch, bank = (1, 1) if pass_ == "forward" else (3 if self.frozen else 4, 3)
+        """Of the products needed: one forward; backward the logits again, d text, and d image unless frozen.
+
+        Columns that have no slopes of their own need no second logits: forward can make their share of d text.
+        """
+        own = (2 if self.one_way else 3) if self.frozen else 4
+        batch, bank = (1, 1) if pass_ == "forward" else (own, 2)
         return 2 * self.N * (batch * self.N + bank * self.bank) * self.D
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,33 @@ NCU = 'print(\'==PROF== Connected\')\nprint(\'"ID","Kernel Name","launch__regist
 NCU += 'print(\'"","","register/thread",""\')\nprint(\'"0","forward_kernel","1,242","3"\')'
 
 
+# A peer that is brought along.
+OPEN_CLIP = """
+from torch import arange
+from torch.nn.functional import cross_entropy, logsigmoid
+
+class ClipLoss:
+    def get_ground_truth(self, device, pairs):
+        return arange(pairs, device=device)
+
+    def get_logits(self, image, text, scale):
+        return scale * image @ text.T, scale * text @ image.T
+
+    def __call__(self, image, text, scale):
+        target = self.get_ground_truth(image.device, len(image))
+        return sum(cross_entropy(logits, target) for logits in self.get_logits(image, text, scale)) / 2
+
+class SigLipLoss:
+    def __call__(self, image, text, scale, bias):
+        logits = scale * image @ text.T + bias
+        return -(logsigmoid(-logits).sum() + logits.diagonal().sum()) / len(image)
+"""
+
+
 def main(file: Path) -> None:
+    with zipfile.ZipFile(file.with_name("open_clip-0.whl"), "w") as wheel:
+        wheel.writestr("open_clip/__init__.py", "")
+        wheel.writestr("open_clip/loss.py", OPEN_CLIP)
     # Python then says that they are not there.
     sys.modules |= dict.fromkeys(ABSENT)  # type: ignore[arg-type]
     os.environ["TRITON_INTERPRET"] = "1"
@@ -44,7 +71,7 @@ def main(file: Path) -> None:
     }
     for part in gpu.PARTS:
         results = Results(file, "a test", "a CPU")
-        lab = Lab(DEVICES["cpu"], part, results, ceilings.rates(results.rows()) or ())
+        lab = Lab(DEVICES["cpu"], part, results, ceilings.rates(results.rows()) or (), file.parent)
         module = import_module(f"benchmarks.gpu.{part}")
         for name, cut in fewer.get(part, {}).items():
             setattr(module, name, cut(getattr(module, name)))

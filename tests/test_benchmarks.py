@@ -184,6 +184,8 @@ def test_gpu_rehearsed_without_what_a_card_s_machine_lacks(tmp_path: Path) -> No
     assert [row["figure"] for row in rows if row["what"].startswith("ncu")] == ["1242"]
     floors = {row["part"] for row in rows if row["of_floor"]}
     assert floors == {"ceilings", "kernels", "choices", "whole", "peers"}
+    brought = [row for row in rows if row["what"].endswith(": open_clip")]
+    assert len(brought) == 3 and all(row["seconds"] and "gradients" in row["note"] for row in brought)
     assert ceilings.rates(rows) is not None and ceilings.rates(rows[1:]) is None
 
 
@@ -205,7 +207,7 @@ def test_a_part_that_fails_or_is_late_is_named_and_the_rest_goes_on(
         if part == "killed":
             # What the former found was there before it ended.
             assert [row["what"] for row in Results(file, "", "").rows()[-2:]] == ["a figure", "part late"]
-        row = f"2026-01-01,h,t,t,c,{part},a figure,1,,,,,{'refused' if part == 'last' else 'ok'},"
+        row = f"2026-01-01,h,t,t,c,{part},a figure,1,,,,,{'skipped' if part == 'last' else 'ok'},"
         return [
             sys.executable,
             "-c",
@@ -219,7 +221,7 @@ def test_a_part_that_fails_or_is_late_is_named_and_the_rest_goes_on(
     assert found == [
         ("first", "a figure", "ok"), ("fails", "a figure", "ok"), ("fails", "part fails", "failed"),
         ("late", "a figure", "ok"), ("late", "part late", "late"), ("killed", "a figure", "ok"),
-        ("killed", "part killed", "failed"), ("last", "a figure", "refused"),
+        ("killed", "part killed", "failed"), ("last", "a figure", "skipped"),
     ]  # fmt: skip
     assert file.read_text().count("verdict") == 1
     printed = capfd.readouterr().out

@@ -70,12 +70,6 @@ def words(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
-def verdict_of(error: Exception) -> str:
-    # What the kernels do not take yet, they say: no other error reads so.
-    refused = isinstance(error, TypeError) and "cast them to one dtype" in str(error)
-    return "refused" if refused else "failed"
-
-
 class Lab:
     def __init__(
         self, device: Cuda, part: str, results: Results, rates: Sequence[float] = (), wheels: Path | None = None
@@ -101,10 +95,9 @@ class Lab:
         try:
             yield
         except Exception as error:
-            verdict = verdict_of(error) if must else "no figure"
-            if verdict == "failed":
+            if must:
                 traceback.print_exc()
-            self.note(what, verdict=verdict, note=words(error))
+            self.note(what, verdict="failed" if must else "no figure", note=words(error))
 
     def seconds(self, call: Call) -> float:
         return self.race({"": call})[""]

@@ -18,7 +18,7 @@ from efficientclip.kernels import contrastive_loss
 NEEDED = ("deepspeed", "omegaconf", "transformers")
 PAIRS, BANK, TOKENS, VOCABULARY = 4096, 100_000, 20, 21_128
 WARM_UP, STEPS = 2, 5
-FROZEN = torch.float32
+FROZEN = torch.float16
 
 
 def captions(lab: Lab, pairs: int) -> dict[str, Any]:
