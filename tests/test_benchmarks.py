@@ -40,6 +40,7 @@ CASES = [
     Case(64, 32),
     Case(64, 32, 300, frozen=True),
     Case(64, 32, 300, frozen=True, one_way=True),
+    Case(64, 32, 300, frozen=True, frozen_dtype=torch.float16),
     Case(64, 32, sigmoid=True),
 ]
 
