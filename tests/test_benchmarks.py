@@ -16,9 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, ecl, gpu, measuring, mlm, resources
-from benchmarks.contrastive import COLUMNS, KEY, Case, Inputs, draw, measure
+from benchmarks import contrastive, ecl, measuring, mlm, peers, resources
+from benchmarks.contrastive import COLUMNS, KEY, draw, measure
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import ceilings, values
+from benchmarks.gpu.device import Cpu
+from benchmarks.gpu.lab import BAD, Results
 from benchmarks.measuring import Memory, Neighbours, record
+from benchmarks.peers import Case, Inputs
 from benchmarks.resources import Recipe, Spent
 from efficientclip.demo.concepts import Concept, Picture
 from efficientclip.demo.pictures import write_shard
@@ -31,18 +36,29 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive, "BUDGET", 0)
 
 
+CASES = [
+    Case(64, 32),
+    Case(64, 32, 300, frozen=True),
+    Case(64, 32, 300, frozen=True, one_way=True),
+    Case(64, 32, 300, frozen=True, frozen_dtype=torch.float16),
+    Case(64, 32, sigmoid=True),
+]
+
+
 @pytest.mark.usefixtures("few_rounds")
-@pytest.mark.parametrize("bank", [0, 300])
-def test_every_implementation_has_a_row_or_a_reason(tmp_path: Path, bank: int) -> None:
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_implementation_has_a_row_or_a_reason(tmp_path: Path, case: Case) -> None:
     # Compiling takes longer than all other tests here: at this width it is refused.
-    case = Case(64, 32, bank, frozen=bool(bank))
     rows, _ = measure(case, {})
-    assert len(rows) == 2 * len(contrastive.IMPLEMENTATIONS)
+    assert len(rows) == 2 * len(peers.IMPLEMENTATIONS)
     assert all(bool(row["note"]) != ("seconds" in row) for row in rows)
     found = {(row["implementation"], row["pass"]): row for row in rows}
-    assert found["inf-cl", "forward"]["note"] == "needs CUDA"
-    assert float(found["ours", "forward+backward"]["error"]) < 1e-5
+    assert found["inf-cl", "forward"]["note"] == found["siglip-kernel", "forward"]["note"] == "needs CUDA"
+    assert all(float(row["error"]) < 1e-5 for row in rows if "error" in row)
     assert float(found["ours", "forward"]["seconds"]) < float(found["ours", "forward+backward"]["seconds"])
+    assert ("seconds" in found["linear_cross_entropy", "forward"]) == (
+        hasattr(torch.nn.functional, "linear_cross_entropy") and not case.sigmoid
+    )
 
     file = tmp_path / "contrastive.csv"
     record(rows, file, KEY, COLUMNS)
@@ -52,17 +68,35 @@ def test_every_implementation_has_a_row_or_a_reason(tmp_path: Path, bank: int) -
     assert len(kept) == len(rows)
     assert [row["note"] for row in kept].count("again") == 1
     draw(file, tmp_path / "contrastive.svg", D=32)
-    assert (tmp_path / "contrastive.svg").exists() == (not bank)
-    assert len(list(gpu.speeds("cpu", file))) == 2
+    assert (tmp_path / "contrastive.svg").exists() == (case == CASES[0])
     assert kept[0]["date"] == str(date.today())
+
+
+def test_recorded_rows_have_the_columns_of_today() -> None:
+    with (measuring.RESULTS / "contrastive.csv").open() as source:
+        assert tuple(csv.DictReader(source).fieldnames or ()) == COLUMNS
+
+
+def test_the_cases_of_the_goals_are_default(pytestconfig: pytest.Config) -> None:
+    from benchmarks.test_contrastive import cases
+
+    pytestconfig.addinivalue_line("markers", "long: of the benchmarks")
+    default = {str(case) for case in cases("cpu", None) if isinstance(case, Case)}
+    assert default >= {
+        "N=8192-D=512-float32-trainable",
+        "N=16384-D=512-float32-trainable",
+        "N=8192-D=512-float32-frozen-one way",
+        "N=8192-D=512-float32-frozen-float16-one way",
+        "bank=1000000-N=256-D=512-float32-frozen-float16",
+    }
 
 
 def test_a_wrong_loss_has_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(data: Inputs) -> Tensor:
-        return 1.01 * contrastive.plain(data)
+        return 1.01 * peers.plain(data)
 
-    one = contrastive.Implementation("ours", wrong, 0)
-    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (contrastive.IMPLEMENTATIONS[0], one))
+    one = peers.Implementation("ours", wrong, 0)
+    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (peers.IMPLEMENTATIONS[0], one))
     with pytest.raises(ArithmeticError, match="a wrong loss has no speed"):
         measure(Case(64, 32), {})
 
@@ -72,14 +106,14 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(data: Inputs) -> Tensor:
         raise torch.OutOfMemoryError
 
-    one = contrastive.Implementation("peer", failing, 0)
-    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (*contrastive.IMPLEMENTATIONS[:2], one))
+    one = peers.Implementation("peer", failing, 0)
+    monkeypatch.setattr(contrastive, "IMPLEMENTATIONS", (*peers.IMPLEMENTATIONS[:2], one))
     rows, _ = measure(Case(64, 32), {})
     assert [row["note"] for row in rows if row["implementation"] == "peer"] == ["out of memory"] * 2
 
 
 def test_what_would_not_fit_or_take_too_long_is_refused() -> None:
-    plain = contrastive.IMPLEMENTATIONS[0]
+    plain = peers.IMPLEMENTATIONS[0]
     reason = contrastive.refusal(plain, Case(1 << 22), {})
     assert reason is not None and reason.startswith("would need 327")
     slow = contrastive.refusal(
@@ -97,23 +131,104 @@ def test_memory_is_the_peak() -> None:
     assert float(done.stdout) / contrastive.MIB == pytest.approx(64, abs=4)
 
 
+# The GPU's program
+
+
 def test_gpu_checks_see_right_and_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    checks = gpu.kernel_checks("cpu", [(45, 20, 24), (64, 0, 16)], [torch.float32, torch.bfloat16])
-    assert not [check for check in checks if not check.passed]
-    assert {check.op for check in checks} == {
-        "contrastive_loss", "sigmoid_loss", "positive_ranks", "top_k", "paired_similarity",
-    }  # fmt: skip
-    monkeypatch.setattr(gpu, "SCALE", 30.001)
-    monkeypatch.setattr(gpu, "sigmoid_loss", lambda *given, **options: gpu.sigmoid_loss_naive(*given, **options))
-    monkeypatch.setattr(gpu, "top_k", lambda query, bank, k: gpu.top_k_naive(query, bank.roll(1, 0), k))
-    wrong = {check.op for check in gpu.kernel_checks("cpu", [(45, 20, 24)], [torch.float32]) if not check.passed}
-    assert wrong == {"top_k"}
+    def wrong(name: str, *given: object) -> set[str]:
+        found = values.check(Cpu(), name, *given)
+        assert found and values.summary(found)["verdict"] == ("ok" if all(one.passed for one in found) else "WRONG")
+        return {one.what.split(",")[0] for one in found if not one.passed}
+
+    loss = "contrastive_loss", torch.float32, torch.float32, False, "excluded"
+    assert not wrong(*loss) and not wrong("sigmoid_loss", *loss[1:]) and not wrong("top_k", torch.bfloat16)
+    ours, naive, cases = values.LOSSES[loss[0]]
+
+    def too_steep(*given: object, logit_scale: Tensor, **more: object) -> object:
+        return ours(*given, logit_scale=1.001 * logit_scale, **more)
+
+    monkeypatch.setitem(values.LOSSES, loss[0], (too_steep, naive, cases))
+    assert wrong(*loss) >= {"loss", "d_text", "d_image"}
+    calls: list[int] = []
+
+    def unsteady(*given: Tensor) -> Tensor:
+        calls.append(1)
+        return values.paired_similarity(*given) + len(calls) * 1e-7
+
+    monkeypatch.setitem(values.SCORES, "paired_similarity", (unsteady, values.paired_similarity_naive))
+    found = values.check(Cpu(), "paired_similarity", torch.float32)
+    assert [(one.error <= one.allowed, one.passed) for one in found] == [(True, False)]
+    assert "other bits" in values.summary(found)["note"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_cuda_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_gpu_rehearsed_without_what_a_card_s_machine_lacks(tmp_path: Path) -> None:
+    """Every part has figures; the order is that of the day."""
+    file = tmp_path / "gpu.csv"
+    command = [sys.executable, "-m", "tests.gpu_rehearsal", str(file)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    rows = Results(file, "", "").rows()
+    assert not [row for row in rows if row["verdict"] in BAD], ran.stderr
+    assert [*dict.fromkeys(row["part"] for row in rows)] == [*gpu.PARTS]
+    assert [row["note"] for row in rows if row["part"] == "step"] == ["deepspeed is not here"]
+    kernels = {row["what"].split(": ")[-1].split()[0] for row in rows if row["part"] == "kernels"}
+    assert kernels >= {
+        "forward_kernel", "merge_kernel", "rescue_kernel", "gradient_kernel", "product_kernel", "loss_kernel",
+        "slope_kernel", "positive_kernel", "count_kernel", "paired_kernel", "launch__registers_per_thread",
+    }  # fmt: skip
+    assert [row["figure"] for row in rows if row["what"].startswith("ncu")] == ["1242"]
+    floors = {row["part"] for row in rows if row["of_floor"]}
+    assert floors == {"ceilings", "kernels", "choices", "whole", "peers"}
+    brought = [row for row in rows if row["what"].endswith(": open_clip")]
+    assert len(brought) == 3 and all(row["seconds"] and "gradients" in row["note"] for row in brought)
+    assert ceilings.rates(rows) is not None and ceilings.rates(rows[1:]) is None
+
+
+def test_a_part_that_fails_or_is_late_is_named_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gpu.csv"
+    # Another day's, which this run neither counts nor loses.
+    Results(file, "c", "h").add(part="first", what="long ago", verdict="WRONG")
+    code = {
+        "first": "",
+        "fails": "; sys.exit(3)",
+        "late": "; time.sleep(60)",
+        "killed": "; os.kill(os.getpid(), 9)",
+        "last": "",
+    }
+
+    def command(given: object, part: str, rates: object) -> list[str]:
+        if part == "killed":
+            # What the former found was there before it ended.
+            assert [row["what"] for row in Results(file, "", "").rows()[-2:]] == ["a figure", "part late"]
+        row = f"2026-01-01,h,t,t,c,{part},a figure,1,,,,,{'skipped' if part == 'last' else 'ok'},"
+        return [
+            sys.executable,
+            "-c",
+            f"import os, sys, time; print({row!r}, file=open({str(file)!r}, 'a')){code[part]}",
+        ]
+
+    monkeypatch.setattr(gpu, "command", command)
+    monkeypatch.setattr(gpu, "PARTS", {part: 1 if part == "late" else 60 for part in code})
+    assert gpu.main(["--device", "cpu", "--results", str(file)]) == 1
+    found = [(one["part"], one["what"], one["verdict"]) for one in Results(file, "", "").rows(1)]
+    assert found == [
+        ("first", "a figure", "ok"), ("fails", "a figure", "ok"), ("fails", "part fails", "failed"),
+        ("late", "a figure", "ok"), ("late", "part late", "late"), ("killed", "a figure", "ok"),
+        ("killed", "part killed", "failed"), ("last", "a figure", "skipped"),
+    ]  # fmt: skip
+    assert file.read_text().count("verdict") == 1
+    printed = capfd.readouterr().out
+    assert "failed: fails, part fails: with exit code 3" in printed and "late: late, part late" in printed
+    monkeypatch.setattr(gpu, "PARTS", {"first": 60, "last": 60})
+    assert gpu.main(["--device", "cpu", "--results", str(file)]) == 0
 
 
 def test_transformers_in_the_root_does_not_register_the_operators_anew() -> None:
