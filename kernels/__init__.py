@@ -1,4 +1,16 @@
-"""Fused losses and scores: each with a naive reference, a chunked path and a public function."""
+"""Fused losses and scores: each with a naive reference, a chunked path, Triton kernels and a public function.
+
+From the bottom up; an import never points up, and `triton` is loaded only where its kernels run:
+
+- `contract`: what arguments mean and what is refused, what operators are told, what comes out;
+- `paths`: Triton or chunked torch, and why;
+- `chunked`: the tiles of both losses in plain torch;
+- `triton/`: `tuning` (the table of every chip), `tiles` (blocks, products, ids and cells of a tile), `cells` (ids and
+  excluded cells as kernels read them), and the kernels of `contrastive`, `sigmoid` and `similarity`;
+- `operators`: a loss's operators of torch, their fakes and gradients;
+- `ranks`: exchange over ranks, and a loss's sums over the images of all;
+- `contrastive`, `sigmoid`, `similarity`: references, choice of the path, public functions.
+"""
 
 # In a checkout's root, transformers looks for Hugging Face's package `kernels` and imports this folder. A second import
 # of what is in it would register the operators anew and free those that the first one calls: it gets an empty package.

@@ -78,7 +78,8 @@ def walk(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tenso
     if takes_kernels(text_MD, "contrastive_loss", _no_kernels(text_MD)) and len(text_MD) and len(image_ND):
         from .triton.contrastive import TritonContrastive
 
-        return TritonContrastive(*of_one_dtype(text_MD, image_ND, bank_QD), scale, options)
+        text_MD, image_ND, bank_QD = of_one_dtype(text_MD, image_ND, bank_QD)
+        return TritonContrastive(text_MD, image_ND, bank_QD, scale, options)
     return ChunkedContrastive(text_MD, image_ND, bank_QD, scale, options)
 
 
@@ -244,9 +245,7 @@ def contrastive_loss(
     options = ranks.options(given, smooth=label_smoothing > 0)
     options = options._replace(one_way=direction_weights[1] == 0, made_in_forward=_made_in_forward(given))
     parts = sums_of_all(OPERATORS, given, [given.as_scalar(logit_scale)], options, ranks)
-    absent = _absent(options)
-    used: list[Any] = [None if name in absent else part for name, part in zip(OPERATORS.fields, parts, strict=True)]
-    sums = ContrastiveSums(*used)
+    sums = ContrastiveSums(*OPERATORS.used(options, OPERATORS.fields, parts))
     losses_N, weights_N = _pair_losses(sums, ranks, given)
     loss, positive_M = weighted_mean(losses_N, weights_N), sums.positive_M.detach()
     if logit_bias is not None:

@@ -77,6 +77,11 @@ class Operators:
         """What backward needs of them."""
         return [part for name, part in zip(self.fields, sums, strict=True) if name in self.kept]
 
+    def used(self, options: Options, names: Sequence[str], parts: Sequence[Tensor]) -> list[Any]:
+        """Fields as they came through an operator, None for those that the options do not ask for."""
+        absent = self.absent(options)
+        return [None if name in absent else part for name, part in zip(names, parts, strict=True)]
+
     def of_scalars(
         self, grads: Sequence[Tensor], scalars: Sequence[Tensor], needed: Sequence[bool]
     ) -> list[Tensor | None]:
@@ -104,11 +109,9 @@ class Operators:
     def _gradients(self, *given: Any) -> list[Tensor]:
         arguments = given[: self.given]
         grads, need_text, need_image = given[-3:]
-        absent = self.absent(Options(*arguments[-len(Options._fields) :]))
-        used, kept = (
-            [None if name in absent else part for name, part in zip(fields, parts, strict=True)]
-            for fields, parts in ((self.Grads._fields, grads), (self.kept, given[self.given : -3]))
-        )
+        options = Options(*arguments[-len(Options._fields) :])
+        used = self.used(options, self.Grads._fields, grads)
+        kept = self.used(options, self.kept, given[self.given : -3])
         with torch.cuda.device_of(given[0]):
             parts = self._walk(*arguments).backward(self.Kept(*kept), self.Grads(*used), need_text, need_image)
         # Rows without gaps, as the exchanges want them.

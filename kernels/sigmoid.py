@@ -50,7 +50,8 @@ def walk(
     if takes_kernels(text_MD, "sigmoid_loss", no_kernels(text_MD)):
         from .triton.sigmoid import TritonSigmoid
 
-        return TritonSigmoid(*of_one_dtype(text_MD, image_ND, bank_QD), scale, bias, options)
+        text_MD, image_ND, bank_QD = of_one_dtype(text_MD, image_ND, bank_QD)
+        return TritonSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
     return ChunkedSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
 
 

@@ -173,7 +173,8 @@ def paired_similarity(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tenso
         if takes_kernels(text_MD, "paired_similarity", no_kernels(text_MD)):
             from .triton.similarity import paired
 
-            return paired(*of_one_dtype(text_MD, bank_QD), rows_M)
+            text_MD, bank_QD = of_one_dtype(text_MD, bank_QD)
+            return paired(text_MD, bank_QD, rows_M)
         return _paired_chunked(text_MD, bank_QD, rows_M)
 
 
@@ -222,7 +223,8 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
         if takes_kernels(query_MD, "positive_ranks", no_kernels(query_MD)):
             from .triton.similarity import ranks
 
-            return ranks(*of_one_dtype(query_MD, bank_QD), owners_E, rows_E)
+            query_MD, bank_QD = of_one_dtype(query_MD, bank_QD)
+            return ranks(query_MD, bank_QD, owners_E, rows_E)
         return _ranks_chunked(query_MD, bank_QD, owners_E, rows_E)
 
 
