@@ -5,10 +5,12 @@ Exit codes are those of `train`.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .config import Config
 from .training.entry import launched
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -6,10 +6,12 @@ SIGTERM, 130 for Ctrl-C, 129 for SIGHUP) when a signal ended it after a checkpoi
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from .config import Config
 from .training.entry import launched
+
+if TYPE_CHECKING:
+    from .config import Config
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

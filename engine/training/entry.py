@@ -6,12 +6,13 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import stopping
-from ..config import Config, load_config
 from ..errors import UserError
-from ..files.ownership import kind_of
+
+if TYPE_CHECKING:
+    from ..config import Config
 
 
 def launched(
@@ -26,6 +27,7 @@ def launched(
     given = parser.parse_args(arguments)
     # Its warnings at connections that end with their ranks are stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from ..config import load_config
     from .distributed import end_process
     from .ranks import together
 
@@ -39,6 +41,8 @@ def launched(
 
 def _require_own_folder(file: Path, config: Config) -> None:
     """UserError where `file` is the config of a run that has moved since: it would begin anew at the old place."""
+    from ..files.ownership import kind_of
+
     folder = Path(os.path.realpath(file)).parent
     if kind_of(folder) == "run" and folder != Path(os.path.realpath(config.run)):
         raise UserError(
