@@ -7,10 +7,10 @@ Cost model, for M texts of this rank, N images of all ranks, Q bank rows and wid
 - a logit costs one exponential and a series; with gradients one division more.
 - memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N; one chunk of
   `CHUNK` x `CHUNK` slopes (32 MB, fp32 64 MB), without gradients 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of partial
-  sums; 4 bytes a tile of 128 x 128 (fp32: 64 x 64) for the list of excluded cells; a copy of the features unless D is a
-  multiple of 16.
-- texts and columns of different dtypes are multiplied as fp32, each block once it is loaded: the same rows take as much
-  memory as they did, and `CHUNK` of them a copy in fp32 for d text.
+  sums; 4 bytes a tile of 128 x 128 (fp32, `BURDENED`: 64 x 64) for the list of excluded cells; a copy of the features
+  unless D is a multiple of 16.
+- texts and columns of different dtypes are multiplied as fp32, each block once it is loaded; for d text `CHUNK` columns
+  at a time are copied in fp32.
 
 With u = -y z, y = +1 for positives and -1 else, a cell loses softplus(u) and its slope is -y sigmoid(u): both keep
 their relative precision however small they are. A masked cell has u = -inf.
@@ -322,7 +322,6 @@ class TritonSigmoid:
                     sums_3M[:, rows] += partial[..., :size].sum(0, dtype=torch.float64)
                     of_tile_RC = slope_RC[:size, : cols.stop - first]
                     if d_text_MD is not None:
-                        # Of these columns alone, as far as they are not in it yet.
                         here_CD = columns_CD[cols].to(part.dtype)
                         add_product(d_text_MD[rows], of_tile_RC, here_CD, False, launch, False)
                     if d_image_ND is not None and weighted_RD is not None:
