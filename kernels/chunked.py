@@ -5,8 +5,10 @@ Cost model, for M texts on this rank, N images of all ranks, Q bank rows and wid
 - compute: 4 products of M (N + Q) D multiply-adds, one in forward and three in backward (the recompute, d text,
   d image), 3 when images are frozen. 2 for columns that have no slopes of their own, those of a bank, or of frozen
   images in a loss from text to image alone: forward makes what they add to d text, a mean weighted by the softmax.
+  `sigmoid_loss` makes its gradients in forward where they are wanted, from the same logits: 3, 2 when images are
+  frozen, 1 where nothing is wanted.
   A logit of `contrastive_loss` costs one exponential a pass, two where logits spread too far; one of `sigmoid_loss`
-  an exponential and a logarithm in forward, an exponential and a division in backward. The bank's logits yield no
+  an exponential and a logarithm, with gradients an exponential and a division more. The bank's logits yield no
   d image.
 - memory beside the inputs: two tiles of `TILE_LOGITS` logits, vectors of length M + N, the equal ids of one tile, fp32
   M x D for d text and fp32 N x D for d image; for half-precision features also one block of columns in fp32.
@@ -29,8 +31,6 @@ from .contract import (
     ContrastiveKept,
     ContrastiveSums,
     Options,
-    SigmoidGrads,
-    SigmoidKept,
     SigmoidSums,
     accumulated,
 )
@@ -505,17 +505,25 @@ def _shift(low: float, high: float) -> float:
 
 
 class ChunkedSigmoid(_Tiles):
-    """Losses and gradients of `sigmoid_loss`.
+    """Losses and gradients of `sigmoid_loss`, in one pass.
 
     With u = -y z, y = +1 for positives and -1 else, a cell loses softplus(u) and its slope is -y sigmoid(u): both keep
     their relative precision however small they are. A masked cell has u = -inf.
     """
 
     def __init__(
-        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, options: Options
+        self,
+        text_MD: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        share_M: Tensor,
+        options: Options,
     ) -> None:
         super().__init__(text_MD, image_ND, bank_QD, scale, options)
         self.bias = bias.detach().to(self.dtype).reshape(())
+        self.share_M, self.made_in_forward = share_M, options.made_in_forward
 
     def _exponents(self, scaled_RD: Tensor, columns_CD: Tensor, start: int, index: int) -> tuple[Tensor, Tensor | None]:
         """u of a tile, -inf on the diagonal, and the flat indices of its other positives."""
@@ -528,45 +536,40 @@ class ChunkedSigmoid(_Tiles):
         return tile, extra
 
     def forward(self) -> SigmoidSums:
-        M = len(self.text_MD)
-        loss_M, positive_M = self._vector(M), self._vector(M)
-        for start in range(0, M, self.row_step):
-            rows = slice(start, min(start + self.row_step, M))
-            scaled_RD = self._scaled_rows(rows)
-            if self.diagonal:
-                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
-                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
-                loss_M[rows] -= functional.logsigmoid(positive_M[rows])
-            for index, block in enumerate(self.blocks):
-                tile, _ = self._exponents(scaled_RD, self._columns(block), start, index)
-                softened = torch.abs(tile, out=self._spare(tile)).neg_().exp_().log1p_()
-                loss_M[rows] += softened.add_(tile.clamp_(min=0)).sum(1)
-        return SigmoidSums(loss_M, positive_M)
-
-    def backward(
-        self, sums: SigmoidKept, grads: SigmoidGrads, need_text: bool, need_image: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """(d text_MD, d image_ND, d scale, d bias): the features' in the accumulation dtype, the scalars' in fp64."""
-        M, g_M, own_M = len(self.text_MD), grads.loss_M, grads.of_own_cells(sums)
-        d_text_MD, d_image_ND, d_scale = self._gradients(need_text, need_image)
+        """With the gradients that the options ask for: a slope needs no more than its logit and the pair's share."""
+        M, made = len(self.text_MD), self.made_in_forward
+        loss_M, positive_M, own_M = (self._vector(M) for _ in range(3))
+        d_text_MD, d_image_ND, d_scale = self._gradients(bool(made & 1), bool(made & 2))
         d_bias = self._vector(1).squeeze(0)
         for start in range(0, M, self.row_step):
             rows = slice(start, min(start + self.row_step, M))
             scaled_RD = self._scaled_rows(rows)
+            share_R1 = self.share_M[rows, None].to(self.dtype)
             d_RD = None if d_text_MD is None else d_text_MD[rows]
+            if self.diagonal:
+                own_RD = self.image_ND[self.offset + start : self.offset + rows.stop]
+                positive_M[rows] = (scaled_RD * own_RD).sum(1, dtype=torch.float64) + self.bias
+                loss_M[rows] -= functional.logsigmoid(positive_M[rows])
+                own_M[rows] -= self.share_M[rows] * torch.sigmoid(-positive_M[rows])
             for index, block in enumerate(self.blocks):
                 columns_CD = self._columns(block)
                 tile, extra = self._exponents(scaled_RD, columns_CD, start, index)
+                spare = self._spare(tile)
+                loss_M[rows] += torch.abs(tile, out=spare).neg_().exp_().log1p_().sum(1)
+                loss_M[rows] += torch.clamp(tile, min=0, out=spare).sum(1)
+                if not made:
+                    continue
                 tile.sigmoid_()
                 if extra is not None:
                     tile.view(-1)[extra] = -tile.view(-1)[extra]
-                tile.mul_(g_M[rows, None].to(self.dtype))
+                tile.mul_(share_R1)
                 d_bias += tile.sum(1).sum(dtype=torch.float64)
                 if d_RD is not None:
                     d_RD.addmm_(tile, columns_CD)
                 if d_image_ND is not None and not block.bank:
                     d_image_ND[block.start : block.stop].addmm_(tile.T, scaled_RD)
-            d_scale += self._close_rows(rows, d_RD, d_image_ND, scaled_RD, own_M)
-        if self.diagonal:
-            d_bias += own_M.sum()
-        return d_text_MD, d_image_ND, d_scale, d_bias
+            if made:
+                d_scale += self._close_rows(rows, d_RD, d_image_ND, scaled_RD, own_M)
+        d_bias += own_M.sum()
+        of_scalars = (d_scale, d_bias) if made else (None, None)
+        return SigmoidSums((self.share_M * loss_M).sum(), loss_M, positive_M, d_text_MD, d_image_ND, *of_scalars)

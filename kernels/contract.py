@@ -71,7 +71,8 @@ class Options(NamedTuple):
     """Whether columns' log-sum-exps are left out, as the loss from image to text has no weight."""
     made_in_forward: int = 0
     """Of which columns forward makes what they add to d text: 0 none, 1 the bank's, 2 all. They must have no other
-    slopes: no loss of their own, no gradient, neither `as_positives` nor `smooth`."""
+    slopes: no loss of their own, no gradient, neither `as_positives` nor `smooth`. For the sigmoid loss, of which
+    features forward makes the gradients, and the scalars': 0 none, 1 the texts, 2 the images, 3 both."""
 
     def of_block(self, columns: slice, total: int, own: bool) -> Options:
         """The same for `columns` of the batch alone, and the bank behind them if it is this rank's own block."""
@@ -138,27 +139,34 @@ class ContrastiveGrads(NamedTuple):
 
 
 class SigmoidSums(NamedTuple):
-    """What one pass over the tiles yields, fp64; where these columns hold no own cells they are left out, and 0."""
+    """What one pass over the tiles yields; where these columns hold no own cells they are left out, and 0.
 
+    All fp64, but what is made of features as products are added up; gradients that are not made are None.
+    """
+
+    loss: Tensor
+    """Of the pairs' losses, weighted by each pair's share."""
     loss_M: Tensor
     positive_M: Tensor
+    d_text_MD: Tensor | None = None
+    d_image_ND: Tensor | None = None
+    d_scale: Tensor | None = None
+    d_bias: Tensor | None = None
 
 
 class SigmoidKept(NamedTuple):
     """What backward needs of `SigmoidSums`."""
 
-    positive_M: Tensor
+    d_text_MD: Tensor | None = None
+    d_image_ND: Tensor | None = None
+    d_scale: Tensor | None = None
+    d_bias: Tensor | None = None
 
 
 class SigmoidGrads(NamedTuple):
-    """The gradient of both fields of `SigmoidSums`."""
+    """The gradient of the differentiable field of `SigmoidSums`."""
 
-    loss_M: Tensor
-    positive_M: Tensor
-
-    def of_own_cells(self, kept: SigmoidKept) -> Tensor:
-        """d loss / d logit of the pairs' own cells [M]."""
-        return self.positive_M - self.loss_M * torch.sigmoid(-kept.positive_M)
+    loss: Tensor
 
 
 # Arguments

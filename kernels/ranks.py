@@ -3,10 +3,10 @@
 Cost of the exchange a rank, for N images of all ranks, Q bank rows and width D:
 
 - gather: N images in their own dtype in forward; in backward nothing when images are frozen, else a reduce-scatter of
-  N x D in fp32. Memory O((N + Q) D).
+  N x D in fp32, which `sigmoid_loss` holds from forward on. Memory O((N + Q) D).
 - ring: the same N images in forward, block by block while the last one is computed on, and once more in backward;
   beside them N x D in fp32 when images are trained. Memory O((M + Q) D + N), for M the longest rank's: two blocks of
-  images, and in backward three of their gradients.
+  images, and in backward three of their gradients. `sigmoid_loss` makes its gradients in backward then, by 4 products.
 - either: at most 2 N ids and 3 N numbers gathered, by `contrastive_loss` at most 6 N numbers reduced.
 """
 
@@ -129,14 +129,19 @@ class Ranks:
 
 
 def sums_of_all(
-    operators: Operators, given: LossArguments, scalars: Sequence[Tensor], options: Options, ranks: Ranks
+    operators: Operators,
+    given: LossArguments,
+    scalars: Sequence[Tensor],
+    options: Options,
+    ranks: Ranks,
+    constants: Sequence[Tensor] = (),
 ) -> Sequence[Tensor]:
     """The fields of `operators` for this rank's texts against the images of all ranks, differentiable."""
     features = given.text_MD, given.image_MD, given.bank_QD
     if ranks.group is None:
-        sums: list[Tensor] = operators.sums(*features, *scalars, *options)
+        sums: list[Tensor] = operators.sums(*features, *scalars, *constants, *options)
         return sums
-    over_ranks: tuple[Tensor, ...] = _OverRanks.apply(*features, operators, options, ranks, *scalars)
+    over_ranks: tuple[Tensor, ...] = _OverRanks.apply(*features, operators, options, ranks, *scalars, *constants)
     return over_ranks
 
 
@@ -152,7 +157,7 @@ class _OverRanks(torch.autograd.Function):
         operators: Operators,
         options: Options,
         ranks: Ranks,
-        *scalars: Tensor,
+        *factors: Tensor,
     ) -> tuple[Tensor, ...]:
         image = image_MD.contiguous() if ranks.ring else ranks.gather_rows(image_MD)
         blocks: dict[int, list[Tensor]] = {}
@@ -160,9 +165,10 @@ class _OverRanks(torch.autograd.Function):
             own = source == ranks.rank
             if own or len(image_CD):
                 of_block = options.of_block(columns, ranks.total, own)
-                blocks[source] = operators.sums(text_MD, image_CD, bank_QD if own else None, *scalars, *of_block)
+                blocks[source] = operators.sums(text_MD, image_CD, bank_QD if own else None, *factors, *of_block)
         sums = _merge(operators.fields, [blocks[source] for source in sorted(blocks)])
-        ctx.save_for_backward(text_MD, image, bank_QD, *scalars, *operators.keep(sums))
+        ctx.save_for_backward(text_MD, image, bank_QD, *factors, *operators.keep(sums))
+        ctx.factors = len(factors)
         ctx.operators, ctx.options, ctx.ranks = operators, options, ranks
         ctx.mark_non_differentiable(*sums[operators.differentiable :])
         return tuple(sums)
@@ -172,8 +178,9 @@ class _OverRanks(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         operators, ranks = ctx.operators, ctx.ranks
         text_MD, image, bank_QD, *saved = ctx.saved_tensors
-        scalars, kept = saved[: operators.scalars], saved[operators.scalars :]
-        (need_text, need_image), need_scalars = ctx.needs_input_grad[:2], ctx.needs_input_grad[6:]
+        factors, kept = saved[: ctx.factors], saved[ctx.factors :]
+        scalars = factors[: operators.scalars]
+        (need_text, need_image), need_scalars = ctx.needs_input_grad[:2], ctx.needs_input_grad[6 : 6 + len(scalars)]
         need_rows = need_text or need_scalars[0]
         dtype = accumulated(text_MD.dtype)
         d_text_MD = text_MD.new_zeros(text_MD.shape, dtype=dtype)
@@ -184,14 +191,14 @@ class _OverRanks(torch.autograd.Function):
             own = source == ranks.rank
             d_CD = image_CD.new_empty((0, image_CD.shape[1]), dtype=dtype)
             if own or len(image_CD):
-                d_MD, d_CD, *d_factors = operators.gradients(
-                    text_MD, image_CD, bank_QD if own else None, *scalars,
+                d_MD, d_CD, *d_block = operators.gradients(
+                    text_MD, image_CD, bank_QD if own else None, *factors,
                     *ctx.options.of_block(columns, ranks.total, own),
                     *_of_columns(operators.kept, kept, columns, own),
                     _of_columns(operators.fields, grads[: operators.differentiable], columns),
                     need_rows, need_image,
                 )  # fmt: skip
-                d_scalars = [total + part for total, part in zip(d_scalars, d_factors, strict=True)]
+                d_scalars = [total + part for total, part in zip(d_scalars, d_block, strict=True)]
                 if need_rows:
                     d_text_MD += d_MD
             if need_image and ranks.ring:
@@ -209,6 +216,7 @@ class _OverRanks(torch.autograd.Function):
             None if d_image is None else d_image.to(image.dtype),
             None, None, None, None,
             *operators.of_scalars(d_scalars, scalars, need_scalars),
+            *[None] * (len(factors) - len(scalars)),
         )  # fmt: skip
 
 
@@ -224,7 +232,9 @@ def _blocks(image: Tensor, ranks: Ranks) -> Iterator[tuple[int, slice, Tensor]]:
 def _of_columns(names: Sequence[str], parts: Sequence[Tensor], columns: slice, own: bool = True) -> list[Tensor]:
     """The part of each field that belongs to `columns`; what forward made of the rows goes with a rank's own."""
     found = [part[columns] if name.endswith("_N") else part for name, part in zip(names, parts, strict=False)]
-    return [part if own or not name.endswith("_MD") else part[:0] for name, part in zip(names, found, strict=False)]
+    return [
+        part if own or not name.endswith("_MD") else part.new_empty(0) for name, part in zip(names, found, strict=False)
+    ]
 
 
 def _merge(fields: Sequence[str], blocks: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -1,11 +1,13 @@
 """SigLIP's pairwise sigmoid loss over a batch, a bank of images and any number of ranks, with no M x N matrix.
 
-No column has a normaliser, so that blocks of columns are simply added up. What the tiles cost stands in `chunked` and
-`triton.sigmoid`, what the exchange costs in `ranks`.
+No column has a normaliser: blocks of columns are simply added up, and the slope of a logit is known as soon as the
+logit is. So the gradients of the weighted loss are made in forward, and backward multiplies them by a number. What the
+tiles cost stands in `chunked` and `triton.sigmoid`, what the exchange costs in `ranks`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ from .contract import (
     accumulated,
     weighted_mean,
 )
-from .operators import Operators, Walk
-from .paths import no_kernels, of_one_dtype, takes_kernels
+from .operators import Operators
+from .paths import no_kernels, takes_kernels
 from .ranks import Ranks, sums_of_all
 
 
@@ -43,19 +45,63 @@ def sigmoid_loss_naive(
     return ContrastiveOutput(loss, pair_loss.detach(), logits.diagonal()[: len(text_MD)].detach().clone())
 
 
-def walk(
-    text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, options: Options
-) -> Walk:
-    """What walks over the tiles."""
-    if takes_kernels(text_MD, "sigmoid_loss", no_kernels(text_MD)):
-        from .triton.sigmoid import TritonSigmoid
+class SigmoidWalk:
+    """What walks over the tiles, by whichever path; makes gradients with the sums, or else when they are asked for."""
 
-        text_MD, image_ND, bank_QD = of_one_dtype(text_MD, image_ND, bank_QD)
-        return TritonSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
-    return ChunkedSigmoid(text_MD, image_ND, bank_QD, scale, bias, options)
+    def __init__(
+        self,
+        text_MD: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        share_M: Tensor,
+        options: Options,
+    ) -> None:
+        self.features, self.factors, self.options = (text_MD, image_ND, bank_QD), (scale, bias, share_M), options
+
+    def forward(self) -> SigmoidSums:
+        if takes_kernels(self.features[0], "sigmoid_loss", no_kernels(self.features[0])):
+            from .triton.sigmoid import TritonSigmoid
+
+            return TritonSigmoid(*self.features, *self.factors, self.options).forward()
+        return ChunkedSigmoid(*self.features, *self.factors, self.options).forward()
+
+    def backward(
+        self, kept: SigmoidKept, grads: SigmoidGrads, need_text: bool, need_image: bool
+    ) -> Sequence[Tensor | None]:
+        """What was made, times the gradient of the loss."""
+        wanted = need_text + 2 * need_image
+        if wanted & ~self.options.made_in_forward or kept.d_bias is None:
+            # The scalars' come with d text.
+            self.options = self.options._replace(made_in_forward=wanted or 1)
+            sums = self.forward()
+            kept = SigmoidKept(sums.d_text_MD, sums.d_image_ND, sums.d_scale, sums.d_bias)
+        needed = (need_text, need_image, True, True)
+        return [
+            part * grads.loss.to(part.dtype) if need and part is not None else None
+            for need, part in zip(needed, kept, strict=True)
+        ]
 
 
-OPERATORS = Operators("sigmoid", walk, ["scale", "bias"], SigmoidSums, SigmoidKept, SigmoidGrads)
+def _absent(options: Options) -> list[str]:
+    """The fields of `SigmoidSums` that these ask not for."""
+    made = options.made_in_forward
+    wanted = {"d_text_MD": made & 1, "d_image_ND": made & 2, "d_scale": made, "d_bias": made}
+    return [name for name, asked in wanted.items() if not asked]
+
+
+OPERATORS = Operators(
+    "sigmoid", SigmoidWalk, ["scale", "bias"], SigmoidSums, SigmoidKept, SigmoidGrads, _absent, ["share_M"]
+)
+
+
+def _made_in_forward(given: LossArguments, scalars: Sequence[Tensor], ranks: Ranks) -> int:
+    """Round the ring nothing: d image of a block is added up while it travels, which backward does."""
+    if ranks.ring or not torch.is_grad_enabled():
+        return 0
+    rows = any(part.requires_grad for part in (given.text_MD, *scalars))
+    return rows + 2 * given.image_MD.requires_grad
 
 
 def sigmoid_loss(
@@ -84,11 +130,11 @@ def sigmoid_loss(
     over the unmasked columns j, with y = +1 for positives and -1 else, and the loss is the mean over the pairs of
     all ranks, weighted by `pair_weights` (Zhai et al. 2023, arXiv 2303.15343, equation 1).
 
-    fp16, bf16 and fp32 on CUDA take Triton kernels (fp32 by 3xTF32, slopes rounded to the features' dtype before
-    their products), everything else chunks of torch. Both are deterministic.
+    fp16, bf16 and fp32 on CUDA take Triton kernels (fp32 by 3xTF32, and so texts and columns of different dtypes;
+    slopes rounded to the dtype of both before their products), everything else chunks of torch. Both are deterministic.
 
     Args:
-        text_MD, image_MD, bank_QD: [M, D], [M, D] and [Q, D] of one dtype, fp16, bf16, fp32 or fp64, D up to 1024.
+        text_MD, image_MD, bank_QD: [M, D], [M, D] and [Q, D] in fp16, bf16 or fp32 each, or all in fp64, D up to 1024.
         logit_scale, logit_bias: numbers, or tensors of shape () or (1,).
         pair_weights: [M] floats; image_ids, caption_ids: [M] int64; bank_ids: [Q] int64; excluded: two [E] int64.
         positives: as `contract.LossArguments` says, like all of these.
@@ -114,10 +160,13 @@ def sigmoid_loss(
     given.check()
     ranks = Ranks(group, exchange, given)
     scalars = [given.as_scalar(value) for value in (logit_scale, 0.0 if logit_bias is None else logit_bias)]
-    loss_M, positive_M = sums_of_all(OPERATORS, given, scalars, ranks.options(given), ranks)
-
-    own_M2 = torch.stack([loss_M, given.weights(torch.float64)], 1).detach()
-    losses_N, weights_N = ranks.gather_rows(own_M2).unbind(1)
-    loss = weighted_mean(ranks.place(loss_M, losses_N), weights_N)
+    weights_M = given.weights(torch.float64)
+    total = ranks.gather(weights_M.sum()).sum()
+    share_M = weights_M / torch.where(total > 0, total, 1)
+    options = ranks.options(given)._replace(made_in_forward=_made_in_forward(given, scalars, ranks))
+    loss, loss_M, positive_M, *_ = sums_of_all(OPERATORS, given, scalars, options, ranks, [share_M])
+    losses_W = ranks.gather(loss.detach())
+    # This rank's own is the one that gradients reach.
+    loss = torch.cat([losses_W[: ranks.rank], loss[None], losses_W[ranks.rank + 1 :]]).sum()
     dtype = accumulated(text_MD.dtype)
     return ContrastiveOutput(ranks.share(loss).to(dtype), loss_M.detach().to(dtype), positive_M.detach().to(dtype))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .contract import accumulated, require_features, require_finite, require_integers, require_range
-from .paths import no_kernels, of_one_dtype, takes_kernels
+from .paths import no_kernels, takes_kernels
 
 # 16 MB of fp64 scores stay in the last-level cache.
 TILE_CELLS = 1 << 21
@@ -170,10 +170,9 @@ def paired_similarity(text_MD: Tensor, bank_QD: Tensor, rows_M: Tensor) -> Tenso
     require_integers("rows_M", rows_M, len(text_MD), text_MD, "one bank row a text")
     require_range("rows_M", rows_M, bank_QD)
     with torch.cuda.device_of(text_MD):
-        if takes_kernels(text_MD, "paired_similarity", no_kernels(text_MD)):
+        if takes_kernels(text_MD, "paired_similarity", no_kernels(text_MD) or no_kernels(bank_QD)):
             from .triton.similarity import paired
 
-            text_MD, bank_QD = of_one_dtype(text_MD, bank_QD)
             return paired(text_MD, bank_QD, rows_M)
         return _paired_chunked(text_MD, bank_QD, rows_M)
 
@@ -185,7 +184,8 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
     Scores are dot products in fp32. The query's other positives do not compete, whatever they score; with one
     positive this is the expected rank under random order of ties. Chunks of torch round an fp64 product, so
     equal bank rows tie; fp16, bf16 and fp32 on CUDA take Triton kernels that add in fp32 (fp32 features by
-    3xTF32), where the positive's score comes from a tile of the same arithmetic. Both are deterministic.
+    3xTF32, and so those of different dtypes), where the positive's score comes from a tile of the same arithmetic. Both
+    are deterministic.
 
     Args:
         query_MD: [M, D] fp16, bf16, fp32 or fp64, used as given.
@@ -220,10 +220,9 @@ def positive_ranks(query_MD: Tensor, bank_QD: Tensor, rows_E: Tensor, groups: Te
     cells_E = (owners_E * len(bank_QD) + rows_E).unique()
     owners_E, rows_E = cells_E // len(bank_QD), cells_E % len(bank_QD)
     with torch.cuda.device_of(query_MD):
-        if takes_kernels(query_MD, "positive_ranks", no_kernels(query_MD)):
+        if takes_kernels(query_MD, "positive_ranks", no_kernels(query_MD) or no_kernels(bank_QD)):
             from .triton.similarity import ranks
 
-            query_MD, bank_QD = of_one_dtype(query_MD, bank_QD)
             return ranks(query_MD, bank_QD, owners_E, rows_E)
         return _ranks_chunked(query_MD, bank_QD, owners_E, rows_E)
 

@@ -1,15 +1,16 @@
-"""The tiles of `sigmoid_loss` in Triton: one pass forward, one recompute backward, no M x N matrix.
+"""The tiles of `sigmoid_loss` in Triton: losses and gradients in one pass, no M x N matrix.
 
 Cost model, for M texts of this rank, N images of all ranks, Q bank rows and width D:
 
-- products: M (N + Q) D multiply-adds, once in forward and three times in backward (the recompute, d text, d image);
-  two in backward when images are frozen. The bank's logits yield no d image.
-- a logit costs one exponential and a series in forward, one exponential and one division in backward.
-- memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N; 4 M (N + Q) /
-  (128 x `STRIP_TILES`) bytes of partial sums in forward; one chunk of `CHUNK` x `CHUNK` slopes in backward (32 MB, fp32
-  64 MB); 4 bytes a tile of 128 x 128 (fp32: 64 x 64) for
-  the list of excluded cells; a copy of the features unless D is a
-  multiple of 16.
+- products: M (N + Q) D multiply-adds, three times (the logits, d text, d image), twice when images are frozen, once
+  where no gradient is wanted. The bank's logits yield no d image.
+- a logit costs one exponential and a series; with gradients one division more.
+- memory beside the inputs: fp32 M x D for d text, fp32 N x D for d image and vectors of length M + N; one chunk of
+  `CHUNK` x `CHUNK` slopes (32 MB, fp32 64 MB), without gradients 4 M (N + Q) / (128 x `STRIP_TILES`) bytes of partial
+  sums; 4 bytes a tile of 128 x 128 (fp32, `BURDENED`: 64 x 64) for the list of excluded cells; a copy of the features
+  unless D is a multiple of 16.
+- texts and columns of different dtypes are multiplied as fp32, each block once it is loaded; for d text `CHUNK` columns
+  at a time are copied in fp32.
 
 With u = -y z, y = +1 for positives and -1 else, a cell loses softplus(u) and its slope is -y sigmoid(u): both keep
 their relative precision however small they are. A masked cell has u = -inf.
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-from ..contract import Options, SigmoidGrads, SigmoidKept, SigmoidSums
+from ..contract import Options, SigmoidSums
 from . import tuning
 from .cells import Pair, by_tile, codes_of
 from .tiles import add_product, addressable, arithmetic, fill_cells, same_ids, tile_product
@@ -67,6 +68,22 @@ def _exponents(
 
 
 @triton.jit
+def _softplus(u_RC, e_RC):
+    """log(1 + e^u), given e^-|u|."""
+    # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24. A last coefficient of
+    # exactly 1 keeps the mean error at 3e-9: rows add up what cells have in common.
+    series_RC = 0.00536482544 * e_RC - 0.0300657967
+    series_RC = series_RC * e_RC + 0.0792045428
+    series_RC = series_RC * e_RC - 0.13753803
+    series_RC = series_RC * e_RC + 0.191536552
+    series_RC = series_RC * e_RC - 0.248571637
+    series_RC = series_RC * e_RC + 0.333213226
+    series_RC = series_RC * e_RC - 0.49999648
+    series_RC = series_RC * e_RC + 1.0
+    return tl.maximum(u_RC, 0.0) + series_RC * e_RC
+
+
+@triton.jit
 def loss_kernel(
     text, columns, text_stride, columns_stride, scalars, row_codes, col_codes, cells, bounds, loss, M, C, D, diagonal,
     strip_tiles, IDS: tl.constexpr, POSITIVES: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -82,18 +99,7 @@ def loss_kernel(
             text, columns, text_stride, columns_stride, scalars, row_codes, col_codes, cells, bounds, row,
             tile * BLOCK, M, C, D, diagonal, IDS, POSITIVES, BLOCK, BLOCK_K, PRECISION, UPCAST,
         )  # fmt: skip
-        e_RC = tl.exp(-tl.abs(u_RC))
-        # log1p(e) / e on [0, 1], relative error 4e-8: log(1 + e) would lose every e below 2^-24. A last coefficient of
-        # exactly 1 keeps the mean error at 3e-9: rows add up what cells have in common.
-        series_RC = 0.00536482544 * e_RC - 0.0300657967
-        series_RC = series_RC * e_RC + 0.0792045428
-        series_RC = series_RC * e_RC - 0.13753803
-        series_RC = series_RC * e_RC + 0.191536552
-        series_RC = series_RC * e_RC - 0.248571637
-        series_RC = series_RC * e_RC + 0.333213226
-        series_RC = series_RC * e_RC - 0.49999648
-        series_RC = series_RC * e_RC + 1.0
-        loss_R += tl.sum(tl.maximum(u_RC, 0.0) + series_RC * e_RC, 1)
+        loss_R += tl.sum(_softplus(u_RC, tl.exp(-tl.abs(u_RC))), 1)
     row_R = row + tl.arange(0, BLOCK)
     tl.store(loss + strip.to(tl.int64) * M + row_R, loss_R, mask=row_R < M)
 
@@ -104,7 +110,7 @@ def slope_kernel(
     first_col, M, C, D, diagonal, IDS: tl.constexpr, POSITIVES: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the chunk: its slopes, and their row sums, plain and weighted by the dot products."""
+    """One tile of the chunk: its slopes, and row sums: of the losses, of slopes, of slopes times dot products."""
     in_row = tl.program_id(0) * BLOCK
     in_col = tl.program_id(1) * BLOCK
     dot_RC, u_RC, positive_RC = _exponents(
@@ -115,16 +121,30 @@ def slope_kernel(
     slope_RC = tl.where(u_RC > 0, 1.0, e_RC) / (1.0 + e_RC)
     if POSITIVES:
         slope_RC = tl.where(positive_RC, -slope_RC, slope_RC)
+    # After the slopes: before them, sm_90 would be short of registers.
+    loss_R = tl.sum(_softplus(u_RC, e_RC), 1)
     in_row_R = in_row + tl.arange(0, BLOCK)
     in_col_C = in_col + tl.arange(0, BLOCK)
-    sums += (2 * tl.program_id(1)) * CHUNK + in_row_R
-    tl.store(sums, tl.sum(slope_RC, 1))
-    tl.store(sums + CHUNK, tl.sum(slope_RC * dot_RC, 1))
+    sums += (3 * tl.program_id(1)) * CHUNK + in_row_R
+    tl.store(sums, loss_R)
+    tl.store(sums + CHUNK, tl.sum(slope_RC, 1))
+    tl.store(sums + 2 * CHUNK, tl.sum(slope_RC * dot_RC, 1))
     slope += in_row_R[:, None] * CHUNK + in_col_C[None, :]
     tl.store(slope, (slope_RC * SLOPE_UNIT).to(slope.dtype.element_ty))
 
 
 # Launching
+
+# Where codes of two kinds, or the positives of one, take the registers of half a tile.
+BURDENED = tuning.Tile(64, 64, 4, 3)
+
+
+def tile_for(size: int, kinds: int, positives: bool) -> tuning.Tile:
+    """How losses and slopes are walked, for features of `size` bytes, so many kinds of ids, and what these mean."""
+    tile = tuning.TILES[size]
+    if size == 2 and kinds + positives > 1:
+        return BURDENED
+    return tile._replace(num_warps=tuning.warps(tile, kinds))
 
 
 @dataclass(frozen=True)
@@ -132,19 +152,24 @@ class _Part:
     """One source of columns, the images or the bank."""
 
     columns_CD: Tensor
+    dtype: torch.dtype
+    """In which they and the texts are multiplied, block by block: fp32 where theirs differ."""
+    tile: tuning.Tile
     bank: bool
     diagonal: int
     codes: Pair | None
     cells: Pair
 
 
-def _parts(M: int, image_ND: Tensor, bank_QD: Tensor | None, options: Options, block: int) -> list[_Part]:
-    N, ids_KM, ids_KN, bank_ids_Q = len(image_ND), options.ids_KM, options.ids_KN, options.bank_ids_Q
+def _parts(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, options: Options) -> list[_Part]:
+    M, N = len(text_MD), len(image_ND)
+    ids_KM, ids_KN, bank_ids_Q = options.ids_KM, options.ids_KN, options.bank_ids_Q
     parts = []
     for bank, columns_CD, first in ((False, image_ND, 0), (True, bank_QD, N)):
         if not M or columns_CD is None or not len(columns_CD):
             continue
         size = len(columns_CD)
+        dtype = columns_CD.dtype if columns_CD.dtype == text_MD.dtype else torch.float32
         # No text lies on a diagonal of the bank.
         diagonal = -M if bank else options.offset
         pairs: list[Pair] = []
@@ -153,6 +178,7 @@ def _parts(M: int, image_ND: Tensor, bank_QD: Tensor | None, options: Options, b
         elif ids_KM is not None and ids_KN is not None and not bank:
             pairs = [*zip(ids_KM, ids_KN, strict=True)]
         codes = codes_of(pairs) if pairs else None
+        tile = tile_for(dtype.itemsize, len(pairs), options.as_positives)
         nothing = torch.empty(2, 0, dtype=torch.int64, device=columns_CD.device)
         row_E, col_E = nothing if options.excluded_2E is None else options.excluded_2E
         col_E = col_E - first
@@ -160,8 +186,8 @@ def _parts(M: int, image_ND: Tensor, bank_QD: Tensor | None, options: Options, b
         if codes is not None and options.as_positives:
             negative_E &= (codes[0][:, row_E] != codes[1][:, col_E.clamp(0, size - 1)]).all(0)
         # A list in any case: with and without one, a compiler may add up in another order.
-        cells = by_tile(row_E, col_E, (M, size), (block, block), negative_E)
-        parts.append(_Part(columns_CD, bank, diagonal, codes, cells))
+        cells = by_tile(row_E, col_E, (M, size), (tile.BLOCK, tile.BLOCK), negative_E)
+        parts.append(_Part(columns_CD, dtype, tile, bank, diagonal, codes, cells))
     return parts
 
 
@@ -169,21 +195,30 @@ class TritonSigmoid:
     """`ChunkedSigmoid` by the kernels above: the same methods, the same results."""
 
     def __init__(
-        self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, bias: Tensor, options: Options
+        self,
+        text_MD: Tensor,
+        image_ND: Tensor,
+        bank_QD: Tensor | None,
+        scale: Tensor,
+        bias: Tensor,
+        share_M: Tensor,
+        options: Options,
     ) -> None:
-        self.width, self.options = text_MD.shape[1], options
+        self.width, self.share_M, self.options = text_MD.shape[1], share_M, options
         self.text_MD, self.image_ND = addressable(text_MD), addressable(image_ND)
         self.scalars = torch.stack([scale.detach().float().reshape(()), bias.detach().float().reshape(())])
         self.scale, self.bias = scale.detach().double().reshape(()), bias.detach().reshape(())
         self.diagonal = 0 <= options.offset <= len(image_ND) - len(text_MD)
-        self.tile = tuning.TILES[text_MD.element_size()]
         bank_QD = None if bank_QD is None else addressable(bank_QD)
-        self.parts = _parts(len(text_MD), self.image_ND, bank_QD, options, self.tile.BLOCK)
+        self.parts = _parts(self.text_MD, self.image_ND, bank_QD, options)
 
     def _arguments(self, part: _Part) -> dict[str, Any]:
         """Those of both kernels."""
         codes = part.codes or (None, None)
         kinds = 0 if part.codes is None else len(part.codes[0])
+        how = arithmetic(part.dtype)
+        if self.text_MD.dtype != part.columns_CD.dtype:
+            how["UPCAST"] = True
         return {
             "text": self.text_MD,
             "columns": part.columns_CD,
@@ -200,9 +235,8 @@ class TritonSigmoid:
             "diagonal": part.diagonal,
             "IDS": kinds,
             "POSITIVES": self.options.as_positives,
-            **self.tile._asdict(),
-            **arithmetic(self.text_MD.dtype),
-            "num_warps": tuning.warps(self.tile, kinds),
+            **part.tile._asdict(),
+            **how,
         }
 
     def _own_dots(self) -> Tensor:
@@ -219,70 +253,85 @@ class TritonSigmoid:
         return dot_M
 
     def forward(self) -> SigmoidSums:
-        M = len(self.text_MD)
-        positive_M, loss_M = (torch.zeros(M, dtype=torch.float64, device=self.text_MD.device) for _ in "12")
+        """With the gradients that the options ask for: the features' in fp32, the scalars' in fp64."""
+        (M, D), made, device = self.text_MD.shape, self.options.made_in_forward, self.text_MD.device
+        positive_M, loss_M = (torch.zeros(M, dtype=torch.float64, device=device) for _ in "12")
+        dot_M = self._own_dots()
         if self.diagonal:
-            positive_M = self._own_dots().mul_(self.scale).add_(self.bias)
+            positive_M = dot_M * self.scale + self.bias
             loss_M = -functional.logsigmoid(positive_M)
+        if not made:
+            loss_M += self._losses()
+            return SigmoidSums((self.share_M * loss_M).sum(), loss_M, positive_M)
+        d_text_MD = torch.zeros(M, D, device=device) if made & 1 else None
+        d_image_ND = torch.zeros(self.image_ND.shape, device=device) if made & 2 else None
+        sums_3M = self._slopes(d_text_MD, d_image_ND)
+        loss_M += sums_3M[0]
+        d_bias, d_scale = ((sums_M * self.share_M).sum() for sums_M in sums_3M[1:])
+        if self.diagonal:
+            own_M = -self.share_M * torch.sigmoid(-positive_M)
+            self._add_own_cells(own_M, d_text_MD, d_image_ND)
+            d_scale, d_bias = d_scale + (own_M * dot_M).sum(), d_bias + own_M.sum()
+        d_text_MD, d_image_ND = (
+            None if gradient is None else gradient[:, : self.width] for gradient in (d_text_MD, d_image_ND)
+        )
+        return SigmoidSums(
+            (self.share_M * loss_M).sum(), loss_M, positive_M, d_text_MD, d_image_ND, d_scale, d_bias
+        )  # fmt: skip
+
+    def _losses(self) -> Tensor:
+        """Of all cells but the pairs' own [M]."""
+        M = len(self.text_MD)
+        loss_M = torch.zeros(M, dtype=torch.float64, device=self.text_MD.device)
         for part in self.parts:
-            tiles = triton.cdiv(len(part.columns_CD), self.tile.BLOCK)
+            tiles = triton.cdiv(len(part.columns_CD), part.tile.BLOCK)
             strips = triton.cdiv(tiles, tuning.STRIP_TILES)
             partial = torch.empty(strips, M, dtype=torch.float32, device=self.text_MD.device)
-            loss_kernel[triton.cdiv(M, self.tile.BLOCK), strips](
+            loss_kernel[triton.cdiv(M, part.tile.BLOCK), strips](
                 **self._arguments(part), loss=partial, strip_tiles=tuning.STRIP_TILES
             )
             loss_M += partial.sum(0, dtype=torch.float64)
-        return SigmoidSums(loss_M, positive_M)
+        return loss_M
 
-    def backward(
-        self, sums: SigmoidKept, grads: SigmoidGrads, need_text: bool, need_image: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-        """(d text_MD, d image_ND, d scale, d bias): the features' in fp32, the scalars' in fp64."""
-        (M, D), chunk = self.text_MD.shape, tuning.CHUNK
-        device, block = self.text_MD.device, self.tile.BLOCK
-        launch = tuning.Launch(block, block, self.tile.BLOCK_K, self.tile.num_warps, self.tile.num_stages)
-        g_M, own_M = grads.loss_M, grads.of_own_cells(sums)
-        d_text_MD = torch.zeros(M, D, device=device) if need_text else None
-        d_image_ND = torch.zeros(self.image_ND.shape, device=device) if need_image else None
-        sums_2M = torch.zeros(2, M, dtype=torch.float64, device=device)
-        top = g_M.abs().amax() if M else g_M.new_zeros(())
-        share_M1 = (g_M / torch.where(top == 0, 1, top)).float()[:, None]
-        slope_RC = torch.empty(
-            min(chunk, triton.cdiv(M, block) * block), chunk, dtype=self.text_MD.dtype, device=device
-        )
+    def _slopes(self, d_text_MD: Tensor | None, d_image_ND: Tensor | None) -> Tensor:
+        """The same, and sums over the slopes, plain and times the dot products: [3, M]; sets the gradients."""
+        M, chunk, device = len(self.text_MD), tuning.CHUNK, self.text_MD.device
+        sums_3M = torch.zeros(3, M, dtype=torch.float64, device=device)
+        top = self.share_M.amax() if M else self.share_M.new_zeros(())
+        share_M1 = (self.share_M / torch.where(top == 0, 1, top)).float()[:, None]
         for part in self.parts:
-            arguments, columns_CD = self._arguments(part), part.columns_CD
+            arguments, columns_CD, tile = self._arguments(part), part.columns_CD, tuning.TILES[part.dtype.itemsize]
+            block = part.tile.BLOCK
+            launch = tuning.Launch(tile.BLOCK, tile.BLOCK, tile.BLOCK_K, tile.num_warps, tile.num_stages)
+            high = min(chunk, triton.cdiv(M, block) * block)
+            slope_RC = torch.empty(high, chunk, dtype=part.dtype, device=device)
             for start in range(0, M, chunk):
                 rows = slice(start, min(start + chunk, M))
                 size = rows.stop - start
                 # The row's factor goes to the text, not to the slopes: those near 1 would all round alike.
-                weighted_RD = (self.text_MD[rows] * share_M1[rows]).to(self.text_MD.dtype) if need_image else None
+                weighted_RD = None
+                if d_image_ND is not None and not part.bank:
+                    weighted_RD = (self.text_MD[rows] * share_M1[rows]).to(part.dtype)
                 for first in range(0, len(columns_CD), chunk):
                     cols = slice(first, min(first + chunk, len(columns_CD)))
                     across = triton.cdiv(cols.stop - first, block)
-                    partial = torch.empty(across, 2, chunk, dtype=torch.float32, device=device)
+                    partial = torch.empty(across, 3, chunk, dtype=torch.float32, device=device)
                     slope_kernel[triton.cdiv(size, block), across](
                         **arguments, slope=slope_RC, sums=partial, first_row=start, first_col=first, CHUNK=chunk
                     )
-                    sums_2M[:, rows] += partial[..., :size].sum(0, dtype=torch.float64)
+                    sums_3M[:, rows] += partial[..., :size].sum(0, dtype=torch.float64)
                     of_tile_RC = slope_RC[:size, : cols.stop - first]
                     if d_text_MD is not None:
-                        add_product(d_text_MD[rows], of_tile_RC, columns_CD[cols], False, launch, False)
-                    if d_image_ND is not None and weighted_RD is not None and not part.bank:
+                        here_CD = columns_CD[cols].to(part.dtype)
+                        add_product(d_text_MD[rows], of_tile_RC, here_CD, False, launch, False)
+                    if d_image_ND is not None and weighted_RD is not None:
                         add_product(d_image_ND[cols], of_tile_RC, weighted_RD, True, launch, False)
         unit = self.scale / SLOPE_UNIT.value
         if d_text_MD is not None:
-            d_text_MD.mul_((g_M * unit).float()[:, None])
+            d_text_MD.mul_((self.share_M * unit).float()[:, None])
         if d_image_ND is not None:
             d_image_ND.mul_(top * unit)
-        d_bias, d_scale = ((sums_M * g_M).sum() for sums_M in sums_2M)
-        if self.diagonal:
-            self._add_own_cells(own_M, d_text_MD, d_image_ND)
-            d_scale, d_bias = d_scale + (own_M * self._own_dots()).sum(), d_bias + own_M.sum()
-        d_text_MD, d_image_ND = (
-            None if gradient is None else gradient[:, : self.width] for gradient in (d_text_MD, d_image_ND)
-        )
-        return d_text_MD, d_image_ND, d_scale, d_bias
+        return sums_3M
 
     def _add_own_cells(self, own_M: Tensor, d_text_MD: Tensor | None, d_image_ND: Tensor | None) -> None:
         own_M1, offset = (own_M * self.scale).float()[:, None], self.options.offset

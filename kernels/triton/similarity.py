@@ -2,12 +2,13 @@
 
 Cost model, for M queries, Q bank rows, width D, E positives and b bytes a feature:
 
-- `paired`: reads 2 M D b bytes and M indices, writes 4 M; no workspace.
+- `paired`: reads 2 M D b bytes and M indices, writes 4 M; no workspace, whatever the dtypes.
 - `ranks`: one product of M Q D multiply-adds, plus 128 E D for the positives. A program keeps its queries' counts in
   registers and walks the bank; workspace 4 bytes a query and strip, 4 bytes a tile of 128 x 128 (fp32: 64 x 64) of
   `SLAB_ROWS` queries, and a copy of the features unless D is a multiple of 16.
 
-They add in fp32, each score in one order over D.
+They add in fp32, each score in one order over D. Queries and bank rows of different dtypes are multiplied as fp32, each
+block once it is loaded.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -122,8 +123,11 @@ def ranks(query_MD: Tensor, bank_QD: Tensor, owners_E: Tensor, rows_E: Tensor) -
     """Ranks [M] fp64 of the best of each query's positives, cells (owner, row) sorted by owner."""
     query_MD, bank_QD = addressable(query_MD), addressable(bank_QD)
     (M, D), Q, device = query_MD.shape, len(bank_QD), query_MD.device
-    tile = tuning.TILES[query_MD.element_size()]
-    options = {**tile._asdict(), **arithmetic(query_MD.dtype)}
+    dtype = query_MD.dtype if query_MD.dtype == bank_QD.dtype else torch.float32
+    tile = tuning.TILES[dtype.itemsize]
+    options = {**tile._asdict(), **arithmetic(dtype)}
+    if query_MD.dtype != bank_QD.dtype:
+        options["UPCAST"] = True
     strides = query_MD.stride(0), bank_QD.stride(0)
     score_E = torch.empty(len(rows_E), dtype=torch.float32, device=device)
     positive_kernel[triton.cdiv(len(rows_E), tile.BLOCK),](

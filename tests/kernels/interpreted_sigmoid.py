@@ -10,11 +10,12 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from efficientclip.kernels import paths, sigmoid, sigmoid_loss
+from efficientclip.kernels import paths, sigmoid, sigmoid_loss, sigmoid_loss_naive
 from efficientclip.kernels.contract import Options
 from efficientclip.kernels.triton import tuning
 from efficientclip.kernels.triton.tuning import Tile
-from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
+from tests.kernels.calls import Calls
+from tests.kernels.sigmoid_cases import MIXED, check, check_over_batches, everything, features, run
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -44,6 +45,38 @@ def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
 @pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
 def test_everything_at_once(rng: torch.Generator, dtype: torch.dtype, scale: float, bias: float) -> None:
     check_over_batches(rng, (40, 20, 24), dtype, scale, bias)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), MIXED, ids=str)
+@pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
+def test_rows_of_another_dtype(
+    rng: torch.Generator, dtype: torch.dtype, rows: torch.dtype, scale: float, bias: float
+) -> None:
+    check_over_batches(rng, (40, 20, 24), dtype, scale, bias, rows)
+
+
+def test_a_bank_of_another_dtype_than_the_images(rng: torch.Generator) -> None:
+    data = features(rng, 40, 70, 24, hard=True)
+    text, image, bank = (
+        data[name].to(dtype) for name, dtype in zip(data, (torch.float32, torch.bfloat16, torch.float16), strict=True)
+    )
+    text.requires_grad_()
+    found, expected = (
+        loss(text, image, bank, logit_scale=14.0, logit_bias=-5.0).loss for loss in (sigmoid_loss, sigmoid_loss_naive)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    (grad,), (expected,) = torch.autograd.grad(found, text), torch.autograd.grad(expected, text)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_read_as_they_are(rng: torch.Generator) -> None:
+    """No tensor as large as the bank is in fp32."""
+    text, image, bank = (torch.randn(rows, 32, generator=rng) for rows in (8, 8, 600))
+    image, bank = image.half(), bank.half()
+    text.requires_grad_()
+    with Calls() as calls:
+        sigmoid_loss(text, image, bank, logit_scale=1.0).loss.backward()
+    assert calls.products == 0 and calls.largest <= 2 * bank.numel()
 
 
 @pytest.mark.parametrize(("M", "Q", "D"), [(1, 0, 1), (1, 40, 24), (33, 0, 100)])
@@ -84,24 +117,20 @@ def test_blocks_of_columns_add_up(rng: torch.Generator, positives: str) -> None:
     excluded_2E = torch.stack(given["excluded"])
     excluded_2E = excluded_2E[:, excluded_2E[0] < 40]
     whole = Options(ids_KN[:, own], ids_KN, given["bank_ids"], excluded_2E, own.start, positives == "ids", False)
-    scalars, grads = (torch.tensor(14.0), torch.tensor(-5.0)), [torch.rand(40, generator=rng).double() for _ in "12"]
+    factors = torch.tensor(14.0), torch.tensor(-5.0), torch.rand(40, generator=rng).double()
 
-    def found(columns: slice, positive_M: torch.Tensor | None = None) -> list[torch.Tensor]:
+    def found(columns: slice) -> list[torch.Tensor]:
         last = columns.stop == 70
-        arguments = text[own], image[columns], bank if last else None, *scalars, *whole.of_block(columns, 70, last)
-        if positive_M is None:
-            return sigmoid.OPERATORS.sums(*arguments)
-        d_text_MD, d_image_CD, d_scale, d_bias = sigmoid.OPERATORS.gradients(*arguments, positive_M, grads, True, True)
+        given = text[own], image[columns], bank if last else None, *factors, *whole.of_block(columns, 70, last)
+        sums = sigmoid.OPERATORS.sums(*given)
+        made = sigmoid.OPERATORS.gradients(*given, *sums[3:], [torch.tensor(2.0).double()], True, True)
         d_image_ND = torch.zeros(70, 24)
-        d_image_ND[columns] = d_image_CD
-        return [d_text_MD, d_image_ND, d_scale, d_bias]
+        d_image_ND[columns] = made[1]
+        return [*sums[:3], made[0], d_image_ND, *made[2:]]
 
-    sums = found(slice(0, 70))
-    for positive_M in (None, sums[1]):
-        together = found(slice(0, 70), positive_M)
-        for one, *parts in zip(together, *(found(columns, positive_M) for columns in blocks), strict=True):
-            # Parts may cancel: their sum is as exact as they are.
-            assert float((sum(parts) - one).norm()) <= 1e-6 * sum(float(part.norm()) for part in parts)
+    for one, *parts in zip(found(slice(0, 70)), *(found(columns) for columns in blocks), strict=True):
+        # Parts may cancel: their sum is as exact as they are.
+        assert float((sum(parts) - one).norm()) <= 1e-6 * sum(float(part.norm()) for part in parts)
 
 
 def test_nan_stays_in_its_row(rng: torch.Generator) -> None:

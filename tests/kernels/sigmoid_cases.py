@@ -13,6 +13,13 @@ from efficientclip.kernels import ContrastiveOutput, sigmoid_loss, sigmoid_loss_
 
 Loss = Callable[..., ContrastiveOutput]
 FEWEST_BATCHES, MOST_BATCHES = 8, 64
+# Of texts, and of images and bank.
+MIXED = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.bfloat16),
+]
 
 
 def features(rng: torch.Generator, M: int, Q: int, D: int, hard: bool = False) -> dict[str, Any]:
@@ -50,12 +57,20 @@ def everything(rng: torch.Generator, M: int, Q: int) -> dict[str, Any]:
 
 
 def run(
-    loss: Loss, data: dict[str, Any], dtype: torch.dtype, scale: float, bias: float = -3.0, **options: Any
+    loss: Loss,
+    data: dict[str, Any],
+    dtype: torch.dtype,
+    scale: float,
+    bias: float = -3.0,
+    *,
+    rows: torch.dtype | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """Values and gradients, in fp64; the features are rounded to `dtype` first."""
+    """Values and gradients, in fp64; the features are rounded to `dtype` first, images and bank to `rows` if given."""
     scalar = torch.float64 if dtype == torch.float64 else torch.float32
-    text, image = (data[name].to(dtype, copy=True).requires_grad_() for name in ("text", "image"))
-    bank = None if data["bank"] is None else data["bank"].to(dtype)
+    rows = rows or dtype
+    text, image = (data[name].to(to, copy=True).requires_grad_() for name, to in (("text", dtype), ("image", rows)))
+    bank = None if data["bank"] is None else data["bank"].to(rows)
     logit_scale = torch.tensor([scale], dtype=scalar, device=text.device, requires_grad=True)
     logit_bias = torch.tensor(bias, dtype=scalar, device=text.device, requires_grad=True)
     out = loss(text, image, bank, logit_scale=logit_scale, logit_bias=logit_bias, **options)
@@ -77,17 +92,28 @@ def rms(value: Tensor) -> float:
 
 
 def three(
-    data: dict[str, Any], dtype: torch.dtype, scale: float, bias: float, **options: Any
+    data: dict[str, Any],
+    dtype: torch.dtype,
+    scale: float,
+    bias: float,
+    rows: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """What `sigmoid_loss`, plain torch in the same dtype, and plain torch in fp64 make of the same features."""
-    rounded = {name: None if value is None else value.to(dtype).double() for name, value in data.items()}
-    ours = run(sigmoid_loss, data, dtype, scale, bias, **options)
-    plain = run(sigmoid_loss_naive, data, dtype, scale, bias, **options)
+    """What `sigmoid_loss`, plain torch in the same dtypes, and plain torch in fp64 make of the same features."""
+    dtypes = {"text": dtype, "image": rows or dtype, "bank": rows or dtype}
+    rounded = {name: None if value is None else value.to(dtypes[name]).double() for name, value in data.items()}
+    ours = run(sigmoid_loss, data, dtype, scale, bias, rows=rows, **options)
+    plain = run(sigmoid_loss_naive, data, dtype, scale, bias, rows=rows, **options)
     return ours, plain, run(sigmoid_loss_naive, rounded, torch.float64, scale, bias, **options)
 
 
 def check_over_batches(
-    rng: torch.Generator, shape: tuple[int, int, int], dtype: torch.dtype, scale: float, bias: float
+    rng: torch.Generator,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    scale: float,
+    bias: float,
+    rows: torch.dtype | None = None,
 ) -> None:
     """No more than twice as far from fp64 as plain torch, in root mean square, with no allowance.
 
@@ -98,7 +124,7 @@ def check_over_batches(
     squares: dict[str, Tensor] = {}
     for batch in range(MOST_BATCHES):
         options = everything(rng, M, Q) | {"positives": ("pair", "ids")[batch % 2]}
-        found = three(features(rng, M, Q, D, hard=True), dtype, scale, bias, **options)
+        found = three(features(rng, M, Q, D, hard=True), dtype, scale, bias, rows, **options)
         for name, value in found[2].items():
             wrong = torch.stack([(one[name] - value).square().mean() for one in found[:2]])
             squares[name] = squares.get(name, torch.zeros(2)) + wrong

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from efficientclip.kernels import chunked, sigmoid_loss, sigmoid_loss_naive
 from tests.kernels.calls import Calls
-from tests.kernels.sigmoid_cases import check, check_over_batches, everything, features, run
+from tests.kernels.sigmoid_cases import MIXED, check, check_over_batches, everything, features, run
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -61,6 +61,14 @@ def test_errors_beside_plain_torch(
     rng: torch.Generator, small_tiles: None, dtype: torch.dtype, scale: float, bias: float
 ) -> None:
     check_over_batches(rng, (140, 70, 24), dtype, scale, bias)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), MIXED, ids=str)
+@pytest.mark.parametrize(("scale", "bias"), [(1, -1.0), (14, -5.0), (100, -20.0)])
+def test_rows_of_another_dtype(
+    rng: torch.Generator, small_tiles: None, dtype: torch.dtype, rows: torch.dtype, scale: float, bias: float
+) -> None:
+    check_over_batches(rng, (140, 70, 24), dtype, scale, bias, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,18 +178,65 @@ def test_nan_stays_in_its_row(rng: torch.Generator) -> None:
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_memory_and_products(rng: torch.Generator, frozen: bool) -> None:
-    """No M x N matrix; 4 products of M x N x D in all, 3 with frozen images."""
+    """No M x N matrix; 3 products of M x N x D in all, 2 with frozen images, 1 where no gradient is wanted."""
     data = {name: value.float() for name, value in features(rng, 3000, 1500, 16).items()}
     text, image = data["text"].requires_grad_(), data["image"].requires_grad_(not frozen)
-    tiles = 6 * 2
+    tiles = {"image": math.ceil(3000 / 1024) * math.ceil(3000 / 512), "bank": 3 * math.ceil(1500 / 512)}
+
+    def loss() -> Tensor:
+        return sigmoid_loss(text, image, data["bank"], logit_scale=14.0, image_ids=torch.arange(3000) // 2).loss
+
     with Calls() as calls:
-        loss = sigmoid_loss(text, image, data["bank"], logit_scale=14.0, image_ids=torch.arange(3000) // 2).loss
-        assert calls.products == tiles
-        loss.backward()
+        value = loss()
+        # The bank's tiles yield no gradient for images.
+        assert calls.products == (2 if frozen else 3) * tiles["image"] + 2 * tiles["bank"]
+        value.backward()
+        assert calls.products == (2 if frozen else 3) * tiles["image"] + 2 * tiles["bank"]
     assert calls.largest <= 4 * chunked.TILE_LOGITS < 4 * 3000 * 3000
-    # The bank's tiles yield no gradient for images.
-    assert calls.products == 3 * tiles + (0 if frozen else 6)
     assert (image.grad is None) == frozen
+    with Calls() as calls, torch.no_grad():
+        assert not loss().requires_grad
+    assert calls.products == sum(tiles.values())
+    with Calls() as calls:
+        constant = sigmoid_loss(text.detach(), image.detach(), data["bank"], logit_scale=14.0).loss
+    assert calls.products == sum(tiles.values()) and not constant.requires_grad
+
+
+def test_rows_are_read_as_they_are(rng: torch.Generator, small_tiles: None) -> None:
+    """No tensor as large as the bank is in fp32, nor as large as all logits."""
+    text, image, bank = (torch.randn(rows, 24, generator=rng) for rows in (700, 700, 4000))
+    image, bank = image.half(), bank.half()
+    text.requires_grad_()
+    with Calls() as calls:
+        sigmoid_loss(text, image, bank, logit_scale=1.0).loss.backward()
+    assert calls.largest <= 2 * bank.numel()
+
+
+@pytest.mark.parametrize("leaf", ["text", "image", "scale", "bias"])
+def test_one_gradient_alone(rng: torch.Generator, small_tiles: None, leaf: str) -> None:
+    """Each is the same whether others are wanted or not; of what is not wanted nothing is made."""
+    data, options = features(rng, 131, 70, 24), everything(rng, 131, 70)
+    given = {"text": data["text"], "image": data["image"], "scale": torch.tensor(14.0), "bias": torch.tensor(-5.0)}
+    wanted = given[leaf].double().clone().requires_grad_()
+    text, image, scale, bias = (given | {leaf: wanted}).values()
+    loss = sigmoid_loss(text, image, data["bank"], logit_scale=scale, logit_bias=bias, **options).loss
+    loss.backward()
+    everything_wanted = run(sigmoid_loss, data, torch.float64, 14, -5.0, **options)
+    torch.testing.assert_close(wanted.grad, everything_wanted[f"d_{leaf}"].reshape(wanted.shape))
+
+
+def test_gradients_add_up_and_follow_the_loss(rng: torch.Generator, small_tiles: None) -> None:
+    """Backward twice through one graph, by two factors: what forward made is not used up."""
+    data, options = features(rng, 131, 70, 24), everything(rng, 131, 70)
+    text, image = data["text"].requires_grad_(), data["image"].requires_grad_()
+    scale, bias = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (14.0, -5.0))
+    leaves = [text, image, scale, bias]
+    loss = sigmoid_loss(text, image, data["bank"], logit_scale=scale, logit_bias=bias, **options).loss
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    (3 * loss).backward(retain_graph=True)
+    (loss - 0.5 * loss).backward()
+    for leaf, grad in zip(leaves, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3.5 * grad)
 
 
 # Triton
@@ -195,19 +250,38 @@ def test_triton_kernels_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "size", "kinds"), [("bf16", 2, 0), ("bf16", 2, 2), ("fp32", 4, 2)])
-def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, kinds: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "of_columns", "kinds", "positives"),
+    [
+        ("bf16", "bf16", 0, False),
+        ("bf16", "bf16", 0, True),
+        ("fp16", "fp16", 1, False),
+        ("bf16", "bf16", 1, True),
+        ("bf16", "bf16", 2, True),
+        ("fp32", "fp32", 2, True),
+        ("fp32", "fp16", 0, False),
+        ("fp32", "fp16", 2, True),
+        ("fp32", "bf16", 2, True),
+        ("bf16", "fp32", 2, True),
+    ],
+)
+def test_triton_kernels_spill_nothing(
+    tmp_path: Path, dtype: str, of_columns: str, kinds: int, positives: bool, capability: int
+) -> None:
     from efficientclip.kernels.triton import sigmoid, tiles, tuning
     from tests.kernels.resources import resources
 
-    tile = tuning.TILES[size]
-    product = {"PRECISION": "tf32x3" if size == 4 else "ieee", "UPCAST": False}
-    shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, **product}
-    flags = {"IDS": kinds, "POSITIVES": kinds > 0}
-    features, vector, label = f"*{dtype}", "*fp32", "*i32"
+    mixed = dtype != of_columns
+    used_as = "fp32" if mixed else dtype
+    size = 4 if used_as == "fp32" else 2
+    tile, of_products = sigmoid.tile_for(size, kinds, positives), tuning.TILES[size]
+    product = {"PRECISION": "tf32x3" if used_as == "fp32" else "ieee", "UPCAST": False}
+    shape = {"BLOCK": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, **product, "UPCAST": mixed}
+    flags = {"IDS": kinds, "POSITIVES": positives}
+    features, vector, label = f"*{used_as}", "*fp32", "*i32"
     given = {
-        "text": features, "columns": features, "text_stride": "i32", "columns_stride": "i32", "scalars": vector,
-        "cells": label, "bounds": label, "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
+        "text": f"*{dtype}", "columns": f"*{of_columns}", "text_stride": "i32", "columns_stride": "i32",
+        "scalars": vector, "cells": label, "bounds": label, "M": "i32", "C": "i32", "D": "i32", "diagonal": "i32",
     }  # fmt: skip
     if kinds:
         given |= {"row_codes": label, "col_codes": label}
@@ -217,22 +291,23 @@ def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, kin
         "chunk": features, "features": features, "out": vector, "chunk_stride": "i32", "features_stride": "i32",
         "out_stride": "i32", "rows": "i32", "K": "i32", "D": "i32",
     }  # fmt: skip
-    wide = tuning.warps(tile, kinds)
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
-        (sigmoid.loss_kernel, loss, shape | flags, wide),
-        (sigmoid.slope_kernel, slope, shape | flags | {"CHUNK": tuning.CHUNK}, wide),
+        (sigmoid.loss_kernel, loss, shape | flags, tile.num_warps),
+        (sigmoid.slope_kernel, slope, shape | flags | {"CHUNK": tuning.CHUNK}, tile.num_warps),
     ]
-    if kinds:
-        blocks = {"BLOCK_R": tile.BLOCK, "BLOCK_K": tile.BLOCK_K, "BLOCK_D": tile.BLOCK, **product}
+    if kinds and not mixed:
+        blocks = {"BLOCK_R": of_products.BLOCK, "BLOCK_K": of_products.BLOCK_K, "BLOCK_D": of_products.BLOCK, **product}
         for transposed in (False, True):
             constants = {"TRANSPOSED": transposed, **blocks}
-            kernels.append((tiles.product_kernel, gather, constants, tile.num_warps))
+            kernels.append((tiles.product_kernel, gather, constants, of_products.num_warps))
     for kernel, types, constants, num_warps in kernels:
         used = resources(
             kernel, types, constants, capability, tmp_path, num_warps=num_warps, num_stages=tile.num_stages
         )
+        print(kernel.__name__, used)
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
         assert used["SHARED"] <= 160 << 10, (kernel, used)
+        assert used["MATRIX"], (kernel, used)
 
 
 # Wrong arguments

@@ -19,6 +19,8 @@ from efficientclip.kernels.similarity import paired_similarity_naive, positive_r
 from tests.kernels.calls import Calls
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# Of queries and of the bank.
+MIXED = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
 SHAPES = [(1, 1, 1), (1, 300, 24), (70, 1, 100), (130, 401, 24), (257, 83, 100), (64, 128, 1)]
 
 
@@ -109,10 +111,24 @@ def test_top_k(rng: torch.Generator, small_tiles: None, M: int, Q: int, D: int, 
         assert torch.equal(rows, expected_rows)
 
 
-def test_a_bank_may_have_another_dtype(rng: torch.Generator, small_tiles: None) -> None:
-    query, bank = unit(rng, 7, 24, torch.float32), unit(rng, 300, 24, torch.float16)
-    for value, expected in zip(top_k(query, bank, 9), top_k(query, bank.float(), 9), strict=True):
+@pytest.mark.parametrize(("dtype", "of_bank"), MIXED, ids=str)
+def test_a_bank_may_have_another_dtype(
+    rng: torch.Generator, small_tiles: None, dtype: torch.dtype, of_bank: torch.dtype
+) -> None:
+    """And is read as it is: nothing is as large as it would be in fp32."""
+    query, bank = unit(rng, 70, 24, dtype), unit(rng, 4000, 24, of_bank)
+    bank[2000:] = bank[:2000].clone()
+    rows, groups = positives(rng, 70, 4000)
+    with Calls() as calls:
+        scores, nearest = top_k(query, bank, 9)
+        ranks = positive_ranks(query, bank, rows, groups)
+        cosines = paired_similarity(query, bank, rows[:70])
+    assert calls.largest <= bank.untyped_storage().nbytes()
+    for value, expected in zip((scores, nearest), top_k_naive(query, bank, 9), strict=True):
         assert torch.equal(value, expected)
+    assert torch.equal(ranks, positive_ranks_naive(query, bank, rows, groups)) and bool(ranks.frac().any())
+    expected = paired_similarity_naive(query, bank, rows[:70])
+    torch.testing.assert_close(cosines.double(), expected, rtol=0, atol=5e-7)
 
 
 # Cosines
@@ -196,16 +212,21 @@ def test_triton_kernels_interpreted() -> None:
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "size"), [("bf16", 2), ("fp16", 2), ("fp32", 4)])
-def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "of_bank"),
+    [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("bf16", "fp32")],
+)
+def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, of_bank: str, capability: int) -> None:
     from efficientclip.kernels.triton import similarity, tuning
     from tests.kernels.resources import resources
 
+    mixed = dtype != of_bank
+    size = 4 if mixed or dtype == "fp32" else 2
     tile = tuning.TILES[size]._asdict()
-    product = {"PRECISION": "tf32x3" if size == 4 else "ieee", "UPCAST": False}
+    product = {"PRECISION": "tf32x3" if size == 4 else "ieee", "UPCAST": mixed}
     shape = {"BLOCK": tile.pop("BLOCK"), "BLOCK_K": tile.pop("BLOCK_K"), **product}
-    features, vector, lists = f"*{dtype}", "*fp32", "*i64"
-    given = {"query": features, "bank": features, "query_stride": "i32", "bank_stride": "i32", "D": "i32"}
+    queries, bank, vector, lists = f"*{dtype}", f"*{of_bank}", "*fp32", "*i64"
+    given = {"query": queries, "bank": bank, "query_stride": "i32", "bank_stride": "i32", "D": "i32"}
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = [
         (
             similarity.count_kernel,
@@ -226,7 +247,7 @@ def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, cap
         (
             similarity.paired_kernel,
             {
-                "text_ptr": features, "bank_ptr": features, "rows_ptr": lists, "out_ptr": vector,
+                "text_ptr": queries, "bank_ptr": bank, "rows_ptr": lists, "out_ptr": vector,
                 "M": "i32", "D": "i32",
             },
             {"BLOCK_R": tuning.PAIRED_ROWS, "BLOCK_K": tuning.PAIRED_K},
@@ -237,6 +258,7 @@ def test_triton_kernels_spill_nothing(tmp_path: Path, dtype: str, size: int, cap
         # Cosines take features of any width as they lie; the others get zeros appended.
         aligned = kernel is not similarity.paired_kernel
         used = resources(kernel, types, constants, capability, tmp_path, aligned, **options)
+        print(kernel.__name__, used)
         assert used["STACK"] == used["LOCAL"] == 0, (kernel, used)
         # What a program may hold on every card of sm_80 and later but the small ones.
         assert used["SHARED"] <= 160 << 10, (kernel, used)
