@@ -16,6 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tuning import Launch
 
+# The greatest magnitude that fp16 numbers are scaled to: it ends at 2^16.
+TOP_EXPONENT = 14
+
 
 @triton.jit
 def load_block(
@@ -47,36 +50,51 @@ def load_rows(source, stride, row_R, open_R, col, cols, BLOCK_C: tl.constexpr, U
 
 
 @triton.jit
+def rounded(target, stride, block):
+    """The block as `store_block` would write it."""
+    if stride is None:
+        kept = block.to(target.dtype)
+    else:
+        kept = block.to(target.dtype.element_ty)
+    return kept
+
+
+@triton.jit
 def store_block(target, stride, row, col, rows, cols, block, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """The counterpart of `load_block`; nothing is written beyond the matrix."""
     if stride is None:
-        target.store([row, col], block.to(target.dtype))
+        target.store([row, col], rounded(target, stride, block))
     else:
         in_rows = tl.arange(0, BLOCK_R)
         in_cols = tl.arange(0, BLOCK_C)
         at = target + tl.cast(row, tl.int64) * stride + col + (in_rows[:, None] * stride + in_cols[None, :])
         inside = (row + in_rows < rows)[:, None] & (col + in_cols < cols)[None, :]
-        tl.store(at, block.to(target.dtype.element_ty), mask=inside)
+        tl.store(at, rounded(target, stride, block), mask=inside)
 
 
 @triton.jit
 def tile_product(
     a, a_stride, a_row, a_rows, b, b_stride, b_row, b_rows, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NAMED: tl.constexpr = False,
+    PARTS: tl.constexpr = 1,
 ):  # fmt: skip
     """fp32 [R, C]: dot products of rows of two matrices, in one order over D.
 
-    Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there.
+    Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there. `a` may
+    be the sum of `PARTS` matrices, side by side: what is read of `b` then serves them all.
     """
     acc_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for k in range(0, D, BLOCK_K):
         if NAMED:
             a_RK = load_rows(a, a_stride, a_row, a_rows, k, D, BLOCK_K, UPCAST)
             b_CK = load_rows(b, b_stride, b_row, b_rows, k, D, BLOCK_K, UPCAST)
+            acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
         else:
-            a_RK = load_block(a, a_stride, a_row, k, a_rows, D, BLOCK_R, BLOCK_K, UPCAST)
             b_CK = load_block(b, b_stride, b_row, k, b_rows, D, BLOCK_C, BLOCK_K, UPCAST)
-        acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
+            for part in tl.static_range(PARTS):
+                # The last block may reach into the next part: there `b` is 0.
+                a_RK = load_block(a, a_stride, a_row, part * D + k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
+                acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
     return acc_RC
 
 
@@ -109,20 +127,27 @@ def fill_cells(x_RC, cells, bounds, row, col, N, value, BLOCK_R: tl.constexpr, B
 
 @triton.jit
 def product_kernel(
-    chunk, features, out, chunk_stride, features_stride, out_stride, rows, K, D, TRANSPOSED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    chunk, features, out, chunk_stride, features_stride, out_stride, rows, step, K, D, TRANSPOSED: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D]."""
+    """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D].
+
+    A chunk that is not transposed may be the sum of `PARTS`, one `step` rows below the other.
+    """
     row = tl.program_id(1) * BLOCK_R
     d = tl.program_id(0) * BLOCK_D
     acc_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for k in range(0, K, BLOCK_K):
+        feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
         if TRANSPOSED:
             chunk_RK = load_block(chunk, chunk_stride, k, row, K, rows, BLOCK_K, BLOCK_R, UPCAST).T
+            acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
         else:
-            chunk_RK = load_block(chunk, chunk_stride, row, k, rows, K, BLOCK_R, BLOCK_K, UPCAST)
-        feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
-        acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
+            for part in tl.static_range(PARTS):
+                below = (PARTS - 1) * step + rows
+                chunk_RK = load_block(chunk, chunk_stride, part * step + row, k, below, K, BLOCK_R, BLOCK_K, UPCAST)
+                acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
     acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
     store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
 
@@ -148,10 +173,19 @@ def matrix(name: str, matrix: Tensor, block: tuple[int, int], descriptors: bool)
 
 
 def add_product(
-    out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, launch: Launch, descriptors: bool
+    out_RD: Tensor,
+    chunk: Tensor,
+    features_KD: Tensor,
+    transposed: bool,
+    launch: Launch,
+    descriptors: bool,
+    parts: int = 1,
 ) -> None:
-    """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic."""
-    rows, K = chunk.shape[::-1] if transposed else chunk.shape
+    """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic.
+
+    In `parts`, a chunk that is not transposed is their sum: equally many rows of each, below one another, R or more.
+    """
+    rows, K = len(out_RD), chunk.shape[0 if transposed else 1]
     D = out_RD.shape[1]
     block = (launch.depth, launch.rows) if transposed else (launch.rows, launch.depth)
     product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows)](
@@ -159,9 +193,11 @@ def add_product(
         **matrix("features", features_KD, (launch.depth, launch.columns), descriptors),
         **matrix("out", out_RD, (launch.rows, launch.columns), descriptors),
         rows=rows,
+        step=len(chunk) // parts,
         K=K,
         D=D,
         TRANSPOSED=transposed,
+        PARTS=parts,
         BLOCK_R=launch.rows,
         BLOCK_K=launch.depth,
         BLOCK_D=launch.columns,
@@ -169,6 +205,27 @@ def add_product(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+
+
+def split(features: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
+    """Features times a power of two, which is 1 for one part of their own dtype, as a sum of parts side by side.
+
+    The power brings the largest entry near the top of fp16: what is left of an entry is then as little as fp32's
+    rounding, or 2^-39 of the largest. It is made without waiting for the device.
+    """
+    if features.dtype == dtype:
+        return features, features.new_ones(1, dtype=torch.float32)
+    left = features.float()
+    # A row of NaN is no reason to give up the others.
+    top = torch.where(left.isfinite(), left, 0).abs().amax().double()
+    exponent = (TOP_EXPONENT - top.log2().ceil()).clamp(-100, 100)
+    power = torch.where(top > 0, exponent.exp2(), 1.0).float().reshape(1)
+    left = left * power
+    found = []
+    for _ in range(parts):
+        found.append(left.to(dtype))
+        left = left - found[-1].float()
+    return torch.cat(found, 1), power
 
 
 def addressable(features: Tensor) -> Tensor:

@@ -94,77 +94,138 @@ def _config(
     return Config(Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk)
 
 
-# By architecture, whether features are fp32, and what else a tile looks at: 0 nothing, 1 ids, masked cells or all
+# By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
+# tile looks at: 0 nothing, 1 ids, masked cells or all
 # logits, 2 positives by ids beside all logits. With masked cells, which are ordered by tile, forward and recompute
 # have one tile. Codes and masks take the registers of half a tile, and so does each further sum on wide tiles.
-_TABLE: dict[tuple[int, bool, int], Config] = {
+_TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
-    (80, False, 0): _config(
+    (80, 1, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
-    (80, False, 1): _config(
+    (80, 1, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
-    (80, True, 0): _config(
+    (80, 0, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
-    (80, True, 1): _config(
+    (80, 0, 1): _config(
         (64, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     # 4 warps forward: two programs an SM, and the exponentials of one hide under the products of the other.
-    (90, False, 0): _config(
+    (90, 1, 0): _config(
         (128, 128, 64, 4, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=264, chunk=(4096, 4096),
         recompute=(128, 128, 64, 8, 3),
     ),
-    (90, False, 1): _config(
+    (90, 1, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
     ),
-    (90, False, 2): _config(
+    (90, 1, 2): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
     ),
     # The second program's registers go to the parts of tf32x3.
-    (90, True, 0): _config(
+    (90, 0, 0): _config(
         (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048)
     ),
-    (90, True, 1): _config(
+    (90, 0, 1): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
     ),
-    (90, True, 2): _config(
+    (90, 0, 2): _config(
         (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
     ),
     # A thread reads whole rows from tensor memory: no part of a column is a thread's own, hence kept = 1.
-    (100, False, 0): _config(
+    (100, 1, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
         recompute=(128, 64, 64, 8, 4),
     ),
-    (100, False, 1): _config(
+    (100, 1, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
-    (100, False, 2): _config(
+    (100, 1, 2): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
-    (100, True, 0): _config(
+    (100, 0, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, True, 1): _config(
+    (100, 0, 1): _config(
         (128, 64, 64, 8, 2), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, True, 2): _config(
+    (100, 0, 2): _config(
         (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    # Texts in two parts of fp16, or three of bf16: two or three blocks of them beside one of the columns.
+    (80, 2, 0): _config(
+        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    (80, 2, 1): _config(
+        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    (80, 3, 0): _config(
+        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    (80, 3, 1): _config(
+        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+    ),
+    (90, 2, 0): _config(
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (90, 2, 1): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (90, 2, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (90, 3, 0): _config(
+        (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (90, 3, 1): _config(
+        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (90, 3, 2): _config(
+        (128, 32, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+    ),
+    (100, 2, 0): _config(
+        (128, 128, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 2, 1): _config(
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 2, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 3, 0): _config(
+        (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 3, 1): _config(
+        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 3, 2): _config(
+        (128, 32, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
 }  # fmt: skip
 
 
-def config_for(capability: tuple[int, int], dtype: torch.dtype, burden: int) -> Config:
-    """The table's row for a CUDA compute capability, a feature dtype (fp16, bf16, fp32), and what a tile looks at.
+def parts(text: torch.dtype, columns: torch.dtype) -> int:
+    """In how many parts of the columns' dtype a text has no more error than fp32."""
+    wide = {
+        (torch.float32, torch.float16): 2,
+        (torch.float32, torch.bfloat16): 3,
+        (torch.float16, torch.bfloat16): 2,
+    }
+    return wide.get((text, columns), 1)
+
+
+def config_for(capability: tuple[int, int], text: torch.dtype, columns: torch.dtype, burden: int) -> Config:
+    """The table's row for a CUDA compute capability, the features' dtypes (fp16, bf16, fp32), and what a tile looks at.
 
     D needs no row: it is walked in steps of a depth.
     """
     # Consumer Blackwell (12.x) has sm_80's matrix instructions and shared memory.
     architecture = {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
+    taken = 0 if columns == torch.float32 else parts(text, columns)
     # sm_80's tiles have room for burden 2.
-    return _TABLE[architecture, dtype == torch.float32, min(burden, 1 if architecture == 80 else 2)]
+    return _TABLE[architecture, taken, min(burden, 1 if architecture == 80 else 2)]
 
 
 def burden(options: Options) -> int:
@@ -174,9 +235,15 @@ def burden(options: Options) -> int:
     return int(options.ids_KM is not None or options.excluded_2E is not None or options.smooth)
 
 
-def tile_config(text_MD: Tensor, options: Options) -> Config:
+def tile_config(text_MD: Tensor, columns: torch.dtype, burden: int) -> Config:
     """`config_for` the device that the texts are on."""
-    return config_for(torch.cuda.get_device_capability(text_MD.device), text_MD.dtype, burden(options))
+    return config_for(torch.cuda.get_device_capability(text_MD.device), text_MD.dtype, columns, burden)
+
+
+def programs(config: Config, rows: int, columns: int) -> tuple[int, int]:
+    """Forward's grid: programs over blocks of rows, and over blocks of columns."""
+    P = min(-(-rows // config.forward.rows), config.programs)
+    return P, min(max(1, config.programs // P), -(-columns // config.forward.columns))
 
 
 def refusal(text_MD: Tensor) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,17 @@ class Variant(NamedTuple):
 
 
 def launches(
-    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: torch.dtype, variant: Variant, D: int = 512
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: int,
+    dtype: torch.dtype,
+    variant: Variant,
+    D: int = 512,
+    columns: torch.dtype | None = None,
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels and arguments that one loss and its gradients would launch; nothing runs."""
+    """The kernels and arguments that one loss and its gradients would launch; nothing runs.
+
+    With columns of another dtype, images are frozen.
+    """
     from efficientclip.kernels.triton import contrastive, tiles, tuning
 
     seen: list[tuple[Any, dict[str, Any]]] = []
@@ -64,15 +73,17 @@ def launches(
     )
     capability = architecture // 10, architecture % 10
     with monkeypatch.context() as patch:
-        config = tuning.config_for(capability, dtype, tuning.burden(options))
-        patch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+        patch.setattr(
+            tuning, "tile_config", lambda text_MD, *given: tuning.config_for(capability, text_MD.dtype, *given)
+        )
         for name in KERNELS:
             module = tiles if name == "product_kernel" else contrastive
             patch.setattr(module, name, Recorder(getattr(module, name)))
-        walk = contrastive.TritonContrastive(text, text, text if variant.bank else None, torch.ones(()), options)
+        image = text.to(columns or dtype)
+        walk = contrastive.TritonContrastive(text, image, image if variant.bank else None, torch.ones(()), options)
         sums = walk.forward()
         grads = ContrastiveGrads(*sums[: len(ContrastiveGrads._fields)])
-        walk.backward(ContrastiveKept(sums.row_lse_M, sums.col_lse_N), grads, True, True)
+        walk.backward(ContrastiveKept(sums.row_lse_M, sums.col_lse_N), grads, True, columns is None)
     return seen
 
 
@@ -129,14 +140,34 @@ def test_no_spills_and_tensor_cores(
         assert used["MATRIX"] or kernel.__name__ == "merge_kernel", (what, used)
 
 
+@pytest.mark.parametrize("columns", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "positives", "smoothing", "both"])
+@pytest.mark.parametrize("architecture", SHARED_KB)
+def test_frozen_halves_beside_fp32_texts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, columns: torch.dtype, name: str
+) -> None:
+    """Texts in parts: no spills, and matrix instructions of 16 bits alone."""
+    variant, kernels = VARIANTS[name]
+    for kernel, arguments in launches(monkeypatch, architecture, torch.float32, variant, columns=columns):
+        if kernel.__name__ not in kernels or kernel.__name__ == "merge_kernel":
+            continue
+        used = usage(kernel, arguments, architecture, tmp_path)
+        what = kernel.__name__, arguments["PARTS"], arguments.get("BANK")
+        print(architecture, *what, used)
+        assert arguments["PARTS"] == (2 if columns == torch.float16 else 3)
+        assert used["STACK"] == used["LOCAL"] == 0, (what, used)
+        assert used["SHARED"] <= SHARED_KB[architecture] * 1024, (what, used)
+        assert used["MATRIX"] and not used["TF32"], (what, used)
+
+
 def test_forward_and_recompute_agree() -> None:
     """Masked cells are ordered by the tiles of forward, and the recomputes look them up by theirs; p sums to 1."""
     from efficientclip.kernels.triton import tuning
 
     for capability in ((8, 0), (9, 0), (10, 0)):
-        for dtype in DTYPES:
+        for dtypes in itertools.product(DTYPES, DTYPES):
             for burden in range(3):
-                config = tuning.config_for(capability, dtype, burden)
+                config = tuning.config_for(capability, *dtypes, burden)
                 again = (config.forward, config.rescue, config.gradient)
                 assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
                 assert len({launch.depth for launch in again}) == 1

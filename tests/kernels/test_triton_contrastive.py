@@ -49,7 +49,7 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8)
         tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
         chunk=(64, 48), panel=64,
     )  # fmt: skip
-    monkeypatch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+    monkeypatch.setattr(tuning, "tile_config", lambda *given: config)
 
 
 def on_device(value: Any) -> Any:
@@ -199,9 +199,67 @@ def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: in
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
+# Texts, and frozen columns that are read as they are.
+FROZEN = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float16, torch.float32),
+]
+
+
 @runs_kernels
-def test_a_nan_stays_where_it_is(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("scale", [1, 14, 100])
+@pytest.mark.parametrize(("dtype", "frozen"), FROZEN, ids=str)
+def test_frozen_rows_of_any_dtype(rng: torch.Generator, dtype: torch.dtype, frozen: torch.dtype, scale: float) -> None:
+    """No worse than plain torch in fp32 on the same rows, sure pairs and repeated columns among them."""
+    data = {name: on_device(value) for name, value in features(rng, 89, 37, 40, hard=True).items()}
+    check_against_plain(data, dtype, scale, frozen=frozen, units=2)
+    options = {name: on_device(value) for name, value in everything(rng, 89, 37).items()}
+    check_against_plain(data, dtype, scale, frozen=frozen, units=2, positives="ids", **options)
+
+
+@runs_kernels
+@pytest.mark.parametrize("length", [1e-6, 1e6])
+@pytest.mark.parametrize("frozen", [torch.float16, torch.bfloat16], ids=str)
+def test_texts_of_any_length_in_parts(rng: torch.Generator, frozen: torch.dtype, length: float) -> None:
+    data = {name: on_device(value) for name, value in features(rng, 50, 20, 24, hard=True).items()}
+    # Gradients reach an element 1/length times as far.
+    out = run(contrastive_loss, data | {"text": data["text"] * length}, torch.float32, 14 / length, frozen)
+    expected = run(contrastive_loss, data, torch.float32, 14, frozen)
+    torch.testing.assert_close(out["per_pair_loss"], expected["per_pair_loss"], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(out["d_text"] * length, expected["d_text"], rtol=1e-4, atol=1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bank_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained images", "frozen"])
+def test_each_side_has_its_own_pairing(rng: torch.Generator, trained: bool, bank_dtype: torch.dtype) -> None:
+    """Images of fp16 beside a bank of any dtype; where images are trained, their gradient is as fp32's."""
+    M, N, Q, D = 37, 90, 29, 24
+    text, image, bank = (unit(rng, size, D).float().to(DEVICE) for size in (M, N, Q))
+    image, bank = image.half(), bank.to(bank_dtype)
+    ours = tiles(text, image, bank, 10.0, 40)
+    exact = tiles(text.double(), image.double(), bank.double(), 10.0, 40)
+    sums, truth = ours.forward(), exact.forward()
+    for name, value in truth._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(sums, name), value, rtol=2e-6, atol=2e-5, msg=name)
+    grads = ContrastiveGrads(*(None if v is None else torch.rand_like(v) for v in truth[:7]))
+    kept, true = (ContrastiveKept(of.row_lse_M, of.col_lse_N) for of in (sums, truth))
+    found, expected = ours.backward(kept, grads, True, trained), exact.backward(true, grads, True, trained)
+    assert (found[1] is None) == (not trained)
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-6 * float(other.abs().max()))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_nan_stays_where_it_is(rng: torch.Generator, dtype: torch.dtype) -> None:
     text, image = (unit(rng, 70, 8).float().to(DEVICE) for _ in "12")
+    image = image.to(dtype)
     text[33, 2] = math.nan
     sums = tiles(text, image, None, 10.0).forward()
     assert sums.row_lse_M.isnan().nonzero().flatten().tolist() == [33]
