@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..contract import ContrastiveGrads, ContrastiveKept, ContrastiveSums, Options
 from . import tuning
-from .cells import Pair, by_tile, codes_of, count_same, histogram
+from .cells import Masked, Pair, codes_of, count_same, histogram, masked
 from .contrastive_kernels import LOWEST, forward_kernel, gradient_kernel, merge_kernel, rescue_kernel
 from .tiles import TOP_EXPONENT, add_product, addressable, arithmetic, matrix, split
 from .tuning import Config, Launch
@@ -49,24 +49,19 @@ class _Cells:
     """Masked and positive cells as the kernels read them; their counts come from sorted ids, without tiles.
 
     `codes` are those of the rows [K, M] and of the columns [K, N] in int32, equal where ids are, for K kinds of
-    ids. `cells` are masked cells ordered by tile, and the bounds of each tile's; nothing
-    here waits for the device.
+    ids. `masked` takes a side's columns, and the tiles that they are walked in. Nothing here waits for the device.
     """
 
-    def __init__(
-        self, options: Options, N: int, bank: int, M: int, blocks: tuple[Config, Config], device: torch.device
-    ) -> None:
+    def __init__(self, options: Options, N: int, bank: int, M: int, device: torch.device) -> None:
         self.own, as_positives = slice(options.offset, options.offset + M), options.as_positives
         self.diagonal = self.own.start >= 0 and self.own.stop <= N
-        ids_KM, ids_KN, bank_ids_Q = options.ids_KM, options.ids_KN, options.bank_ids_Q
-        excluded = options.excluded_2E
-        block, bank_block = ((config.forward.rows, config.forward.columns) for config in blocks)
+        self.M, self.N, self.bank = M, N, bank
+        ids_KM, ids_KN, bank_ids_Q, excluded = options.ids_KM, options.ids_KN, options.bank_ids_Q, options.excluded_2E
         self.codes = None if ids_KM is None or ids_KN is None else codes_of([*zip(ids_KM, ids_KN, strict=True)])
         self.bank_codes: Pair | None = None
         if ids_KM is not None and bank_ids_Q is not None and bank:
             self.bank_codes = codes_of([(ids_KM[0], bank_ids_Q)])
-        self.cells: Pair | None = None
-        self.bank_cells: Pair | None = None
+        self.listed: tuple[Tensor, Tensor, Tensor] | None = None
         same_M, same_N, left_out_M, left_out_N = (
             torch.zeros(size, dtype=torch.float64, device=device) for size in (M, N, M, N)
         )
@@ -88,14 +83,22 @@ class _Cells:
                     plain &= ~(here & (codes[0][:, row] == codes[1][:, torch.where(here, col - first, 0)]).any(0))
             in_batch = plain & (col < N)
             left_out_M, left_out_N = histogram(row, plain, M), histogram(col, in_batch, N)
-            self.cells = by_tile(row, col, (M, N), block, in_batch)
-            if bank:
-                self.bank_cells = by_tile(row, col - N, (M, bank), bank_block, plain & (col >= N))
+            self.listed = row, col, plain
         self.counts = (
             (left_out_M, left_out_N, same_M, same_N)
             if as_positives
             else (left_out_M + same_M, left_out_N + same_N, torch.zeros_like(same_M), torch.zeros_like(same_N))
         )
+
+    def masked(self, bank: bool, wide: Launch, narrow: Launch) -> Masked | None:
+        """None where no cell is listed."""
+        if self.listed is None:
+            return None
+        row_E, col_E, plain_E = self.listed
+        shape, first = ((self.M, self.bank), self.N) if bank else ((self.M, self.N), 0)
+        chosen_E = plain_E & ((col_E >= self.N) == bank)
+        tiles = (wide.rows, wide.columns), (narrow.rows, narrow.columns)
+        return masked(row_E, col_E - first, chosen_E, shape, *tiles)
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,10 @@ class _Side:
     factor: Tensor
     """What makes logits over ln 2 of products."""
     config: Config
+    listed: Config
+    """Of the tiles that hold masked cells."""
     codes: Pair | None
-    cells: Pair | None
+    masked: Masked | None
 
 
 class TritonContrastive:
@@ -125,7 +130,7 @@ class TritonContrastive:
     def __init__(
         self, text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: Options
     ) -> None:
-        self.given, self.options, burden = (text_MD, image_ND, bank_QD, scale), options, tuning.burden(options)
+        self.given, self.options = (text_MD, image_ND, bank_QD, scale), options
         self.text_MD, self.image_ND = addressable(text_MD), addressable(image_ND)
         bank_QD = None if bank_QD is None or not len(bank_QD) else addressable(bank_QD)
         Q = 0 if bank_QD is None else len(bank_QD)
@@ -133,24 +138,22 @@ class TritonContrastive:
         self.factor = (scale.detach().double() / LN2).float().reshape(1)
         self.scale = self.factor.double() * LN2
         self.width, self.D = text_MD.shape[1], self.text_MD.shape[1]
-        columns = self.image_ND if bank_QD is None else bank_QD
-        configs = [tuning.tile_config(text_MD, part.dtype, burden) for part in (self.image_ND, columns)]
-        self.cells = _Cells(options, len(image_ND), Q, len(text_MD), (configs[0], configs[1]), text_MD.device)
+        self.cells = _Cells(options, len(image_ND), Q, len(text_MD), text_MD.device)
         self.own = self.cells.own
-        self.batch = self._side(False, self.image_ND, configs[0])
-        self.bank: _Side | None = None
-        if bank_QD is not None:
-            shared = self.batch if bank_QD.dtype == image_ND.dtype else None
-            self.bank = self._side(True, bank_QD, configs[1], shared)
+        self.batch = self._side(False, self.image_ND)
+        self.bank = None if bank_QD is None else self._side(True, bank_QD)
 
-    def _side(self, bank: bool, columns_CD: Tensor, config: Config, shared: _Side | None = None) -> _Side:
-        parts = tuning.parts(self.text_MD.dtype, columns_CD.dtype)
-        if shared is not None:
-            text_MD, power = shared.text_MD, shared.power
+    def _side(self, bank: bool, columns_CD: Tensor) -> _Side:
+        dtype, burden = columns_CD.dtype, tuning.burden(self.options)
+        config, listed = (tuning.tile_config(self.text_MD, dtype, load) for load in (burden, max(burden, 1)))
+        parts = tuning.parts(self.text_MD.dtype, dtype)
+        if bank and dtype == self.image_ND.dtype:
+            text_MD, power = self.batch.text_MD, self.batch.power
         else:
-            text_MD, power = split(self.text_MD, columns_CD.dtype, parts)
-        codes, cells = (self.cells.bank_codes, self.cells.bank_cells) if bank else (self.cells.codes, self.cells.cells)
-        return _Side(bank, columns_CD, text_MD, parts, power, self.factor / power, config, codes, cells)
+            text_MD, power = split(self.text_MD, dtype, parts)
+        codes = self.cells.bank_codes if bank else self.cells.codes
+        masked = self.cells.masked(bank, config.forward, listed.forward)
+        return _Side(bank, columns_CD, text_MD, parts, power, self.factor / power, config, listed, codes, masked)
 
     def _new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.text_MD.device)
@@ -158,17 +161,21 @@ class TritonContrastive:
     def _full(self, value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, value, dtype=dtype, device=self.text_MD.device)
 
-    def _tile(self, side: _Side, launch: Launch) -> dict[str, Any]:
-        """Arguments of every kernel that computes logits."""
-        codes, cells, descriptors = side.codes, side.cells, side.config.descriptors
+    def _tile(self, side: _Side, launch: Launch, listed: bool = False) -> dict[str, Any]:
+        """Arguments of every kernel that computes logits, of `listed` cells or of tiles without any."""
+        codes, masked, descriptors, wide = side.codes, side.masked, side.config.descriptors, side.config.forward
         return {
             **matrix("text", side.text_MD, (launch.rows, launch.depth), descriptors),
             **matrix("columns", side.columns_CD, (launch.columns, launch.depth), descriptors),
             "scale": side.factor,
             "row_codes": None if codes is None else codes[0],
             "col_codes": None if codes is None else codes[1],
-            "cells": None if cells is None else cells[0],
-            "bounds": None if cells is None else cells[1],
+            "flags": None if masked is None else masked.flags,
+            "words": None if masked is None else masked.words,
+            "cells": masked.cells if listed and masked is not None else None,
+            "listed": len(masked.cells) if listed and masked is not None else None,
+            "WIDE_M": wide.rows,
+            "WIDE_N": wide.columns,
             "M": len(self.text_MD),
             "N": len(side.columns_CD),
             "D": self.D,
@@ -187,54 +194,56 @@ class TritonContrastive:
 
     def forward(self) -> ContrastiveSums:
         batch, config = self.batch, self.batch.config
-        M, N, launch = len(self.text_MD), len(self.image_ND), config.forward
+        M, N = len(self.text_MD), len(self.image_ND)
         extra, smooth = self.options.as_positives, self.options.smooth
         positive_M = self._full(0, M, dtype=torch.float64)
         for rows, own in self._row_steps() if self.cells.diagonal else ():
             products = self.text_MD[rows].float() * self.image_ND[own].float()
             positive_M[rows] = products.sum(1, dtype=torch.float64) * self.scale
 
-        P, S = tuning.programs(config, M, N)
-        slices = S if self.bank is None else max(S, tuning.programs(self.bank.config, M, len(self.bank.columns_CD))[1])
         width = min(N, config.panel)
+        launches = [self._forward_launches(side) for side in (self.batch, self.bank) if side is not None]
+        slices = max(grid[1] for of_side in launches for grid, _ in of_side)
+        strips = [grid[0] for grid, _ in launches[0]]
         row_top, row_sum = self._full(LOWEST.value, slices, M), self._full(0, slices, M)
         row_extra = self._full(0, slices, M) if extra else None
         row_logits = self._full(0, slices, M) if smooth else None
-        col_top, col_sum = self._new(triton.cdiv(width, launch.columns), P), self._new(P, width)
-        col_extra = self._new(P, width) if extra else None
-        col_logits = self._new(P, width) if smooth else None
+        tops = [self._new(triton.cdiv(width, given["BLOCK_N"]), grid[0]) for grid, given in launches[0]]
+        sums = [self._new(P, width) for P in strips]
+        col_extra = self._new(max(strips), width) if extra else None
+        col_logits = self._new(max(strips), width) if smooth else None
         highest_N, total_N = self._new(N, dtype=torch.float64), self._new(N, dtype=torch.float64)
         col_extra_N = self._new(N, dtype=torch.float64) if extra else None
         col_logits_N = self._new(N, dtype=torch.float64) if smooth else None
         of_rows = {"row_top": row_top, "row_sum": row_sum, "row_extra": row_extra, "row_logits": row_logits}
-        of_columns = {"col_top": col_top, "col_sum": col_sum, "col_extra": col_extra, "col_logits": col_logits}
-        options = {"width": width, "SMOOTH": smooth}
+        merged_by = launches[0][-1][1]["BLOCK_N"]
+        more = (tops[1], sums[1], strips[1]) if len(strips) > 1 else (None, None, None)
         with torch.cuda.device_of(self.text_MD):
             for first in range(0, N, width):
                 last = min(first + width, N)
-                blocks = triton.cdiv(last - first, launch.columns)
                 for partial in (col_extra, col_logits):
                     if partial is not None:
                         partial.zero_()
-                forward_kernel[P, min(S, blocks)](
-                    **self._tile(batch, launch), **of_rows, **of_columns, first=first, last=last, KEPT=config.kept,
-                    **options,
+                for (grid, given), col_top, col_sum in zip(launches[0], tops, sums, strict=True):
+                    forward_kernel[grid](
+                        **given, **of_rows, col_top=col_top, col_sum=col_sum, col_extra=col_extra,
+                        col_logits=col_logits, first=first, last=last, width=width,
+                    )  # fmt: skip
+                merge_kernel[triton.cdiv(last - first, merged_by),](
+                    tops[0], sums[0], strips[0], *more, highest_N, total_N, first, last, width, BLOCK_P=16,
+                    BLOCK_N=merged_by, WIDE_N=config.forward.columns,
                 )  # fmt: skip
-                merge_kernel[blocks,](
-                    col_top, col_sum, highest_N, total_N, P, first, last, width, BLOCK_P=16, BLOCK_N=launch.columns
-                )
                 for partial, sums_N in ((col_extra, col_extra_N), (col_logits, col_logits_N)):
                     if partial is not None and sums_N is not None:
                         sums_N[first:last] = partial[:, : last - first].sum(0, dtype=torch.float64)
-            if self.bank is not None:
-                Q = len(self.bank.columns_CD)
-                launch, kept = self.bank.config.forward, self.bank.config.kept
-                forward_kernel[tuning.programs(self.bank.config, M, Q)](
-                    **self._tile(self.bank, launch), **of_rows, **dict.fromkeys(of_columns), first=0, last=Q, KEPT=kept,
-                    **options,
-                )  # fmt: skip
-            rescue_kernel[triton.cdiv(N, config.rescue.columns),](
-                **self._tile(batch, config.rescue), highest=highest_N, total=total_N
+            for grid, given in launches[1] if self.bank is not None else ():
+                none = dict.fromkeys(("col_top", "col_sum", "col_extra", "col_logits"))
+                last = given["N"]
+                forward_kernel[grid](**given, **of_rows, **none, first=0, last=last, width=last)
+            listed = batch.masked is not None
+            rescue = batch.listed.rescue if listed else config.rescue
+            rescue_kernel[triton.cdiv(N, rescue.columns),](
+                **self._tile(batch, rescue, listed), highest=highest_N, total=total_N
             )
         top_M = row_top.amax(0)
         sum_M = (row_sum.double() * (row_top - top_M).double().exp2()).sum(0)
@@ -252,6 +261,19 @@ class TritonContrastive:
             None if col_logits_N is None else col_logits_N * LN2,
             *self.cells.counts,
         )
+
+    def _forward_launches(self, side: _Side) -> list[tuple[tuple[int, int], dict[str, Any]]]:
+        """Grids and arguments: of tiles without listed cells, then of those with some."""
+        M, C = len(self.text_MD), min(len(side.columns_CD), len(side.columns_CD) if side.bank else side.config.panel)
+        grid = tuning.programs(side.config, M, C)
+        shared = {"SMOOTH": self.options.smooth}
+        found = [(grid, {**self._tile(side, side.config.forward), **shared, "KEPT": side.config.kept})]
+        if side.masked is not None:
+            listed = side.listed
+            P = min(side.masked.words, listed.programs)
+            grid = P, min(max(1, listed.programs // P), triton.cdiv(C, listed.forward.columns))
+            found.append((grid, {**self._tile(side, listed.forward, True), **shared, "KEPT": listed.kept}))
+        return found
 
     def backward(
         self, sums: ContrastiveKept, grads: ContrastiveGrads, need_text: bool, need_image: bool
@@ -304,9 +326,9 @@ class TritonContrastive:
         high, wide = min(config.chunk[0], M), min(config.chunk[1], triton.cdiv(N, 16) * 16)
         # Parts lie below one another, each with room for whole tiles.
         chunk = self._new(parts * triton.cdiv(high, launch.rows) * launch.rows, wide, dtype=columns_ND.dtype)
-        blocks = triton.cdiv(high, launch.rows) * triton.cdiv(wide, launch.columns)
-        scale_slopes, d_scale = self._new(blocks), self._full(0, dtype=torch.float64)
-        tile = self._tile(side, launch)
+        d_scale = self._full(0, dtype=torch.float64)
+        passes = [(launch, False)] if side.masked is None else [(launch, False), (side.listed.gradient, True)]
+        tiles = [(of, self._tile(side, of, listed)) for of, listed in passes]
         for row in range(0, M, high):
             rows = slice(row, min(row + high, M))
             size = rows.stop - row
@@ -314,19 +336,22 @@ class TritonContrastive:
             for col in range(0, N, wide):
                 cols = slice(col, min(col + wide, N))
                 dz_RC = chunk[: parts * step, : cols.stop - col]
-                grid = triton.cdiv(dz_RC.shape[1], launch.columns), triton.cdiv(size, launch.rows)
-                gradient_kernel[grid](
-                    **tile,
-                    **matrix("out", dz_RC, (launch.rows, launch.columns), config.descriptors),
-                    row_vectors=row_KM,
-                    col_vectors=col_KN,
-                    out_step=step,
-                    scale_slopes=scale_slopes,
-                    first_row=row,
-                    first_col=col,
-                    SMOOTH=self.options.smooth,
-                )
-                d_scale += scale_slopes[: math.prod(grid)].sum(dtype=torch.float64)
+                # Flagged tiles are written last.
+                for of, tile in tiles:
+                    grid = triton.cdiv(cols.stop - col, of.columns), triton.cdiv(size, of.rows)
+                    scale_slopes = self._new(math.prod(grid))
+                    gradient_kernel[grid](
+                        **tile,
+                        **matrix("out", dz_RC, (of.rows, of.columns), config.descriptors),
+                        row_vectors=row_KM,
+                        col_vectors=col_KN,
+                        out_step=step,
+                        scale_slopes=scale_slopes,
+                        first_row=row,
+                        first_col=col,
+                        SMOOTH=self.options.smooth,
+                    )
+                    d_scale += scale_slopes.sum(dtype=torch.float64)
                 if d_text_MD is not None:
                     add_product(d_text_MD[rows], dz_RC, columns_ND[cols], False, *how, parts)
                 if d_image_ND is not None:

@@ -52,11 +52,7 @@ def load_rows(source, stride, row_R, open_R, col, cols, BLOCK_C: tl.constexpr, U
 @triton.jit
 def rounded(target, stride, block):
     """The block as `store_block` would write it."""
-    if stride is None:
-        kept = block.to(target.dtype)
-    else:
-        kept = block.to(target.dtype.element_ty)
-    return kept
+    return block.to(target.dtype if stride is None else target.dtype.element_ty)
 
 
 @triton.jit
@@ -76,15 +72,15 @@ def store_block(target, stride, row, col, rows, cols, block, BLOCK_R: tl.constex
 def tile_product(
     a, a_stride, a_row, a_rows, b, b_stride, b_row, b_rows, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NAMED: tl.constexpr = False,
-    PARTS: tl.constexpr = 1,
+    PARTS: tl.constexpr = 1, stop=None,
 ):  # fmt: skip
-    """fp32 [R, C]: dot products of rows of two matrices, in one order over D.
+    """fp32 [R, C]: dot products of rows of two matrices, in one order over D, or over none if `stop` is 0.
 
     Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there. `a` may
     be the sum of `PARTS` matrices, side by side: what is read of `b` then serves them all.
     """
     acc_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for k in range(0, D, BLOCK_K):
+    for k in range(0, D if stop is None else stop, BLOCK_K):
         if NAMED:
             a_RK = load_rows(a, a_stride, a_row, a_rows, k, D, BLOCK_K, UPCAST)
             b_CK = load_rows(b, b_stride, b_row, b_rows, k, D, BLOCK_K, UPCAST)
@@ -121,6 +117,38 @@ def fill_cells(x_RC, cells, bounds, row, col, N, value, BLOCK_R: tl.constexpr, B
     col_C = col + tl.arange(0, BLOCK_C)
     for at in range(tl.load(bounds + tile), tl.load(bounds + tile + 1)):
         here_RC = (row_R == tl.load(cells + 2 * at))[:, None] & (col_C == tl.load(cells + 2 * at + 1))[None, :]
+        x_RC = tl.where(here_RC, value, x_RC)
+    return x_RC
+
+
+@triton.jit
+def is_flagged(flags, words, row, col, WIDE_R: tl.constexpr, WIDE_C: tl.constexpr):
+    """Not 0 if the tile that a row and a column lie in is flagged: see `cells.Masked`."""
+    block = row // WIDE_R
+    return (tl.load(flags + col // WIDE_C * words + block // 32) >> (block % 32)) & 1
+
+
+@triton.jit
+def _first_at(keys, size, key):
+    """Where, in ascending keys, the first one stands that is no less than `key`."""
+    low = tl.zeros((), tl.int32)
+    high = low + size
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(keys + middle) < key
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def fill_sorted_cells(x_RC, cells, listed, row, col, N, value, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`fill_cells` of `listed` cells that need no bounds: see `cells.Masked`."""
+    first = (tl.cast(row // BLOCK_R, tl.int64) * tl.cdiv(N, BLOCK_C) + col // BLOCK_C) * (BLOCK_R * BLOCK_C)
+    start = _first_at(cells, listed, first)
+    for at in range(start, _first_at(cells, listed, first + BLOCK_R * BLOCK_C)):
+        cell = (tl.load(cells + at) - first).to(tl.int32)
+        here_RC = (tl.arange(0, BLOCK_R) == cell // BLOCK_C)[:, None] & (tl.arange(0, BLOCK_C) == cell % BLOCK_C)[None]
         x_RC = tl.where(here_RC, value, x_RC)
     return x_RC
 

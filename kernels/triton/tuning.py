@@ -229,10 +229,13 @@ def config_for(capability: tuple[int, int], text: torch.dtype, columns: torch.dt
 
 
 def burden(options: Options) -> int:
-    """What a tile needs beside products: 0 nothing, 1 ids, cells or all logits, 2 positives by ids and these."""
+    """What a tile needs beside products: 0 nothing, 1 ids or all logits, 2 positives by ids beside all logits.
+
+    Tiles that hold masked cells bear 1 at least.
+    """
     if options.ids_KM is not None and options.as_positives and options.smooth:
         return 2
-    return int(options.ids_KM is not None or options.excluded_2E is not None or options.smooth)
+    return int(options.ids_KM is not None or options.smooth)
 
 
 def tile_config(text_MD: Tensor, columns: torch.dtype, burden: int) -> Config:

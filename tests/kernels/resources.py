@@ -16,7 +16,7 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def compiled(source: ASTSource, capability: int, folder: Path, **options: int) -> dict[str, int]:
-    """Registers, stack and local bytes of a thread, shared bytes of a program, matrix instructions, mentions of TF32."""
+    """Registers, stack and local bytes of a thread, shared bytes of a program, matrix instructions, TF32 words."""
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])

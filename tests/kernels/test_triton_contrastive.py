@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -49,7 +50,14 @@ def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8)
         tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
         chunk=(64, 48), panel=64,
     )  # fmt: skip
-    monkeypatch.setattr(tuning, "tile_config", lambda *given: config)
+    # Tiles that hold masked cells are half as wide and half as high.
+    tile = tuning.Launch(16, 8, 32, 4, 2)
+    narrow = dataclasses.replace(config, forward=tile, rescue=tile, gradient=tile, kept=min(kept, 8))
+
+    def chosen(text_MD: Tensor, columns: torch.dtype, burden: int) -> tuning.Config:
+        return narrow if burden else config
+
+    monkeypatch.setattr(tuning, "tile_config", chosen)
 
 
 def on_device(value: Any) -> Any:
@@ -150,14 +158,14 @@ def test_merging_of_many_strips(rng: torch.Generator) -> None:
     tops, sums = 60 * torch.randn(3, P, generator=rng), torch.rand(P, width, generator=rng)
     given = [part.to(DEVICE) for part in (tops, sums)]
     highest, total = (torch.full((N,), math.nan, dtype=torch.float64, device=DEVICE) for _ in "12")
-    merge_kernel[3,](*given, highest, total, P, 0, N, width, BLOCK_P=16, BLOCK_N=block)
+    merge_kernel[3,](*given, P, None, None, None, highest, total, 0, N, width, BLOCK_P=16, BLOCK_N=block, WIDE_N=block)
     terms = sums[:, :N].double().log2() + tops.T.repeat_interleave(block, 1)[:, :N].double()
     torch.testing.assert_close((total.log2() + highest).cpu(), torch.logsumexp(terms * math.log(2), 0) / math.log(2))
 
 
 def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
     """What walks the tiles of texts whose images start at `first`; in fp64 the chunked path."""
-    given = dict.fromkeys(Options._fields) | {"as_positives": False, "smooth": False, "offset": first}
+    given = dict.fromkeys(Options._fields[:4]) | {"as_positives": False, "smooth": False, "offset": first}
     options = Options(**given | more)
     return contrastive.walk(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device), options)
 
