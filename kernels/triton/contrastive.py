@@ -37,7 +37,7 @@ from ..contract import ContrastiveGrads, ContrastiveKept, ContrastiveSums, Optio
 from . import tuning
 from .cells import Masked, Pair, codes_of, count_same, histogram, masked
 from .contrastive_kernels import LOWEST, forward_kernel, gradient_kernel, merge_kernel, rescue_kernel
-from .tiles import TOP_EXPONENT, add_product, addressable, arithmetic, matrix, split
+from .tiles import TOP_EXPONENT, add_library_product, add_product, addressable, arithmetic, matrix, split
 from .tuning import Config, Launch
 
 LN2 = math.log(2)
@@ -322,8 +322,8 @@ class TritonContrastive:
         """Adds the products of all logit gradients of a side's columns; returns d scale."""
         columns_ND, parts, config = side.columns_CD, side.parts, side.config
         M, N = len(self.text_MD), len(columns_ND)
-        launch, how = config.gradient, (config.product, config.descriptors)
-        high, wide = min(config.chunk[0], M), min(config.chunk[1], triton.cdiv(N, 16) * 16)
+        launch = config.gradient
+        high, wide = tuning.chunk_shape(config, M, N)
         # Parts lie below one another, each with room for whole tiles.
         chunk = self._new(parts * triton.cdiv(high, launch.rows) * launch.rows, wide, dtype=columns_ND.dtype)
         d_scale = self._full(0, dtype=torch.float64)
@@ -353,10 +353,21 @@ class TritonContrastive:
                     )
                     d_scale += scale_slopes.sum(dtype=torch.float64)
                 if d_text_MD is not None:
-                    add_product(d_text_MD[rows], dz_RC, columns_ND[cols], False, *how, parts)
+                    self._add_product(config, d_text_MD[rows], dz_RC, columns_ND[cols], False, parts)
                 if d_image_ND is not None:
-                    add_product(d_image_ND[cols], dz_RC, side.text_MD[rows], True, *how)
+                    self._add_product(config, d_image_ND[cols], dz_RC, side.text_MD[rows], True)
         return d_scale / side.power.double().reshape(())
+
+    def _add_product(
+        self, config: Config, out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, parts: int = 1
+    ) -> None:
+        if config.products == "library":
+            add_library_product(out_RD, chunk, features_KD, transposed, parts)
+            return
+        splits = tuning.product_splits(config, *out_RD.shape, len(features_KD))
+        add_product(
+            out_RD, chunk, features_KD, transposed, config.product, config.descriptors, parts=parts, splits=splits
+        )
 
     def _row_steps(self) -> Iterator[tuple[slice, slice]]:
         """Steps over the texts, and the same pairs among all images."""

@@ -17,9 +17,9 @@ WEAK: tl.constexpr = tl.constexpr(2.0**-80)
 @triton.jit
 def _tile_products(
     text, columns, text_stride, columns_stride, scale, row, col, row_codes, col_codes, flags, words, cells, listed, M,
-    N, D, offset, BANK: tl.constexpr, IDS: tl.constexpr, POSITIVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE_M: tl.constexpr, WIDE_N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    N, D, offset, BANK: tl.constexpr, IDS: tl.constexpr, POSITIVES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDE_M: tl.constexpr, WIDE_N: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Inner products, and the factor > 0 that makes logits over ln 2 of them; a negative scale turns their sign.
 
@@ -252,10 +252,10 @@ def rescue_kernel(
 @triton.jit
 def _gradient_tile(
     in_row, in_col, text, columns, text_stride, columns_stride, scale, row_codes, col_codes, flags, words, cells,
-    listed, row_vectors, col_vectors, out, out_stride, out_step, M, N, D, offset, first_row, first_col, BANK: tl.constexpr,
-    IDS: tl.constexpr, POSITIVES: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, WIDE_M: tl.constexpr, WIDE_N: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    listed, row_vectors, col_vectors, out, out_stride, out_step, M, N, D, offset, first_row, first_col,
+    BANK: tl.constexpr, IDS: tl.constexpr, POSITIVES: tl.constexpr, SMOOTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDE_M: tl.constexpr, WIDE_N: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = first_row + in_row
     col = first_col + in_col
@@ -315,16 +315,13 @@ def gradient_kernel(
     in_row = tl.program_id(1) * BLOCK_M
     in_col = tl.program_id(0) * BLOCK_N
     share = 0.0
-    if cells is None:
+    mine = 1
+    if cells is not None:
+        mine = is_flagged(flags, words, first_row + in_row, first_col + in_col, WIDE_M, WIDE_N)
+    if mine != 0:
         share = _gradient_tile(
-            in_row, in_col, text, columns, text_stride, columns_stride, scale, row_codes, col_codes, flags, words, cells,
-            listed, row_vectors, col_vectors, out, out_stride, out_step, M, N, D, offset, first_row, first_col, BANK,
-            IDS, POSITIVES, SMOOTH, BLOCK_M, BLOCK_N, BLOCK_D, WIDE_M, WIDE_N, PARTS, PRECISION, UPCAST,
-        )  # fmt: skip
-    elif is_flagged(flags, words, first_row + in_row, first_col + in_col, WIDE_M, WIDE_N) != 0:
-        share = _gradient_tile(
-            in_row, in_col, text, columns, text_stride, columns_stride, scale, row_codes, col_codes, flags, words, cells,
-            listed, row_vectors, col_vectors, out, out_stride, out_step, M, N, D, offset, first_row, first_col, BANK,
-            IDS, POSITIVES, SMOOTH, BLOCK_M, BLOCK_N, BLOCK_D, WIDE_M, WIDE_N, PARTS, PRECISION, UPCAST,
+            in_row, in_col, text, columns, text_stride, columns_stride, scale, row_codes, col_codes, flags, words,
+            cells, listed, row_vectors, col_vectors, out, out_stride, out_step, M, N, D, offset, first_row, first_col,
+            BANK, IDS, POSITIVES, SMOOTH, BLOCK_M, BLOCK_N, BLOCK_D, WIDE_M, WIDE_N, PARTS, PRECISION, UPCAST,
         )  # fmt: skip
     tl.store(scale_slopes + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), share)

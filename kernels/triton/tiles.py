@@ -84,13 +84,14 @@ def tile_product(
         if NAMED:
             a_RK = load_rows(a, a_stride, a_row, a_rows, k, D, BLOCK_K, UPCAST)
             b_CK = load_rows(b, b_stride, b_row, b_rows, k, D, BLOCK_K, UPCAST)
-            acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
         else:
+            a_RK = load_block(a, a_stride, a_row, k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
             b_CK = load_block(b, b_stride, b_row, k, b_rows, D, BLOCK_C, BLOCK_K, UPCAST)
-            for part in tl.static_range(PARTS):
-                # The last block may reach into the next part: there `b` is 0.
-                a_RK = load_block(a, a_stride, a_row, part * D + k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
-                acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
+        acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
+        for part in tl.static_range(1, PARTS):
+            # The last block may reach into the next part: there `b` is 0.
+            a_RK = load_block(a, a_stride, a_row, part * D + k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
+            acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
     return acc_RC
 
 
@@ -155,29 +156,40 @@ def fill_sorted_cells(x_RC, cells, listed, row, col, N, value, BLOCK_R: tl.const
 
 @triton.jit
 def product_kernel(
-    chunk, features, out, chunk_stride, features_stride, out_stride, rows, step, K, D, TRANSPOSED: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    chunk, features, out, chunk_stride, features_stride, out_stride, rows, step, K, D, span, out_step,
+    TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D].
 
-    A chunk that is not transposed may be the sum of `PARTS`, one `step` rows below the other.
+    A chunk that is not transposed may be the sum of `PARTS`, one `step` rows below the other. If `SPLIT`, program z
+    takes `span` of K, and writes to rows z * `out_step` and on what others add up.
     """
     row = tl.program_id(1) * BLOCK_R
     d = tl.program_id(0) * BLOCK_D
     acc_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
+    start = 0
+    end = K
+    if SPLIT:
+        start = tl.program_id(2) * span
+        end = tl.minimum(K, start + span)
+    for k in range(start, end, BLOCK_K):
         if TRANSPOSED:
             chunk_RK = load_block(chunk, chunk_stride, k, row, K, rows, BLOCK_K, BLOCK_R, UPCAST).T
-            acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
         else:
-            for part in tl.static_range(PARTS):
-                below = (PARTS - 1) * step + rows
-                chunk_RK = load_block(chunk, chunk_stride, part * step + row, k, below, K, BLOCK_R, BLOCK_K, UPCAST)
-                acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
-    acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
-    store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
+            chunk_RK = load_block(chunk, chunk_stride, row, k, rows, K, BLOCK_R, BLOCK_K, UPCAST)
+        feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
+        acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
+        for part in tl.static_range(1, PARTS):
+            below = part * step + rows
+            chunk_RK = load_block(chunk, chunk_stride, part * step + row, k, below, K, BLOCK_R, BLOCK_K, UPCAST)
+            acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
+    if SPLIT:
+        at = tl.program_id(2) * out_step
+        store_block(out, out_stride, at + row, d, at + out_step, D, acc_RD, BLOCK_R, BLOCK_D)
+    else:
+        acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
+        store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
 
 
 # Launching
@@ -208,23 +220,33 @@ def add_product(
     launch: Launch,
     descriptors: bool,
     parts: int = 1,
+    splits: int = 1,
 ) -> None:
     """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic.
 
     In `parts`, a chunk that is not transposed is their sum: equally many rows of each, below one another, R or more.
+    K may be cut into `splits`, whose sums are added up in one order.
     """
     rows, K = len(out_RD), chunk.shape[0 if transposed else 1]
     D = out_RD.shape[1]
     block = (launch.depth, launch.rows) if transposed else (launch.rows, launch.depth)
-    product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows)](
+    span = triton.cdiv(triton.cdiv(K, splits), launch.depth) * launch.depth
+    splits = triton.cdiv(K, span)
+    # Each with room for whole tiles: what lies beyond the last row of one is not the next one's.
+    out_step = triton.cdiv(rows, launch.rows) * launch.rows
+    target = out_RD if splits == 1 else out_RD.new_empty(splits * out_step, D)
+    product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows), splits](
         **matrix("chunk", chunk, block, descriptors),
         **matrix("features", features_KD, (launch.depth, launch.columns), descriptors),
-        **matrix("out", out_RD, (launch.rows, launch.columns), descriptors),
+        **matrix("out", target, (launch.rows, launch.columns), descriptors),
         rows=rows,
         step=len(chunk) // parts,
         K=K,
         D=D,
+        span=span,
+        out_step=out_step,
         TRANSPOSED=transposed,
+        SPLIT=splits > 1,
         PARTS=parts,
         BLOCK_R=launch.rows,
         BLOCK_K=launch.depth,
@@ -233,6 +255,19 @@ def add_product(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+    if splits > 1:
+        out_RD += target.view(splits, out_step, D)[:, :rows].sum(0)
+
+
+def add_library_product(out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, parts: int = 1) -> None:
+    """The same by torch's products, cuBLAS on CUDA."""
+    rows, step = len(out_RD), len(chunk) // parts
+    for part in range(parts):
+        of_part = chunk.T if transposed else chunk[part * step : part * step + rows]
+        if not out_RD.is_cuda or chunk.dtype == torch.float32:
+            out_RD.addmm_(of_part.float(), features_KD.float())
+        else:
+            torch.addmm(out_RD, of_part, features_KD, out_dtype=torch.float32, out=out_RD)
 
 
 def split(features: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:

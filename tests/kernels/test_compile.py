@@ -172,3 +172,51 @@ def test_forward_and_recompute_agree() -> None:
                 assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
                 assert len({launch.depth for launch in again}) == 1
                 assert config.panel % config.forward.columns == 0
+
+
+CHIPS = [((8, 0), 108), ((9, 0), 132), ((10, 0), 148)]
+
+
+@pytest.mark.parametrize(("capability", "processors"), CHIPS, ids=str)
+def test_forward_grids_keep_programs_busy(capability: tuple[int, int], processors: int) -> None:
+    """For each M and N from 4,096 to 262,144 in steps of 128, by all grids at once; the choice itself for some."""
+    from efficientclip.kernels.triton import tuning
+
+    config = tuning.config_for(capability, torch.bfloat16, torch.bfloat16, 0)
+    R, C = torch.arange(32, 2049, dtype=torch.int32)[:, None], torch.arange(32, config.panel // 128 + 1)[None].int()
+    best = torch.full((len(R), C.shape[1]), 1 << 30, dtype=torch.int32)
+    for S in range(1, config.programs + 1):
+        P = config.programs // S
+        best = torch.minimum(
+            best, (R + P - 1).div(P, rounding_mode="floor") * (C + S - 1).div(S, rounding_mode="floor")
+        )
+    busy = R * C / (config.programs * best)
+    # Those below have few tiles, of a number that no grid divides.
+    assert (busy > 0.9).float().mean() > 0.997 and busy.min() > 0.79 and busy[128:, 128:].min() > 0.9
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(500):
+        r, c = (int(torch.randint(0, size, (), generator=draw)) for size in best.shape)
+        M, N = (32 + r) * 128, (32 + c) * 128
+        P, S = tuning.programs(config, M, N)
+        assert P * S <= config.programs
+        share = (32 + r) * (32 + c) / (config.programs * -(-(32 + r) // P) * -(-(32 + c) // S))
+        assert share >= min(0.95, float(busy[r, c])) - 1e-6, (M, N)
+        assert S * M <= 1 << 22, (M, N, P, S)
+
+
+@pytest.mark.parametrize("Q", [100_000, 1_000_000])
+@pytest.mark.parametrize("M", [128, 200, 512])
+@pytest.mark.parametrize(("capability", "processors"), CHIPS, ids=str)
+def test_few_texts_fill_the_chip(capability: tuple[int, int], processors: int, M: int, Q: int) -> None:
+    """Backward's chunks by area, and the products with them cut along their sums."""
+    from efficientclip.kernels.triton import tuning
+
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)):
+        config = tuning.config_for(capability, *dtypes, 0)
+        assert config.processors == processors
+        high, wide = tuning.chunk_shape(config, M, Q)
+        assert high == M and high * wide <= 1 << 24 and wide % config.gradient.columns in (0, Q % 128)
+        assert -(-high // config.gradient.rows) * -(-wide // config.gradient.columns) >= processors
+        splits = tuning.product_splits(config, M, 512, wide)
+        tiles = -(-M // config.product.rows) * -(-512 // config.product.columns)
+        assert tiles * splits >= processors and splits * M * 512 * 4 <= 40 << 20

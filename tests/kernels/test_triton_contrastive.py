@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from efficientclip.kernels import contrastive, contrastive_loss, explain, paths
 from efficientclip.kernels.contract import ContrastiveGrads, ContrastiveKept, Options
+from tests.kernels.calls import Held
 from tests.kernels.test_contrastive import check as check_against_plain
 from tests.kernels.test_contrastive import everything, features, run, unit
 
@@ -42,13 +43,15 @@ def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch, poisoned_memory:
         use_tiles(monkeypatch, descriptors=True)
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8) -> None:
+def use_tiles(
+    monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8, products: Literal["triton", "library"] = "triton"
+) -> None:
     from efficientclip.kernels.triton import tuning
 
     tile = tuning.Launch(32, 16, 32, 4, 2)
     config = tuning.Config(
         tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
-        chunk=(64, 48), panel=64,
+        chunk=(64, 48), processors=8, products=products, panel=64,
     )  # fmt: skip
     # Tiles that hold masked cells are half as wide and half as high.
     tile = tuning.Launch(16, 8, 32, 4, 2)
@@ -207,6 +210,67 @@ def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: in
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
+@runs_kernels
+@pytest.mark.parametrize("where", ["few tiles", "all tiles", "borders", "one column", "none in the batch"])
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_excluded_cells_by_tiles(rng: torch.Generator, positives: str, where: str) -> None:
+    M, Q = 44, 21
+    edges = torch.tensor([0, 15, 16, 31, 32, 43])
+    across = torch.cat([edges, torch.tensor([7, 8, 44, 59, 60, 64])])
+    chosen = {
+        "few tiles": torch.tensor([[3, 3, 40, 33], [5, 60, 34, 64]]),
+        "all tiles": torch.cartesian_prod(torch.arange(0, M, 15), torch.arange(0, M + Q, 7)).T,
+        "borders": torch.cartesian_prod(edges, across).T,
+        "one column": torch.stack([torch.arange(M), torch.full((M,), 33)]),
+        "none in the batch": torch.stack([torch.arange(M), torch.arange(M) % Q + M]),
+    }[where]
+    options: dict[str, Any] = {"excluded": (chosen[0], chosen[1]), "positives": positives}
+    if positives == "ids":
+        options |= {name: everything(rng, M, Q)[name] for name in ("image_ids", "label_smoothing")}
+    check(features(rng, M, Q, 8, hard=True), torch.float32, 14, **options)
+
+
+@runs_kernels
+def test_rescued_columns_leave_out_excluded_cells(rng: torch.Generator) -> None:
+    data = features(rng, 60, 0, 8)
+    data["text"] = torch.nn.functional.normalize(0.05 * data["text"] + data["text"][0])
+    data["image"][::2] = -data["text"][::2]
+    data["image"][1::2] = data["text"][1::2]
+    chosen = torch.cartesian_prod(torch.arange(0, 60, 7), torch.arange(0, 60, 4)).T
+    check(data, torch.float32, 150, excluded=(chosen[0], chosen[1]))
+
+
+@runs_kernels
+def test_flags_and_sorted_cells(rng: torch.Generator) -> None:
+    """Each tile's bit, by a loop over the cells."""
+    from efficientclip.kernels.triton.cells import masked
+
+    shape, wide, narrow = (1500, 90), (16, 32), (16, 8)
+    row, col = (torch.randint(0, high, (400,), generator=rng) for high in shape)
+    chosen = torch.rand(400, generator=rng) < 0.7
+    found = masked(row.to(DEVICE), col.to(DEVICE), chosen.to(DEVICE), shape, wide, narrow)
+    expected = [0] * (3 * found.words)
+    keys = []
+    for i, j, real in zip(row.tolist(), col.tolist(), chosen.tolist(), strict=True):
+        if real:
+            expected[j // 32 * found.words + i // 16 // 32] |= 1 << (i // 16 % 32)
+            keys.append((i // 16 * 12 + j // 8) * 128 + i % 16 * 8 + j % 8)
+    assert found.words == 3 and [word % (1 << 32) for word in found.flags[:-1].tolist()] == expected
+    assert found.cells.tolist()[: len(keys)] == sorted(keys)
+
+
+@runs_kernels
+def test_memory_of_a_list_at_a_million() -> None:
+    """At M = N = 1M: under 64 MB at its height, beside what is given and kept."""
+    from efficientclip.kernels.triton.cells import masked
+
+    size, cells = 1 << 20, 1 << 18
+    row, col = torch.arange(cells) * 4, (torch.arange(cells) * 7919) % size
+    with Held() as held:
+        found = masked(row, col, torch.ones(cells, dtype=torch.bool), (size, size), (128, 128), (128, 64))
+    assert found.flags.nbytes < 9 << 20 and held.most < 64 << 20, held.most
+
+
 # Texts, and frozen columns that are read as they are.
 FROZEN = [
     (torch.float32, torch.float16),
@@ -341,9 +405,9 @@ def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPat
     transposed = []
     product = fused.add_product
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any, **more: Any) -> None:
         transposed.append(arguments[3])
-        product(*arguments)
+        product(*arguments, **more)
 
     monkeypatch.setattr(fused, "add_product", counted)
     text, image, bank = (unit(rng, size, 8).float().to(DEVICE) for size in (70, 70, 20))
@@ -354,6 +418,49 @@ def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPat
     assert transposed.count(True) == (0 if frozen else chunks)
     assert transposed.count(False) == chunks + (2 if INTERPRETED else 1)
     assert (image.grad is None) == frozen
+
+
+@runs_kernels
+@pytest.mark.parametrize("frozen", [None, torch.float16], ids=["trained", "frozen"])
+def test_products_by_the_library(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, frozen: torch.dtype | None
+) -> None:
+    from efficientclip.kernels.triton import tuning
+
+    if INTERPRETED:
+        use_tiles(monkeypatch, descriptors=True, products="library")
+    else:
+        config = tuning.tile_config
+        monkeypatch.setattr(
+            tuning, "tile_config", lambda *given: dataclasses.replace(config(*given), products="library")
+        )
+    data = {name: on_device(value) for name, value in features(rng, 70, 18, 24, hard=True).items()}
+    for dtype in (torch.float32, torch.bfloat16) if frozen is None else (torch.float32,):
+        check_against_plain(data, dtype, 14, frozen=frozen, units=2)
+
+
+@runs_kernels
+@pytest.mark.parametrize("parts", [1, 2])
+def test_products_split_along_their_sums(rng: torch.Generator, parts: int) -> None:
+    """Equal to one sum, and to the bit the second time; rows beyond the last are nobody's."""
+    from efficientclip.kernels.triton.tiles import add_product
+    from efficientclip.kernels.triton.tuning import Launch
+
+    rows, K, D, step = 21, 300, 40, 32
+    chunk = torch.randn(parts * step, K, generator=rng).half()
+    features_KD = torch.randn(K, D, generator=rng).half()
+    chunk, features_KD = chunk.to(DEVICE), features_KD.to(DEVICE)
+    chunk = chunk[:rows] if parts == 1 else chunk
+    expected = sum(part[:rows].double() for part in chunk.chunk(parts)) @ features_KD.double() + 1
+    for descriptors in (True, False) if INTERPRETED else (False,):
+        found = []
+        for _ in range(2):
+            out = torch.ones(rows, D, device=DEVICE)
+            launch = Launch(16, 32, 32, 4, 2)
+            add_product(out, chunk, features_KD, False, launch, descriptors, parts=parts, splits=7)
+            found.append(out)
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @runs_kernels
