@@ -3,11 +3,14 @@
 Cost model, for M texts of this rank, N images of all ranks, Q bank rows and width D:
 
 - products: M (N + Q) D multiply-adds, once in forward and three times in backward (the recompute, d text, d image);
-  two in backward when images are frozen. A bank column enters no d image.
+  two in backward when images are frozen. A bank column enters no d image. Frozen columns of 16 bits beside texts of
+  fp32 take each product in parts: two for fp16, three for bf16, at the rate of 16 bits.
 - exponentials: one a logit in forward, two in backward. Columns that the one exponential cannot serve are
   computed again, block by block; without any, that kernel only reads N sums.
 - memory beside the inputs: column sums, programs x panel x 4 B (35 MB on sm_90) however large N is; two numbers a
-  text and column of programs; 4 B a tile where cells are masked; the logit gradients of one chunk (32 MB); fp32
+  text and column of programs; where cells are masked, a bit a tile and 8 B a cell (and as many again as it is
+  made: under 64 MB at a million rows and columns); the logit gradients of one chunk (32 MB) and, where texts are
+  few, as much again for the parts of a product's sums; fp32
   M x D for d text and N x D for d image; a copy of the features unless D is a multiple of 16.
 - traffic: a tile reads (rows + columns) D elements from L2 for rows x columns x D products, 128 x 128 being what the
   registers hold beside its exponentials. In backward a logit gradient is written once and read twice, in chunks
@@ -19,6 +22,8 @@ atomics, and the bits do not depend on a chip's number of SMs. With e = exp2(z -
 along a row is the row's sum, and e * exp2(row maximum - strip maximum) summed down a column is the column's. A term
 below 2^-126 of the strip's maximum is lost: a column whose sum is under 2^-80 of it goes to the rescue kernel, in any
 other the loss is below M 2^-46.
+Masked cells: tiles that hold any are flagged and left out; a second launch of narrower tiles, which have the registers
+for it, does those, with strips of its own.
 Backward: dZ goes through memory since one program cannot hold the D-wide sums of both its rows and its columns.
 """
 

@@ -102,16 +102,17 @@ def _config(
 
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
-# tile looks at: 0 nothing, 1 ids, masked cells or all
-# logits, 2 positives by ids beside all logits. With masked cells, which are ordered by tile, forward and recompute
-# have one tile. Codes and masks take the registers of half a tile, and so does each further sum on wide tiles.
+# tile looks at: 0 nothing, 1 ids, masked cells or all logits, 2 positives by ids beside all logits. Codes and masks take
+# the registers of half a tile, and so does each further sum on wide tiles. Every row has no spills under Triton 3.6 and
+# 3.9, of which 3.6 takes more registers: on sm_80 and sm_90 it wants the column sums of masked tiles folded further, on
+# sm_100 half the columns.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     (80, 1, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
+        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=8, programs=108, chunk=(4096, 4096)
     ),
     # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
     (80, 0, 0): _config(
@@ -133,7 +134,8 @@ _TABLE: dict[tuple[int, int, int], Config] = {
     ),
     # The second program's registers go to the parts of tf32x3.
     (90, 0, 0): _config(
-        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048)
+        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=True, kept=64, programs=132, chunk=(4096, 2048),
+        recompute=(128, 64, 32, 8, 3),
     ),
     (90, 0, 1): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
@@ -147,38 +149,38 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         recompute=(128, 64, 64, 8, 4),
     ),
     (100, 1, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
     (100, 1, 2): _config(
-        (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+        (128, 16, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
     (100, 0, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 0, 1): _config(
-        (128, 64, 64, 8, 2), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 0, 2): _config(
-        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     # Texts in two parts of fp16, or three of bf16: two or three blocks of them beside one of the columns.
     (80, 2, 0): _config(
-        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (80, 2, 1): _config(
-        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (80, 3, 0): _config(
-        (128, 128, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (80, 3, 1): _config(
-        (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (90, 2, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
     ),
     (90, 2, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=8, programs=132, chunk=(4096, 2048)
     ),
     (90, 2, 2): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
@@ -187,28 +189,28 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
     ),
     (90, 3, 1): _config(
-        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
+        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=8, programs=132, chunk=(4096, 2048)
     ),
     (90, 3, 2): _config(
         (128, 32, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
     ),
     (100, 2, 0): _config(
-        (128, 128, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
-    ),
-    (100, 2, 1): _config(
         (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, 2, 2): _config(
+    (100, 2, 1): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, 3, 0): _config(
-        (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    (100, 2, 2): _config(
+        (128, 16, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, 3, 1): _config(
+    (100, 3, 0): _config(
         (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
-    (100, 3, 2): _config(
+    (100, 3, 1): _config(
         (128, 32, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+    ),
+    (100, 3, 2): _config(
+        (128, 16, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
 }  # fmt: skip
 

@@ -111,6 +111,7 @@ def usage(kernel: Any, arguments: dict[str, Any], architecture: int, folder: Pat
 # Those of all variants that take most registers in some row of the table, and the kernels they have of their own.
 VARIANTS = {
     "plain": (Variant(bank=True), KERNELS),
+    "excluded": (Variant(excluded=True), ["forward_kernel", "merge_kernel", "gradient_kernel"]),
     "positives": (Variant(ids=2, excluded=True, positives=True), ["forward_kernel", "gradient_kernel"]),
     "smoothing": (
         Variant(bank=True, ids=2, excluded=True, smooth=True),
@@ -161,17 +162,37 @@ def test_frozen_halves_beside_fp32_texts(
 
 
 def test_forward_and_recompute_agree() -> None:
-    """Masked cells are ordered by the tiles of forward, and the recomputes look them up by theirs; p sums to 1."""
+    """Masked cells are listed by the tiles of a narrow config, which divide all wide ones; p sums to 1."""
     from efficientclip.kernels.triton import tuning
 
     for capability in ((8, 0), (9, 0), (10, 0)):
         for dtypes in itertools.product(DTYPES, DTYPES):
             for burden in range(3):
-                config = tuning.config_for(capability, *dtypes, burden)
+                config, narrow = (tuning.config_for(capability, *dtypes, of) for of in (burden, max(burden, 1)))
                 again = (config.forward, config.rescue, config.gradient)
                 assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
                 assert len({launch.depth for launch in again}) == 1
                 assert config.panel % config.forward.columns == 0
+                for launch in again:
+                    assert config.forward.rows % launch.rows == config.forward.columns % launch.columns == 0
+                    assert launch.rows % narrow.forward.rows == launch.columns % narrow.forward.columns == 0
+
+
+@pytest.mark.parametrize("architecture", SHARED_KB)
+def test_unflagged_tiles_keep_their_config(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
+    """An excluded list changes no launch of the tiles that it does not name, and adds narrow ones for the others."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    for dtype in (torch.bfloat16, torch.float32):
+        free, masked = (
+            [
+                (kernel.__name__, arguments.get("cells") is not None, *(arguments[name] for name in names))
+                for kernel, arguments in launches(monkeypatch, architecture, dtype, Variant(bank=True, excluded=listed))
+                if kernel.__name__ in ("forward_kernel", "gradient_kernel")
+            ]
+            for listed in (False, True)
+        )
+        assert [launch for launch in masked if not launch[1]] == free
+        assert [launch[0] for launch in masked if launch[1]] == [launch[0] for launch in free]
 
 
 CHIPS = [((8, 0), 108), ((9, 0), 132), ((10, 0), 148)]
