@@ -102,10 +102,10 @@ def _config(
 
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
-# tile looks at: 0 nothing, 1 ids, masked cells or all logits, 2 positives by ids beside all logits. Codes and masks take
-# the registers of half a tile, and so does each further sum on wide tiles. Every row has no spills under Triton 3.6 and
-# 3.9, of which 3.6 takes more registers: on sm_80 and sm_90 it wants the column sums of masked tiles folded further, on
-# sm_100 half the columns.
+# tile looks at: 0 nothing, 1 ids, masked cells or all logits, 2 positives by ids beside all logits. Codes and masks
+# take the registers of half a tile, and so does each further sum on wide tiles. No row spills under Triton 3.6 or 3.9;
+# 3.6 takes more registers: it decides kept = 8 on sm_80 and sm_90, the narrow recompute of fp32 on sm_90, and tiles of
+# 32 and 16 columns on sm_100.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(

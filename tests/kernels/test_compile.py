@@ -130,7 +130,10 @@ def test_no_spills_and_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype, name: str
 ) -> None:
     variant, kernels = VARIANTS[name]
-    for kernel, arguments in launches(monkeypatch, architecture, dtype, variant):
+    found = launches(monkeypatch, architecture, dtype, variant)
+    # Few texts beside many columns cut a product's sums.
+    found += [(kernel, given | {"SPLIT": True}) for kernel, given in found[-1:] if name == "products"]
+    for kernel, arguments in found:
         if kernel.__name__ not in kernels:
             continue
         used = usage(kernel, arguments, architecture, tmp_path)
@@ -219,7 +222,8 @@ def test_forward_grids_keep_programs_busy(capability: tuple[int, int], processor
         r, c = (int(torch.randint(0, size, (), generator=draw)) for size in best.shape)
         M, N = (32 + r) * 128, (32 + c) * 128
         P, S = tuning.programs(config, M, N)
-        assert P * S <= config.programs
+        used = P * S
+        assert used <= config.programs
         share = (32 + r) * (32 + c) / (config.programs * -(-(32 + r) // P) * -(-(32 + c) // S))
         assert share >= min(0.95, float(busy[r, c])) - 1e-6, (M, N)
         assert S * M <= 1 << 22, (M, N, P, S)
