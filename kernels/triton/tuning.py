@@ -127,7 +127,7 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         recompute=(128, 128, 64, 8, 3),
     ),
     (90, 1, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=8, programs=132, chunk=(4096, 4096)
     ),
     (90, 1, 2): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)

@@ -447,9 +447,10 @@ def test_products_split_along_their_sums(rng: torch.Generator, parts: int) -> No
     from efficientclip.kernels.triton.tuning import Launch
 
     rows, K, D, step = 21, 300, 40, 32
-    chunk = torch.randn(parts * step, K, generator=rng).half()
+    # Rows 16 bytes apart, as descriptors want them.
+    chunk = torch.randn(parts * step, K + 4, generator=rng).half()
     features_KD = torch.randn(K, D, generator=rng).half()
-    chunk, features_KD = chunk.to(DEVICE), features_KD.to(DEVICE)
+    chunk, features_KD = chunk.to(DEVICE)[:, :K], features_KD.to(DEVICE)
     chunk = chunk[:rows] if parts == 1 else chunk
     expected = sum(part[:rows].double() for part in chunk.chunk(parts)) @ features_KD.double() + 1
     for descriptors in (True, False) if INTERPRETED else (False,):
