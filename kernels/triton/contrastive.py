@@ -150,7 +150,7 @@ class TritonContrastive:
 
     def _side(self, bank: bool, columns_CD: Tensor) -> _Side:
         dtype, burden = columns_CD.dtype, tuning.burden(self.options)
-        config, listed = (tuning.tile_config(self.text_MD, dtype, load) for load in (burden, max(burden, 1)))
+        config, listed = (tuning.tile_config(self.text_MD, dtype, load) for load in (burden, tuning.MASKED))
         parts = tuning.parts(self.text_MD.dtype, dtype)
         if bank and dtype == self.image_ND.dtype:
             text_MD, power = self.batch.text_MD, self.batch.power

@@ -102,17 +102,20 @@ def _config(
 
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
-# tile looks at: 0 nothing, 1 ids, masked cells or all logits, 2 positives by ids beside all logits. Codes and masks
+# tile looks at: 0 nothing, 1 ids or all logits, 2 masked cells, or positives by ids beside all logits. Codes and masks
 # take the registers of half a tile, and so does each further sum on wide tiles. No row spills under Triton 3.6 or 3.9;
-# 3.6 takes more registers: it decides kept = 8 on sm_80 and sm_90, the narrow recompute of fp32 on sm_90, and tiles of
-# 32 and 16 columns on sm_100.
+# 3.6 takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32 there, and tiles of 32 and 16
+# columns on sm_100.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     (80, 1, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=8, programs=108, chunk=(4096, 4096)
+        (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
+    ),
+    (80, 1, 2): _config(
+        (128, 32, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
     (80, 0, 0): _config(
@@ -127,7 +130,7 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         recompute=(128, 128, 64, 8, 3),
     ),
     (90, 1, 1): _config(
-        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=8, programs=132, chunk=(4096, 4096)
+        (128, 64, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
     ),
     (90, 1, 2): _config(
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=32, programs=132, chunk=(4096, 4096)
@@ -233,14 +236,18 @@ def config_for(capability: tuple[int, int], text: torch.dtype, columns: torch.dt
     # Consumer Blackwell (12.x) has sm_80's matrix instructions and shared memory.
     architecture = {9: 90, 10: 100, 11: 100}.get(capability[0], 80)
     taken = 0 if columns == torch.float32 else parts(text, columns)
-    # sm_80's tiles have room for burden 2.
-    return _TABLE[architecture, taken, min(burden, 1 if architecture == 80 else 2)]
+    # Some of sm_80's tiles have room for burden 2.
+    return _TABLE.get((architecture, taken, burden)) or _TABLE[architecture, taken, 1]
+
+
+# The burden of tiles that hold masked cells.
+MASKED = 2
 
 
 def burden(options: Options) -> int:
     """What a tile needs beside products: 0 nothing, 1 ids or all logits, 2 positives by ids beside all logits.
 
-    Tiles that hold masked cells bear 1 at least.
+    Tiles that hold masked cells bear `MASKED`.
     """
     if options.ids_KM is not None and options.as_positives and options.smooth:
         return 2
