@@ -30,7 +30,7 @@ from .contract import (
     weighted_mean,
 )
 from .operators import Operators, Walk
-from .paths import no_kernels, of_one_dtype, takes_kernels
+from .paths import no_kernels, takes_kernels
 from .ranks import Ranks, sums_of_all
 
 # Naive reference
@@ -78,7 +78,6 @@ def walk(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tenso
     if takes_kernels(text_MD, "contrastive_loss", _no_kernels(text_MD)) and len(text_MD) and len(image_ND):
         from .triton.contrastive import TritonContrastive
 
-        text_MD, image_ND, bank_QD = of_one_dtype(text_MD, image_ND, bank_QD)
         return TritonContrastive(text_MD, image_ND, bank_QD, scale, options)
     return ChunkedContrastive(text_MD, image_ND, bank_QD, scale, options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,3 @@ def takes_kernels(features: Tensor, op: str, reason: str | None) -> bool:
     if reason is not None and features.is_cuda and features.dtype != torch.float64:
         warnings.warn(f"{op} falls back to chunked torch on CUDA: {reason}", stacklevel=3)
     return reason is None
-
-
-def of_one_dtype(*features: Tensor | None) -> list[Any]:
-    """As the kernels multiply them: rows of different dtypes go up to fp32."""
-    mixed = len({part.dtype for part in features if part is not None}) > 1
-    return [part.float() if mixed and part is not None else part for part in features]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,3 +62,41 @@ def by_tile(
     tile_E, order_E = tile_E.sort(stable=True)
     bounds = torch.searchsorted(tile_E, torch.arange(tiles + 1, device=row_E.device))
     return torch.stack([row_E[order_E], col_E[order_E]], 1).int(), bounds.int()
+
+
+class Masked(NamedTuple):
+    """Cells of a matrix, and which of its wide tiles hold any."""
+
+    flags: Tensor
+    """int32: for each block of columns, `words` words of a bit for each block of rows."""
+    words: int
+    cells: Tensor
+    """int64 [E], ascending: each narrow tile's number times its size, and the place in it."""
+
+
+def masked(
+    row_E: Tensor, col_E: Tensor, chosen_E: Tensor, shape: tuple[int, int], wide: tuple[int, int],
+    narrow: tuple[int, int],
+) -> Masked:  # fmt: skip
+    """Those that are chosen, once each; the others come last in the list, as numbers of no tile."""
+    words = -(-shape[0] // (32 * wide[0]))
+    size = -(-shape[1] // wide[1]) * words
+    block_E = row_E // wide[0]
+    bit_E = (col_E // wide[1] * words + block_E // 32) * 32 + block_E % 32
+    bit_E = torch.where(chosen_E, bit_E, size * 32).sort().values
+    # A tile's first cell sets its bit; a word's last tile knows the sum of all.
+    first_E = torch.ones_like(chosen_E)
+    first_E[1:] = bit_E[1:] != bit_E[:-1]
+    word_E, value_E = bit_E // 32, torch.where(first_E, 1 << (bit_E % 32), 0)
+    total_E = value_E.cumsum(0)
+    start_E = torch.searchsorted(word_E, word_E)
+    sum_E = total_E - (total_E - value_E)[start_E]
+    last_E = torch.ones_like(chosen_E)
+    last_E[:-1] = word_E[1:] != word_E[:-1]
+    flags = torch.zeros(size + 1, dtype=torch.int32, device=row_E.device)
+    # Bit 31 is the sign.
+    flags[torch.where(last_E, word_E, size)] = torch.where(sum_E >= 1 << 31, sum_E - (1 << 32), sum_E).int()
+    across = -(-shape[1] // narrow[1])
+    tile_E = row_E // narrow[0] * across + col_E // narrow[1]
+    cell_E = tile_E * (narrow[0] * narrow[1]) + row_E % narrow[0] * narrow[1] + col_E % narrow[1]
+    return Masked(flags, words, torch.where(chosen_E, cell_E, 1 << 62).sort().values)

@@ -16,6 +16,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .tuning import Launch
 
+# The greatest magnitude that fp16 numbers are scaled to: it ends at 2^16.
+TOP_EXPONENT = 14
+
 
 @triton.jit
 def load_block(
@@ -47,36 +50,48 @@ def load_rows(source, stride, row_R, open_R, col, cols, BLOCK_C: tl.constexpr, U
 
 
 @triton.jit
+def rounded(target, stride, block):
+    """The block as `store_block` would write it."""
+    return block.to(target.dtype if stride is None else target.dtype.element_ty)
+
+
+@triton.jit
 def store_block(target, stride, row, col, rows, cols, block, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """The counterpart of `load_block`; nothing is written beyond the matrix."""
     if stride is None:
-        target.store([row, col], block.to(target.dtype))
+        target.store([row, col], rounded(target, stride, block))
     else:
         in_rows = tl.arange(0, BLOCK_R)
         in_cols = tl.arange(0, BLOCK_C)
         at = target + tl.cast(row, tl.int64) * stride + col + (in_rows[:, None] * stride + in_cols[None, :])
         inside = (row + in_rows < rows)[:, None] & (col + in_cols < cols)[None, :]
-        tl.store(at, block.to(target.dtype.element_ty), mask=inside)
+        tl.store(at, rounded(target, stride, block), mask=inside)
 
 
 @triton.jit
 def tile_product(
     a, a_stride, a_row, a_rows, b, b_stride, b_row, b_rows, D, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, NAMED: tl.constexpr = False,
+    PARTS: tl.constexpr = 1, stop=None,
 ):  # fmt: skip
-    """fp32 [R, C]: dot products of rows of two matrices, in one order over D.
+    """fp32 [R, C]: dot products of rows of two matrices, in one order over D, or over none if `stop` is 0.
 
-    Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there.
+    Rows are the block's first one and how many the matrix has; if `NAMED`, a vector and which of it are there. `a` may
+    be the sum of `PARTS` matrices, side by side: what is read of `b` then serves them all.
     """
     acc_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for k in range(0, D, BLOCK_K):
+    for k in range(0, D if stop is None else stop, BLOCK_K):
         if NAMED:
             a_RK = load_rows(a, a_stride, a_row, a_rows, k, D, BLOCK_K, UPCAST)
             b_CK = load_rows(b, b_stride, b_row, b_rows, k, D, BLOCK_K, UPCAST)
         else:
-            a_RK = load_block(a, a_stride, a_row, k, a_rows, D, BLOCK_R, BLOCK_K, UPCAST)
+            a_RK = load_block(a, a_stride, a_row, k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
             b_CK = load_block(b, b_stride, b_row, k, b_rows, D, BLOCK_C, BLOCK_K, UPCAST)
         acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
+        for part in tl.static_range(1, PARTS):
+            # The last block may reach into the next part: there `b` is 0.
+            a_RK = load_block(a, a_stride, a_row, part * D + k, a_rows, PARTS * D, BLOCK_R, BLOCK_K, UPCAST)
+            acc_RC = tl.dot(a_RK, b_CK.T, acc_RC, input_precision=PRECISION)
     return acc_RC
 
 
@@ -108,23 +123,73 @@ def fill_cells(x_RC, cells, bounds, row, col, N, value, BLOCK_R: tl.constexpr, B
 
 
 @triton.jit
+def is_flagged(flags, words, row, col, WIDE_R: tl.constexpr, WIDE_C: tl.constexpr):
+    """Not 0 if the tile that a row and a column lie in is flagged: see `cells.Masked`."""
+    block = row // WIDE_R
+    return (tl.load(flags + col // WIDE_C * words + block // 32) >> (block % 32)) & 1
+
+
+@triton.jit
+def _first_at(keys, size, key):
+    """Where, in ascending keys, the first one stands that is no less than `key`."""
+    low = tl.zeros((), tl.int32)
+    high = low + size
+    while low < high:
+        middle = (low + high) // 2
+        before = tl.load(keys + middle) < key
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def fill_sorted_cells(x_RC, cells, listed, row, col, N, value, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`fill_cells` of `listed` cells that need no bounds: see `cells.Masked`."""
+    first = (tl.cast(row // BLOCK_R, tl.int64) * tl.cdiv(N, BLOCK_C) + col // BLOCK_C) * (BLOCK_R * BLOCK_C)
+    start = _first_at(cells, listed, first)
+    for at in range(start, _first_at(cells, listed, first + BLOCK_R * BLOCK_C)):
+        cell = (tl.load(cells + at) - first).to(tl.int32)
+        here_RC = (tl.arange(0, BLOCK_R) == cell // BLOCK_C)[:, None] & (tl.arange(0, BLOCK_C) == cell % BLOCK_C)[None]
+        x_RC = tl.where(here_RC, value, x_RC)
+    return x_RC
+
+
+@triton.jit
 def product_kernel(
-    chunk, features, out, chunk_stride, features_stride, out_stride, rows, K, D, TRANSPOSED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    chunk, features, out, chunk_stride, features_stride, out_stride, rows, step, K, D, span, out_step,
+    TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D]."""
+    """A tile a program: out [rows, D] += chunk (or its transpose) [rows, K] @ features [K, D].
+
+    A chunk that is not transposed may be the sum of `PARTS`, one `step` rows below the other. If `SPLIT`, program z
+    takes `span` of K, and writes to rows z * `out_step` and on what others add up.
+    """
     row = tl.program_id(1) * BLOCK_R
     d = tl.program_id(0) * BLOCK_D
     acc_RD = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for k in range(0, K, BLOCK_K):
+    start = 0
+    end = K
+    if SPLIT:
+        start = tl.program_id(2) * span
+        end = tl.minimum(K, start + span)
+    for k in range(start, end, BLOCK_K):
         if TRANSPOSED:
             chunk_RK = load_block(chunk, chunk_stride, k, row, K, rows, BLOCK_K, BLOCK_R, UPCAST).T
         else:
             chunk_RK = load_block(chunk, chunk_stride, row, k, rows, K, BLOCK_R, BLOCK_K, UPCAST)
         feature_KD = load_block(features, features_stride, k, d, K, D, BLOCK_K, BLOCK_D, UPCAST)
         acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
-    acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
-    store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
+        for part in tl.static_range(1, PARTS):
+            below = part * step + rows
+            chunk_RK = load_block(chunk, chunk_stride, part * step + row, k, below, K, BLOCK_R, BLOCK_K, UPCAST)
+            acc_RD = tl.dot(chunk_RK, feature_KD, acc_RD, input_precision=PRECISION)
+    if SPLIT:
+        at = tl.program_id(2) * out_step
+        store_block(out, out_stride, at + row, d, at + out_step, D, acc_RD, BLOCK_R, BLOCK_D)
+    else:
+        acc_RD += load_block(out, out_stride, row, d, rows, D, BLOCK_R, BLOCK_D, False)
+        store_block(out, out_stride, row, d, rows, D, acc_RD, BLOCK_R, BLOCK_D)
 
 
 # Launching
@@ -148,20 +213,41 @@ def matrix(name: str, matrix: Tensor, block: tuple[int, int], descriptors: bool)
 
 
 def add_product(
-    out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, launch: Launch, descriptors: bool
+    out_RD: Tensor,
+    chunk: Tensor,
+    features_KD: Tensor,
+    transposed: bool,
+    launch: Launch,
+    descriptors: bool,
+    parts: int = 1,
+    splits: int = 1,
 ) -> None:
-    """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic."""
-    rows, K = chunk.shape[::-1] if transposed else chunk.shape
+    """out [R, D] += chunk [R, K] @ features [K, D], or the transpose of a chunk [K, R]; deterministic.
+
+    In `parts`, a chunk that is not transposed is their sum: equally many rows of each, below one another, R or more.
+    K may be cut into `splits`, whose sums are added up in one order.
+    """
+    rows, K = len(out_RD), chunk.shape[0 if transposed else 1]
     D = out_RD.shape[1]
     block = (launch.depth, launch.rows) if transposed else (launch.rows, launch.depth)
-    product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows)](
+    span = triton.cdiv(triton.cdiv(K, splits), launch.depth) * launch.depth
+    splits = triton.cdiv(K, span)
+    # Each with room for whole tiles: what lies beyond the last row of one is not the next one's.
+    out_step = triton.cdiv(rows, launch.rows) * launch.rows
+    target = out_RD if splits == 1 else out_RD.new_empty(splits * out_step, D)
+    product_kernel[triton.cdiv(D, launch.columns), triton.cdiv(rows, launch.rows), splits](
         **matrix("chunk", chunk, block, descriptors),
         **matrix("features", features_KD, (launch.depth, launch.columns), descriptors),
-        **matrix("out", out_RD, (launch.rows, launch.columns), descriptors),
+        **matrix("out", target, (launch.rows, launch.columns), descriptors),
         rows=rows,
+        step=len(chunk) // parts,
         K=K,
         D=D,
+        span=span,
+        out_step=out_step,
         TRANSPOSED=transposed,
+        SPLIT=splits > 1,
+        PARTS=parts,
         BLOCK_R=launch.rows,
         BLOCK_K=launch.depth,
         BLOCK_D=launch.columns,
@@ -169,6 +255,40 @@ def add_product(
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+    if splits > 1:
+        out_RD += target.view(splits, out_step, D)[:, :rows].sum(0)
+
+
+def add_library_product(out_RD: Tensor, chunk: Tensor, features_KD: Tensor, transposed: bool, parts: int = 1) -> None:
+    """The same by torch's products, cuBLAS on CUDA."""
+    rows, step = len(out_RD), len(chunk) // parts
+    for part in range(parts):
+        of_part = chunk.T if transposed else chunk[part * step : part * step + rows]
+        if not out_RD.is_cuda or chunk.dtype == torch.float32:
+            out_RD.addmm_(of_part.float(), features_KD.float())
+        else:
+            torch.addmm(out_RD, of_part, features_KD, out_dtype=torch.float32, out=out_RD)
+
+
+def split(features: Tensor, dtype: torch.dtype, parts: int) -> tuple[Tensor, Tensor]:
+    """Features times a power of two, which is 1 for one part of their own dtype, as a sum of parts side by side.
+
+    The power brings the largest entry near the top of fp16: what is left of an entry is then as little as fp32's
+    rounding, or 2^-39 of the largest. It is made without waiting for the device.
+    """
+    if features.dtype == dtype:
+        return features, features.new_ones(1, dtype=torch.float32)
+    left = features.float()
+    # A row of NaN is no reason to give up the others.
+    top = torch.where(left.isfinite(), left, 0).abs().amax().double()
+    exponent = (TOP_EXPONENT - top.log2().ceil()).clamp(-100, 100)
+    power = torch.where(top > 0, exponent.exp2(), 1.0).float().reshape(1)
+    left = left * power
+    found = []
+    for _ in range(parts):
+        found.append(left.to(dtype))
+        left = left - found[-1].float()
+    return torch.cat(found, 1), power
 
 
 def addressable(features: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch import Tensor
@@ -36,3 +37,27 @@ class Calls(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self.largest = max(self.largest, value.untyped_storage().nbytes())
         return out
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that what operations returned took at one time; views take none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self.known:
+                storage = value.untyped_storage()
+                self.known.add(storage.data_ptr())
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage.data_ptr(), storage.nbytes())
+        return out
+
+    def _gone(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.now -= size

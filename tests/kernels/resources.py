@@ -16,14 +16,14 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
 def compiled(source: ASTSource, capability: int, folder: Path, **options: int) -> dict[str, int]:
-    """Registers, stack and local bytes of a thread, shared bytes of a program, and its matrix instructions."""
+    """Registers, stack and local bytes of a thread, shared bytes of a program, matrix instructions, TF32 words."""
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     printed = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     found = {name: int(size) for name, size in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
     matrix = built.asm["ptx"].count(MATRIX_INSTRUCTION[capability])
-    return found | {"SHARED": built.metadata.shared, "MATRIX": matrix}
+    return found | {"SHARED": built.metadata.shared, "MATRIX": matrix, "TF32": built.asm["ptx"].count("tf32")}
 
 
 def resources(

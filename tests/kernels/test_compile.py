@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,17 @@ class Variant(NamedTuple):
 
 
 def launches(
-    monkeypatch: pytest.MonkeyPatch, architecture: int, dtype: torch.dtype, variant: Variant, D: int = 512
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: int,
+    dtype: torch.dtype,
+    variant: Variant,
+    D: int = 512,
+    columns: torch.dtype | None = None,
 ) -> list[tuple[Any, dict[str, Any]]]:
-    """The kernels and arguments that one loss and its gradients would launch; nothing runs."""
+    """The kernels and arguments that one loss and its gradients would launch; nothing runs.
+
+    With columns of another dtype, images are frozen.
+    """
     from efficientclip.kernels.triton import contrastive, tiles, tuning
 
     seen: list[tuple[Any, dict[str, Any]]] = []
@@ -64,15 +73,17 @@ def launches(
     )
     capability = architecture // 10, architecture % 10
     with monkeypatch.context() as patch:
-        config = tuning.config_for(capability, dtype, tuning.burden(options))
-        patch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+        patch.setattr(
+            tuning, "tile_config", lambda text_MD, *given: tuning.config_for(capability, text_MD.dtype, *given)
+        )
         for name in KERNELS:
             module = tiles if name == "product_kernel" else contrastive
             patch.setattr(module, name, Recorder(getattr(module, name)))
-        walk = contrastive.TritonContrastive(text, text, text if variant.bank else None, torch.ones(()), options)
+        image = text.to(columns or dtype)
+        walk = contrastive.TritonContrastive(text, image, image if variant.bank else None, torch.ones(()), options)
         sums = walk.forward()
         grads = ContrastiveGrads(*sums[: len(ContrastiveGrads._fields)])
-        walk.backward(ContrastiveKept(sums.row_lse_M, sums.col_lse_N), grads, True, True)
+        walk.backward(ContrastiveKept(sums.row_lse_M, sums.col_lse_N), grads, True, columns is None)
     return seen
 
 
@@ -100,6 +111,7 @@ def usage(kernel: Any, arguments: dict[str, Any], architecture: int, folder: Pat
 # Those of all variants that take most registers in some row of the table, and the kernels they have of their own.
 VARIANTS = {
     "plain": (Variant(bank=True), KERNELS),
+    "excluded": (Variant(excluded=True), ["forward_kernel", "merge_kernel", "gradient_kernel"]),
     "positives": (Variant(ids=2, excluded=True, positives=True), ["forward_kernel", "gradient_kernel"]),
     "smoothing": (
         Variant(bank=True, ids=2, excluded=True, smooth=True),
@@ -118,7 +130,10 @@ def test_no_spills_and_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, dtype: torch.dtype, name: str
 ) -> None:
     variant, kernels = VARIANTS[name]
-    for kernel, arguments in launches(monkeypatch, architecture, dtype, variant):
+    found = launches(monkeypatch, architecture, dtype, variant)
+    # Few texts beside many columns cut a product's sums.
+    found += [(kernel, given | {"SPLIT": True}) for kernel, given in found[-1:] if name == "products"]
+    for kernel, arguments in found:
         if kernel.__name__ not in kernels:
             continue
         used = usage(kernel, arguments, architecture, tmp_path)
@@ -129,15 +144,104 @@ def test_no_spills_and_tensor_cores(
         assert used["MATRIX"] or kernel.__name__ == "merge_kernel", (what, used)
 
 
+@pytest.mark.parametrize("columns", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "positives", "smoothing", "both"])
+@pytest.mark.parametrize("architecture", SHARED_KB)
+def test_frozen_halves_beside_fp32_texts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, architecture: int, columns: torch.dtype, name: str
+) -> None:
+    """Texts in parts: no spills, and matrix instructions of 16 bits alone."""
+    variant, kernels = VARIANTS[name]
+    for kernel, arguments in launches(monkeypatch, architecture, torch.float32, variant, columns=columns):
+        if kernel.__name__ not in kernels or kernel.__name__ == "merge_kernel":
+            continue
+        used = usage(kernel, arguments, architecture, tmp_path)
+        what = kernel.__name__, arguments["PARTS"], arguments.get("BANK")
+        print(architecture, *what, used)
+        assert arguments["PARTS"] == (2 if columns == torch.float16 else 3)
+        assert used["STACK"] == used["LOCAL"] == 0, (what, used)
+        assert used["SHARED"] <= SHARED_KB[architecture] * 1024, (what, used)
+        assert used["MATRIX"] and not used["TF32"], (what, used)
+
+
 def test_forward_and_recompute_agree() -> None:
-    """Masked cells are ordered by the tiles of forward, and the recomputes look them up by theirs; p sums to 1."""
+    """Masked cells are listed by the tiles of a narrow config, which divide all wide ones; p sums to 1."""
     from efficientclip.kernels.triton import tuning
 
     for capability in ((8, 0), (9, 0), (10, 0)):
-        for dtype in DTYPES:
+        for dtypes in itertools.product(DTYPES, DTYPES):
             for burden in range(3):
-                config = tuning.config_for(capability, dtype, burden)
+                config, narrow = (tuning.config_for(capability, *dtypes, of) for of in (burden, tuning.MASKED))
                 again = (config.forward, config.rescue, config.gradient)
                 assert burden == 0 or len({(launch.rows, launch.columns) for launch in again}) == 1
                 assert len({launch.depth for launch in again}) == 1
                 assert config.panel % config.forward.columns == 0
+                for launch in again:
+                    assert config.forward.rows % launch.rows == config.forward.columns % launch.columns == 0
+                    assert launch.rows % narrow.forward.rows == launch.columns % narrow.forward.columns == 0
+
+
+@pytest.mark.parametrize("architecture", SHARED_KB)
+def test_unflagged_tiles_keep_their_config(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
+    """An excluded list changes no launch of the tiles that it does not name, and adds narrow ones for the others."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages")
+    for dtype in (torch.bfloat16, torch.float32):
+        free, masked = (
+            [
+                (kernel.__name__, arguments.get("cells") is not None, *(arguments[name] for name in names))
+                for kernel, arguments in launches(monkeypatch, architecture, dtype, Variant(bank=True, excluded=listed))
+                if kernel.__name__ in ("forward_kernel", "gradient_kernel")
+            ]
+            for listed in (False, True)
+        )
+        assert [launch for launch in masked if not launch[1]] == free
+        assert [launch[0] for launch in masked if launch[1]] == [launch[0] for launch in free]
+
+
+CHIPS = [((8, 0), 108), ((9, 0), 132), ((10, 0), 148)]
+
+
+@pytest.mark.parametrize(("capability", "processors"), CHIPS, ids=str)
+def test_forward_grids_keep_programs_busy(capability: tuple[int, int], processors: int) -> None:
+    """For each M and N from 4,096 to 262,144 in steps of 128, by all grids at once; the choice itself for some."""
+    from efficientclip.kernels.triton import tuning
+
+    config = tuning.config_for(capability, torch.bfloat16, torch.bfloat16, 0)
+    R, C = torch.arange(32, 2049, dtype=torch.int32)[:, None], torch.arange(32, config.panel // 128 + 1)[None].int()
+    best = torch.full((len(R), C.shape[1]), 1 << 30, dtype=torch.int32)
+    for S in range(1, config.programs + 1):
+        P = config.programs // S
+        best = torch.minimum(
+            best, (R + P - 1).div(P, rounding_mode="floor") * (C + S - 1).div(S, rounding_mode="floor")
+        )
+    busy = R * C / (config.programs * best)
+    # Those below have few tiles, of a number that no grid divides.
+    assert (busy > 0.9).float().mean() > 0.997 and busy.min() > 0.79 and busy[128:, 128:].min() > 0.9
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(500):
+        r, c = (int(torch.randint(0, size, (), generator=draw)) for size in best.shape)
+        M, N = (32 + r) * 128, (32 + c) * 128
+        P, S = tuning.programs(config, M, N)
+        used = P * S
+        assert used <= config.programs
+        share = (32 + r) * (32 + c) / (config.programs * -(-(32 + r) // P) * -(-(32 + c) // S))
+        assert share >= min(0.95, float(busy[r, c])) - 1e-6, (M, N)
+        assert S * M <= 1 << 22, (M, N, P, S)
+
+
+@pytest.mark.parametrize("Q", [100_000, 1_000_000])
+@pytest.mark.parametrize("M", [128, 200, 512])
+@pytest.mark.parametrize(("capability", "processors"), CHIPS, ids=str)
+def test_few_texts_fill_the_chip(capability: tuple[int, int], processors: int, M: int, Q: int) -> None:
+    """Backward's chunks by area, and the products with them cut along their sums."""
+    from efficientclip.kernels.triton import tuning
+
+    for dtypes in ((torch.bfloat16, torch.bfloat16), (torch.float32, torch.float16), (torch.float32, torch.float32)):
+        config = tuning.config_for(capability, *dtypes, 0)
+        assert config.processors == processors
+        high, wide = tuning.chunk_shape(config, M, Q)
+        assert high == M and high * wide <= 1 << 24 and wide % config.gradient.columns in (0, Q % 128)
+        assert -(-high // config.gradient.rows) * -(-wide // config.gradient.columns) >= processors
+        splits = tuning.product_splits(config, M, 512, wide)
+        tiles = -(-M // config.product.rows) * -(-512 // config.product.columns)
+        assert tiles * splits >= processors and splits * M * 512 * 4 <= 40 << 20

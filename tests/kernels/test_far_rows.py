@@ -48,9 +48,9 @@ def kernels_where_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     launch = tuning.Launch(16, 16, 16, 4, 2)
     config = tuning.Config(
-        launch, launch, launch, launch, descriptors=True, kept=8, programs=2, chunk=(64, 64), panel=64
+        launch, launch, launch, launch, descriptors=True, kept=8, programs=2, chunk=(64, 64), processors=2, panel=64
     )
-    monkeypatch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+    monkeypatch.setattr(tuning, "tile_config", lambda *given: config)
     monkeypatch.setattr(paths, "KERNELS_ON_CPU", True)
     monkeypatch.setattr(tuning, "TILES", {2: tuning.Tile(16, 16, 4, 2), 4: tuning.Tile(16, 16, 4, 2)})
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from efficientclip.kernels import contrastive, contrastive_loss, explain, paths
 from efficientclip.kernels.contract import ContrastiveGrads, ContrastiveKept, Options
+from tests.kernels.calls import Held
 from tests.kernels.test_contrastive import check as check_against_plain
 from tests.kernels.test_contrastive import everything, features, run, unit
 
@@ -41,15 +43,24 @@ def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch, poisoned_memory:
         use_tiles(monkeypatch, descriptors=True)
 
 
-def use_tiles(monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8) -> None:
+def use_tiles(
+    monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8, products: Literal["triton", "library"] = "triton"
+) -> None:
     from efficientclip.kernels.triton import tuning
 
     tile = tuning.Launch(32, 16, 32, 4, 2)
     config = tuning.Config(
         tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
-        chunk=(64, 48), panel=64,
+        chunk=(64, 48), processors=8, products=products, panel=64,
     )  # fmt: skip
-    monkeypatch.setattr(tuning, "tile_config", lambda text_MD, options: config)
+    # Tiles that hold masked cells are half as wide and half as high.
+    tile = tuning.Launch(16, 8, 32, 4, 2)
+    narrow = dataclasses.replace(config, forward=tile, rescue=tile, gradient=tile, kept=min(kept, 8))
+
+    def chosen(text_MD: Tensor, columns: torch.dtype, burden: int) -> tuning.Config:
+        return narrow if burden else config
+
+    monkeypatch.setattr(tuning, "tile_config", chosen)
 
 
 def on_device(value: Any) -> Any:
@@ -150,14 +161,14 @@ def test_merging_of_many_strips(rng: torch.Generator) -> None:
     tops, sums = 60 * torch.randn(3, P, generator=rng), torch.rand(P, width, generator=rng)
     given = [part.to(DEVICE) for part in (tops, sums)]
     highest, total = (torch.full((N,), math.nan, dtype=torch.float64, device=DEVICE) for _ in "12")
-    merge_kernel[3,](*given, highest, total, P, 0, N, width, BLOCK_P=16, BLOCK_N=block)
+    merge_kernel[3,](*given, P, None, None, None, highest, total, 0, N, width, BLOCK_P=16, BLOCK_N=block, WIDE_N=block)
     terms = sums[:, :N].double().log2() + tops.T.repeat_interleave(block, 1)[:, :N].double()
     torch.testing.assert_close((total.log2() + highest).cpu(), torch.logsumexp(terms * math.log(2), 0) / math.log(2))
 
 
 def tiles(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: float, first: int = 0, **more: Any) -> Any:
     """What walks the tiles of texts whose images start at `first`; in fp64 the chunked path."""
-    given = dict.fromkeys(Options._fields) | {"as_positives": False, "smooth": False, "offset": first}
+    given = dict.fromkeys(Options._fields[:4]) | {"as_positives": False, "smooth": False, "offset": first}
     options = Options(**given | more)
     return contrastive.walk(text_MD, image_ND, bank_QD, torch.tensor(scale, device=text_MD.device), options)
 
@@ -200,8 +211,127 @@ def test_one_rank_of_several(rng: torch.Generator, as_positives: bool, first: in
 
 
 @runs_kernels
-def test_a_nan_stays_where_it_is(rng: torch.Generator) -> None:
+@pytest.mark.parametrize("where", ["few tiles", "all tiles", "borders", "one column", "none in the batch"])
+@pytest.mark.parametrize("positives", ["pair", "ids"])
+def test_excluded_cells_by_tiles(rng: torch.Generator, positives: str, where: str) -> None:
+    M, Q = 44, 21
+    edges = torch.tensor([0, 15, 16, 31, 32, 43])
+    across = torch.cat([edges, torch.tensor([7, 8, 44, 59, 60, 64])])
+    chosen = {
+        "few tiles": torch.tensor([[3, 3, 40, 33], [5, 60, 34, 64]]),
+        "all tiles": torch.cartesian_prod(torch.arange(0, M, 15), torch.arange(0, M + Q, 7)).T,
+        "borders": torch.cartesian_prod(edges, across).T,
+        "one column": torch.stack([torch.arange(M), torch.full((M,), 33)]),
+        "none in the batch": torch.stack([torch.arange(M), torch.arange(M) % Q + M]),
+    }[where]
+    options: dict[str, Any] = {"excluded": (chosen[0], chosen[1]), "positives": positives}
+    if positives == "ids":
+        options |= {name: everything(rng, M, Q)[name] for name in ("image_ids", "label_smoothing")}
+    check(features(rng, M, Q, 8, hard=True), torch.float32, 14, **options)
+
+
+@runs_kernels
+def test_rescued_columns_leave_out_excluded_cells(rng: torch.Generator) -> None:
+    data = features(rng, 60, 0, 8)
+    data["text"] = torch.nn.functional.normalize(0.05 * data["text"] + data["text"][0])
+    data["image"][::2] = -data["text"][::2]
+    data["image"][1::2] = data["text"][1::2]
+    chosen = torch.cartesian_prod(torch.arange(0, 60, 7), torch.arange(0, 60, 4)).T
+    check(data, torch.float32, 150, excluded=(chosen[0], chosen[1]))
+
+
+@runs_kernels
+def test_flags_and_sorted_cells(rng: torch.Generator) -> None:
+    """Each tile's bit, by a loop over the cells."""
+    from efficientclip.kernels.triton.cells import masked
+
+    shape, wide, narrow = (1500, 90), (16, 32), (16, 8)
+    row, col = (torch.randint(0, high, (400,), generator=rng) for high in shape)
+    chosen = torch.rand(400, generator=rng) < 0.7
+    found = masked(row.to(DEVICE), col.to(DEVICE), chosen.to(DEVICE), shape, wide, narrow)
+    expected = [0] * (3 * found.words)
+    keys = []
+    for i, j, real in zip(row.tolist(), col.tolist(), chosen.tolist(), strict=True):
+        if real:
+            expected[j // 32 * found.words + i // 16 // 32] |= 1 << (i // 16 % 32)
+            keys.append((i // 16 * 12 + j // 8) * 128 + i % 16 * 8 + j % 8)
+    assert found.words == 3 and [word % (1 << 32) for word in found.flags[:-1].tolist()] == expected
+    assert found.cells.tolist()[: len(keys)] == sorted(keys)
+
+
+@runs_kernels
+def test_memory_of_a_list_at_a_million() -> None:
+    """At M = N = 1M: under 64 MB at its height, beside what is given and kept."""
+    from efficientclip.kernels.triton.cells import masked
+
+    size, cells = 1 << 20, 1 << 18
+    row, col = torch.arange(cells) * 4, (torch.arange(cells) * 7919) % size
+    with Held() as held:
+        found = masked(row, col, torch.ones(cells, dtype=torch.bool), (size, size), (128, 128), (128, 64))
+    assert found.flags.nbytes < 9 << 20 and held.most < 64 << 20, held.most
+
+
+# Texts, and frozen columns that are read as they are.
+FROZEN = [
+    (torch.float32, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.bfloat16),
+    (torch.float16, torch.float32),
+]
+
+
+@runs_kernels
+@pytest.mark.parametrize("scale", [1, 14, 100])
+@pytest.mark.parametrize(("dtype", "frozen"), FROZEN, ids=str)
+def test_frozen_rows_of_any_dtype(rng: torch.Generator, dtype: torch.dtype, frozen: torch.dtype, scale: float) -> None:
+    """No worse than plain torch in fp32 on the same rows, sure pairs and repeated columns among them."""
+    data = {name: on_device(value) for name, value in features(rng, 89, 37, 40, hard=True).items()}
+    check_against_plain(data, dtype, scale, frozen=frozen, units=2)
+    options = {name: on_device(value) for name, value in everything(rng, 89, 37).items()}
+    check_against_plain(data, dtype, scale, frozen=frozen, units=2, positives="ids", **options)
+
+
+@runs_kernels
+@pytest.mark.parametrize("length", [1e-6, 1e6])
+@pytest.mark.parametrize("frozen", [torch.float16, torch.bfloat16], ids=str)
+def test_texts_of_any_length_in_parts(rng: torch.Generator, frozen: torch.dtype, length: float) -> None:
+    data = {name: on_device(value) for name, value in features(rng, 50, 20, 24, hard=True).items()}
+    # Gradients reach an element 1/length times as far.
+    out = run(contrastive_loss, data | {"text": data["text"] * length}, torch.float32, 14 / length, frozen)
+    expected = run(contrastive_loss, data, torch.float32, 14, frozen)
+    torch.testing.assert_close(out["per_pair_loss"], expected["per_pair_loss"], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(out["d_text"] * length, expected["d_text"], rtol=1e-4, atol=1e-6)
+
+
+@runs_kernels
+@pytest.mark.parametrize("bank_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained images", "frozen"])
+def test_each_side_has_its_own_pairing(rng: torch.Generator, trained: bool, bank_dtype: torch.dtype) -> None:
+    """Images of fp16 beside a bank of any dtype; where images are trained, their gradient is as fp32's."""
+    M, N, Q, D = 37, 90, 29, 24
+    text, image, bank = (unit(rng, size, D).float().to(DEVICE) for size in (M, N, Q))
+    image, bank = image.half(), bank.to(bank_dtype)
+    ours = tiles(text, image, bank, 10.0, 40)
+    exact = tiles(text.double(), image.double(), bank.double(), 10.0, 40)
+    sums, truth = ours.forward(), exact.forward()
+    for name, value in truth._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(sums, name), value, rtol=2e-6, atol=2e-5, msg=name)
+    grads = ContrastiveGrads(*(None if v is None else torch.rand_like(v) for v in truth[:7]))
+    kept, true = (ContrastiveKept(of.row_lse_M, of.col_lse_N) for of in (sums, truth))
+    found, expected = ours.backward(kept, grads, True, trained), exact.backward(true, grads, True, trained)
+    assert (found[1] is None) == (not trained)
+    for one, other in zip(found, expected, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-6 * float(other.abs().max()))
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_nan_stays_where_it_is(rng: torch.Generator, dtype: torch.dtype) -> None:
     text, image = (unit(rng, 70, 8).float().to(DEVICE) for _ in "12")
+    image = image.to(dtype)
     text[33, 2] = math.nan
     sums = tiles(text, image, None, 10.0).forward()
     assert sums.row_lse_M.isnan().nonzero().flatten().tolist() == [33]
@@ -275,9 +405,9 @@ def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPat
     transposed = []
     product = fused.add_product
 
-    def counted(*arguments: Any) -> None:
+    def counted(*arguments: Any, **more: Any) -> None:
         transposed.append(arguments[3])
-        product(*arguments)
+        product(*arguments, **more)
 
     monkeypatch.setattr(fused, "add_product", counted)
     text, image, bank = (unit(rng, size, 8).float().to(DEVICE) for size in (70, 70, 20))
@@ -288,6 +418,50 @@ def test_products_and_memory(rng: torch.Generator, monkeypatch: pytest.MonkeyPat
     assert transposed.count(True) == (0 if frozen else chunks)
     assert transposed.count(False) == chunks + (2 if INTERPRETED else 1)
     assert (image.grad is None) == frozen
+
+
+@runs_kernels
+@pytest.mark.parametrize("frozen", [None, torch.float16], ids=["trained", "frozen"])
+def test_products_by_the_library(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, frozen: torch.dtype | None
+) -> None:
+    from efficientclip.kernels.triton import tuning
+
+    if INTERPRETED:
+        use_tiles(monkeypatch, descriptors=True, products="library")
+    else:
+        config = tuning.tile_config
+        monkeypatch.setattr(
+            tuning, "tile_config", lambda *given: dataclasses.replace(config(*given), products="library")
+        )
+    data = {name: on_device(value) for name, value in features(rng, 70, 18, 24, hard=True).items()}
+    for dtype in (torch.float32, torch.bfloat16) if frozen is None else (torch.float32,):
+        check_against_plain(data, dtype, 14, frozen=frozen, units=2)
+
+
+@runs_kernels
+@pytest.mark.parametrize("parts", [1, 2])
+def test_products_split_along_their_sums(rng: torch.Generator, parts: int) -> None:
+    """Equal to one sum, and to the bit the second time; rows beyond the last are nobody's."""
+    from efficientclip.kernels.triton.tiles import add_product
+    from efficientclip.kernels.triton.tuning import Launch
+
+    rows, K, D, step = 21, 300, 40, 32
+    # Rows 16 bytes apart, as descriptors want them.
+    chunk = torch.randn(parts * step, K + 4, generator=rng).half()
+    features_KD = torch.randn(K, D, generator=rng).half()
+    chunk, features_KD = chunk.to(DEVICE)[:, :K], features_KD.to(DEVICE)
+    chunk = chunk[:rows] if parts == 1 else chunk
+    expected = sum(part[:rows].double() for part in chunk.chunk(parts)) @ features_KD.double() + 1
+    for descriptors in (True, False) if INTERPRETED else (False,):
+        found = []
+        for _ in range(2):
+            out = torch.ones(rows, D, device=DEVICE)
+            launch = Launch(16, 32, 32, 4, 2)
+            add_product(out, chunk, features_KD, False, launch, descriptors, parts=parts, splits=7)
+            found.append(out)
+        assert torch.equal(*found)
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @runs_kernels
