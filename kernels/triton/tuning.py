@@ -115,7 +115,8 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 64, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
     ),
     (80, 1, 2): _config(
-        (128, 32, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096)
+        (128, 32, 64, 8, 3), (128, 128, 32, 8, 4), descriptors=False, kept=32, programs=108, chunk=(4096, 4096),
+        recompute=(128, 32, 64, 4, 3),
     ),
     # tf32x3 holds each operand in two parts: half the tile, a quarter of the depth.
     (80, 0, 0): _config(

@@ -226,7 +226,6 @@ def test_forward_grids_keep_programs_busy(capability: tuple[int, int], processor
         assert used <= config.programs
         share = (32 + r) * (32 + c) / (config.programs * -(-(32 + r) // P) * -(-(32 + c) // S))
         assert share >= min(0.95, float(busy[r, c])) - 1e-6, (M, N)
-        assert S * M <= 1 << 22, (M, N, P, S)
 
 
 @pytest.mark.parametrize("Q", [100_000, 1_000_000])
