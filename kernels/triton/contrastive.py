@@ -369,7 +369,7 @@ class TritonContrastive:
         if config.products == "library":
             add_library_product(out_RD, chunk, features_KD, transposed, parts)
             return
-        splits = tuning.product_splits(config, *out_RD.shape, len(features_KD))
+        splits = tuning.product_splits(config, out_RD.shape[0], out_RD.shape[1], len(features_KD))
         add_product(
             out_RD, chunk, features_KD, transposed, config.product, config.descriptors, parts=parts, splits=splits
         )
