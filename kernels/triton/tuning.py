@@ -103,9 +103,9 @@ def _config(
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
 # tile looks at: 0 nothing, 1 ids or all logits, 2 masked cells, or positives by ids beside all logits. Codes and masks
-# take the registers of half a tile, and so does each further sum on wide tiles. No row spills under Triton 3.6 or 3.9;
-# 3.6 takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32 there, and tiles of 32 and 16
-# columns on sm_100.
+# take the registers of half a tile, and so does each further sum on wide tiles. No row spills under Triton 3.9, and none
+# of sm_80 and sm_90 under 3.6, which takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32
+# there, and tiles of 32 and 16 columns on sm_100, where some kernels still hold up to 56 bytes of stack.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(
@@ -162,23 +162,24 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 0, 1): _config(
-        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 32, 16, 4, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 0, 2): _config(
-        (128, 16, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 16, 4, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     # Texts in two parts of fp16, or three of bf16: two or three blocks of them beside one of the columns.
     (80, 2, 0): _config(
         (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (80, 2, 1): _config(
-        (128, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048),
+        recompute=(128, 32, 32, 4, 3),
     ),
     (80, 3, 0): _config(
         (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (80, 3, 1): _config(
-        (128, 32, 32, 8, 3), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
+        (128, 32, 32, 8, 2), (128, 128, 32, 8, 3), descriptors=False, kept=32, programs=108, chunk=(4096, 2048)
     ),
     (90, 2, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=32, programs=132, chunk=(4096, 2048)
@@ -205,16 +206,16 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 2, 2): _config(
-        (128, 16, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 3, 0): _config(
         (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 3, 1): _config(
-        (128, 32, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 32, 32, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 3, 2): _config(
-        (128, 16, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 32, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
 }  # fmt: skip
 
