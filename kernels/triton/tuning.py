@@ -103,9 +103,9 @@ def _config(
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
 # tile looks at: 0 nothing, 1 ids or all logits, 2 masked cells, or positives by ids beside all logits. Codes and masks
-# take the registers of half a tile, and so does each further sum on wide tiles. No row spills under Triton 3.9, none of
-# sm_80 and sm_90 under 3.6. That takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32 there,
-# and tiles of 32 and 16 columns on sm_100, where some kernels still hold up to 56 bytes of stack.
+# take the registers of half a tile, and so does each further sum on wide tiles. Under Triton 3.9 no row spills, of
+# sm_80 and sm_90 none under 3.6. That takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32
+# there, and tiles of 32 and 16 columns on sm_100, where some kernels still hold up to 56 bytes of stack.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(
