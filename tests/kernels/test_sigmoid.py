@@ -289,7 +289,7 @@ def test_triton_kernels_spill_nothing(
     slope = given | {"slope": features, "sums": vector, "first_row": "i32", "first_col": "i32"}
     gather = {
         "chunk": features, "features": features, "out": vector, "chunk_stride": "i32", "features_stride": "i32",
-        "out_stride": "i32", "rows": "i32", "K": "i32", "D": "i32",
+        "out_stride": "i32", "rows": "i32", "step": "i32", "K": "i32", "D": "i32", "span": "i32", "out_step": "i32",
     }  # fmt: skip
     kernels: list[tuple[Any, dict[str, str], dict[str, Any], int]] = [
         (sigmoid.loss_kernel, loss, shape | flags, tile.num_warps),
@@ -298,7 +298,7 @@ def test_triton_kernels_spill_nothing(
     if kinds and not mixed:
         blocks = {"BLOCK_R": of_products.BLOCK, "BLOCK_K": of_products.BLOCK_K, "BLOCK_D": of_products.BLOCK, **product}
         for transposed in (False, True):
-            constants = {"TRANSPOSED": transposed, **blocks}
+            constants = {"TRANSPOSED": transposed, "SPLIT": False, "PARTS": 1, **blocks}
             kernels.append((tiles.product_kernel, gather, constants, of_products.num_warps))
     for kernel, types, constants, num_warps in kernels:
         used = resources(
