@@ -16,7 +16,7 @@ from benchmarks.gpu.device import Cuda
 from benchmarks.gpu.lab import SCALE, Lab, Work
 from benchmarks.peers import PASSES, Case
 from efficientclip.kernels import contrastive_loss
-from efficientclip.kernels.triton import contrastive, tuning
+from efficientclip.kernels.triton import tuning
 
 AS_CHOSEN = "as the table has it"
 Launch = tuning.Launch
@@ -36,24 +36,20 @@ BACKWARD: dict[str, Changes] = {
     **{f"chunks of {rows} x {columns}": {"chunk": (rows, columns)} for rows, columns in (
         (2048, 2048), (4096, 8192), (8192, 8192), (16384, 16384),
     )},
-    **{f"cuBLAS, chunks of {edge}": {"chunk": (edge, edge), "cublas": True} for edge in (4096, 8192, 16384)},
+    **{f"cuBLAS, chunks of {edge}": {"chunk": (edge, edge), "products": "library"} for edge in (4096, 8192, 16384)},
 }  # fmt: skip
 SIZES = (32768, 34816)
 
 
 @contextmanager
-def changed(device: Cuda, changes: Changes) -> Iterator[None]:
-    """The table with other entries, and cuBLAS in the place of Triton's products."""
+def changed(changes: Changes) -> Iterator[None]:
+    """The table with other entries."""
     config = tuning.tile_config
 
-    def cublas(out: Tensor, chunk: Tensor, features: Tensor, transposed: bool, *_: Any) -> None:
-        device.add_product(out, chunk.T if transposed else chunk, features)
-
     def other(*given: Any) -> tuning.Config:
-        return replace(config(*given), **{name: value for name, value in changes.items() if name != "cublas"})
+        return replace(config(*given), **changes)
 
-    product = cublas if changes.get("cublas") else contrastive.add_product
-    with mock.patch.object(tuning, "tile_config", other), mock.patch.object(contrastive, "add_product", product):
+    with mock.patch.object(tuning, "tile_config", other):
         yield
 
 
@@ -65,7 +61,7 @@ def inputs(device: Cuda, rows: int) -> tuple[Tensor, Tensor]:
 def compile_one(device: Cuda, changes: Changes) -> None:
     """At a size that compiles what the large ones take."""
     text, image = inputs(device, 2048)
-    with changed(device, changes):
+    with changed(changes):
         contrastive_loss(text, image, logit_scale=SCALE).loss.backward()
 
 
@@ -87,7 +83,7 @@ def compare(lab: Lab, pass_: str, rows: int, choices: dict[str, Changes]) -> Non
     found: dict[str, Tensor] = {}
     for name, changes in choices.items():
         # What does not fit is an answer, too; but the table's own must run.
-        with lab.attempt(f"{pass_}, {rows}: {name}", must=name == AS_CHOSEN), changed(lab.device, changes):
+        with lab.attempt(f"{pass_}, {rows}: {name}", must=name == AS_CHOSEN), changed(changes):
             found[name] = call()[0].float()
             graphs[name] = lab.device.graph(call)
     for name, seconds in lab.race(graphs).items():
