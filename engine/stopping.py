@@ -55,7 +55,7 @@ def watch() -> None:
 
     Call it from the main thread, as early as possible.
     """
-    _stop.quiet = int(os.environ.get("RANK", 0)) > 0
+    _stop.quiet = rank_of_environment() > 0
     if _stop.owner == os.getpid():
         return
     _stop.owner, _stop.signum, _stop.patience = os.getpid(), None, None
@@ -69,6 +69,11 @@ def watch() -> None:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda *_: None)
     threading.Thread(target=_listen, args=(heard,), name="stopping", daemon=True).start()
+
+
+def rank_of_environment() -> int:
+    """As the launcher set it; 0 where there is none."""
+    return int(os.environ.get("RANK", 0))
 
 
 def requested() -> int | None:

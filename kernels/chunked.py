@@ -326,11 +326,11 @@ class ChunkedContrastive(_Tiles):
                         col_logits_N[cols] += tile.sum(0)
                 self._fill(tile, start, block, masked, -math.inf)
                 here = once if self._once(block) else of_rows
-                column_sums = of_columns if cols is not None and not self.one_way else None
-                if not self.one_exponential(tile, shift, columns_CD, here, column_sums, cols):
+                there = None if cols is None or self.one_way else (of_columns, cols)
+                if not self.one_exponential(tile, shift, columns_CD, here, there):
                     tile = self._logits(scaled_RD, columns_CD)
                     self._fill(tile, start, block, masked, -math.inf)
-                    shift = self.two_exponentials(tile, shift, columns_CD, here, column_sums, cols)
+                    shift = self.two_exponentials(tile, shift, columns_CD, here, there)
             of_rows.fold()
             row_lse_M[rows] = of_rows.lse
             if row_mean_MD is not None and once.mean is not None:
@@ -350,10 +350,9 @@ class ChunkedContrastive(_Tiles):
         shift: float,
         columns_CD: Tensor,
         of_rows: _LogSumExps,
-        of_columns: _LogSumExps | None,
-        cols: slice | None,
+        of_columns: tuple[_LogSumExps, slice] | None,
     ) -> bool:
-        """Adds the tile to both by one e = exp(z - shift); False, and nothing added, if that is unsafe."""
+        """Adds the tile to its rows and columns by one e = exp(z - shift); False, and nothing added, where unsafe."""
         e = (tile.sub_(shift) if shift else tile).exp_()
         sums = [e.sum(1), e.sum(0)] if of_columns is not None else [e.sum(1)]
         low = min(float(s.min()) for s in sums)
@@ -362,8 +361,9 @@ class ChunkedContrastive(_Tiles):
         if not (low >= SUM_RANGE[0] and high <= SUM_RANGE[1]):
             return False
         of_rows.add(slice(None), sums[0], shift, e, columns_CD)
-        if of_columns is not None and cols is not None:
-            of_columns.add(cols, sums[1], shift)
+        if of_columns is not None:
+            all_columns, cols = of_columns
+            all_columns.add(cols, sums[1], shift)
         return True
 
     def two_exponentials(
@@ -372,8 +372,7 @@ class ChunkedContrastive(_Tiles):
         shift: float,
         columns_CD: Tensor,
         of_rows: _LogSumExps,
-        of_columns: _LogSumExps | None,
-        cols: slice | None,
+        of_columns: tuple[_LogSumExps, slice] | None,
     ) -> float:
         """The same for any logits, by each row's and each column's own maximum; the shift for the tiles that follow."""
 
@@ -391,9 +390,10 @@ class ChunkedContrastive(_Tiles):
             mean /= total_R.clamp(min=1)[:, None]
         of_rows.merge(slice(None), row, mean)
         seen = row
-        if of_columns is not None and cols is not None:
+        if of_columns is not None:
+            all_columns, cols = of_columns
             col, _ = lse(0, tile)
-            of_columns.merge(cols, col, None)
+            all_columns.merge(cols, col, None)
             seen = torch.cat([row, col])
         low, high = _reach(seen)
         return _shift(low, high) if low <= high else shift

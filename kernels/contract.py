@@ -326,13 +326,17 @@ def _require_tensor(name: str, value: Any, like: Tensor, shape: tuple[int, ...],
         raise ValueError(f"{name} is on {value.device}, expected {like.device}, where text_MD is")
 
 
+def _require_dtype(name: str, features: Tensor) -> None:
+    if features.dtype not in DTYPES:
+        raise TypeError(f"{name} is {features.dtype}, expected float16, bfloat16, float32 or float64")
+
+
 def _require_loss_features(text_MD: Tensor, image_MD: Tensor, bank_QD: Tensor | None) -> None:
     if not isinstance(text_MD, Tensor):
         raise TypeError(f"text_MD is a {type(text_MD).__name__}, expected a tensor [M, D]")
     if text_MD.dim() != 2 or not 1 <= text_MD.shape[1] <= 1024:
         raise ValueError(f"text_MD has shape {tuple(text_MD.shape)}, expected [M, D] with D from 1 to 1024")
-    if text_MD.dtype not in DTYPES:
-        raise TypeError(f"text_MD is {text_MD.dtype}, expected float16, bfloat16, float32 or float64")
+    _require_dtype("text_MD", text_MD)
     M, D = text_MD.shape
     _require_tensor("image_MD", image_MD, text_MD, (M, D), "one image a text")
     if bank_QD is not None:
@@ -345,7 +349,12 @@ def _require_loss_features(text_MD: Tensor, image_MD: Tensor, bank_QD: Tensor | 
             raise ValueError("bank_QD requires grad, expected constants: pass bank_QD.detach()")
     for name, features in (("image_MD", image_MD), ("bank_QD", bank_QD)):
         if features is not None:
-            _require_compatible(name, features, "text_MD", text_MD)
+            _require_dtype(name, features)
+            # Rows in 16 and 32 bits go together; fp64 is for references, where nothing else belongs.
+            if (features.dtype == torch.float64) != (text_MD.dtype == torch.float64):
+                raise TypeError(
+                    f"{name} is {features.dtype} and text_MD is {text_MD.dtype}: float64 goes with float64 alone"
+                )
 
 
 def _require_scalar(name: str, value: Any, like: Tensor) -> None:
@@ -408,22 +417,13 @@ def require_features(name: str, features: Any, like: Tensor | None = None, like_
         raise TypeError(f"{name} is a {type(features).__name__}, expected a tensor of features [rows, D]")
     if features.dim() != 2 or features.shape[1] < 1:
         raise ValueError(f"{name} has shape {tuple(features.shape)}, expected [rows, D] with D from 1")
-    if features.dtype not in DTYPES:
-        raise TypeError(f"{name} is {features.dtype}, expected float16, bfloat16, float32 or float64")
+    _require_dtype(name, features)
     if like is None:
         return
     if features.shape[1] != like.shape[1]:
         raise ValueError(f"{name} is {features.shape[1]} wide and {like_name} {like.shape[1]}: pass equal widths")
     if features.device != like.device:
         raise ValueError(f"{name} is on {features.device}, expected {like.device}, where {like_name} is")
-
-
-def _require_compatible(name: str, features: Tensor, like_name: str, like: Tensor) -> None:
-    """Rows in 16 and 32 bits go together; fp64 is for references, where nothing else belongs."""
-    if features.dtype not in DTYPES:
-        raise TypeError(f"{name} is {features.dtype}, expected float16, bfloat16, float32 or float64")
-    if (features.dtype == torch.float64) != (like.dtype == torch.float64):
-        raise TypeError(f"{name} is {features.dtype} and {like_name} is {like.dtype}: float64 goes with float64 alone")
 
 
 def require_integers(name: str, values: Any, size: int | None, like: Tensor, meaning: str) -> None:

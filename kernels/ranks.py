@@ -248,7 +248,7 @@ def _merge(fields: Sequence[str], blocks: Sequence[Sequence[Tensor]]) -> list[Te
             lse_M, lses = merged[fields.index("row_lse_M")], [block[fields.index("row_lse_M")] for block in blocks]
             shares = [(of_block - lse_M).exp().nan_to_num_(0.0)[:, None] for of_block in lses]
             made = [part * share.to(part.dtype) for part, share in zip(parts, shares, strict=True) if part.numel()]
-            merged.append(reduce(torch.add, made, parts[0].new_empty(0) if not made else torch.zeros_like(made[0])))
+            merged.append(reduce(torch.add, made) if made else parts[0])
         else:
             merged.append(reduce(torch.logaddexp if name == "row_lse_M" else torch.add, parts))
     return merged

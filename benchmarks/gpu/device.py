@@ -94,10 +94,6 @@ class Cuda:
     def compiled(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(loss, dynamic=False)
 
-    def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out += a @ b, in fp32 of halves, by cuBLAS."""
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-
     def usage(self, launched: Any) -> str:
         """What a launched kernel takes of a thread's registers."""
         return f"{launched.n_regs} registers, {launched.n_spills} spills"
@@ -169,9 +165,6 @@ class Cpu(Cuda):
 
     def compiled(self, loss: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(loss, dynamic=False, backend="eager")
-
-    def add_product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        out.add_(a.float() @ b.float())
 
     def usage(self, launched: Any) -> str:
         return "" if launched is None else super().usage(launched)

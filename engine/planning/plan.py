@@ -25,6 +25,7 @@ import torch
 
 from ..config import Config
 from ..noise.rate import read_rate
+from ..prepare.writer import token_dtype
 from .measured import Profile
 from .settings import Settings, settings_of
 from .work import measure_work, operations, positive
@@ -112,7 +113,7 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     # Where both towers train, pictures and captions are read from their tars.
     storage = {}
     if training.tower == "text":
-        token_bytes = 2 if work.vocabulary <= 1 << 16 else 4
+        token_bytes = token_dtype(work.vocabulary).itemsize
         storage = {
             "features": settings.images * D * 2,
             "tokens and offsets": settings.pairs * (settings.caption_tokens * token_bytes + 8),

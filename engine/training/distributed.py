@@ -29,6 +29,7 @@ import efficientclip.kernels
 from .. import __version__
 from ..config import Config, identity_keys
 from ..errors import UserError
+from ..stopping import rank_of_environment
 from .ranks import agree
 
 # What the YAML decides; DeepSpeed's JSON owns ZeRO, precision, communication and offload.
@@ -192,7 +193,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     autocast = user.get("torch_autocast", {})
     emulated = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if autocast.get("enabled") and autocast.get("dtype") == "bfloat16" and emulated:
-        if os.environ.get("RANK", "0") == "0":
+        if rank_of_environment() == 0:
             print(
                 "this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True
             )

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from .. import stopping
 from ..errors import UserError, message_of, short, tell
+from ..stopping import rank_of_environment
 
 T = TypeVar("T")
 FIRST, HEARD = "efficientclip/first error", "efficientclip/heard"
@@ -46,10 +47,6 @@ class _Words:
 
 
 _words = _Words()
-
-
-def rank_of_environment() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 def world_of_environment() -> int:

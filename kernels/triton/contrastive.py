@@ -269,8 +269,9 @@ class TritonContrastive:
 
     def _forward_launches(self, side: _Side) -> list[tuple[tuple[int, int], dict[str, Any]]]:
         """Grids and arguments: of tiles without listed cells, then of those with some."""
-        M, C = len(self.text_MD), min(len(side.columns_CD), len(side.columns_CD) if side.bank else side.config.panel)
-        grid = tuning.programs(side.config, M, C)
+        # A bank, which has no column sums, is one panel.
+        C = len(side.columns_CD) if side.bank else min(len(side.columns_CD), side.config.panel)
+        grid = tuning.programs(side.config, len(self.text_MD), C)
         shared = {"SMOOTH": self.options.smooth}
         found = [(grid, {**self._tile(side, side.config.forward), **shared, "KEPT": side.config.kept})]
         if side.masked is not None:
