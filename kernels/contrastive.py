@@ -61,21 +61,10 @@ def contrastive_loss_naive(
 # Choice of the path
 
 
-def _no_kernels(text_MD: Tensor) -> str | None:
-    """Why the fused kernels do not run on such texts; None if they do."""
-    reason = no_kernels(text_MD)
-    if reason is not None or not text_MD.is_cuda:
-        return reason
-    # Triton takes a while to load, and CPU tensors do without.
-    from .triton.tuning import refusal
-
-    return refusal(text_MD)
-
-
 def walk(text_MD: Tensor, image_ND: Tensor, bank_QD: Tensor | None, scale: Tensor, options: Options) -> Walk:
     """What walks over the tiles."""
     # Without texts or images there is no tile, and nothing to walk over.
-    if takes_kernels(text_MD, "contrastive_loss", _no_kernels(text_MD)) and len(text_MD) and len(image_ND):
+    if takes_kernels(text_MD, "contrastive_loss", no_kernels(text_MD)) and len(text_MD) and len(image_ND):
         from .triton.contrastive import TritonContrastive
 
         return TritonContrastive(text_MD, image_ND, bank_QD, scale, options)
@@ -93,7 +82,7 @@ def _made_in_forward(given: ContrastiveArguments) -> int:
     scale, image_MD = given.logit_scale, given.image_MD
     wanted = given.text_MD.requires_grad or (isinstance(scale, Tensor) and scale.requires_grad)
     plain = given.positives == "pair" and not given.label_smoothing
-    if not (wanted and plain and torch.is_grad_enabled()) or _no_kernels(given.text_MD) is None:
+    if not (wanted and plain and torch.is_grad_enabled()) or no_kernels(given.text_MD) is None:
         return 0
     if given.direction_weights[1] == 0 and not image_MD.requires_grad:
         return 2
@@ -257,8 +246,8 @@ def contrastive_loss(
 
 
 def explain(text_MD: Tensor) -> str:
-    """The path that `contrastive_loss` takes for such texts, and why."""
-    reason = _no_kernels(text_MD)
+    """The path that losses and scores take for such features, and why."""
+    reason = no_kernels(text_MD)
     if reason is not None:
         return f"chunked torch: {reason}"
     return f"fused Triton kernels: {text_MD.dtype} tensors on {text_MD.device}"

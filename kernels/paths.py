@@ -20,6 +20,12 @@ def no_kernels(features: Tensor) -> str | None:
         return "Triton is not installed, which the fused kernels need: pip install triton"
     if features.dtype == torch.float64:
         return "fp64 has no fused kernel, cast the features to fp32 for it"
+    if features.is_cuda:
+        if torch.version.hip is not None:
+            return "the fused kernels have no tuning table for ROCm"
+        major, minor = torch.cuda.get_device_capability(features.device)
+        if (major, minor) < (8, 0):
+            return f"the fused kernels need compute capability 8.0, this GPU has {major}.{minor}"
     return None
 
 

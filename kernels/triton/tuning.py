@@ -295,13 +295,3 @@ def product_splits(config: Config, rows: int, width: int, depth: int) -> int:
     if 2 * tiles > config.processors:
         return 1
     return max(1, min(4 * config.processors // tiles, depth // (8 * config.product.depth)))
-
-
-def refusal(text_MD: Tensor) -> str | None:
-    """Why the table has no row for the device of such CUDA tensors; None if it has."""
-    if torch.version.hip is not None:
-        return "the fused kernels have no tuning table for ROCm"
-    if text_MD.device.type == "cuda" and torch.cuda.get_device_capability(text_MD.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(text_MD.device)
-        return f"the fused kernels need compute capability 8.0, this GPU has {major}.{minor}"
-    return None

@@ -97,11 +97,10 @@ def step(
     return {name: value.detach().double() for name, value in named.items()}
 
 
-def over_ranks(value: dict[str, Tensor], world: int) -> dict[str, Tensor]:
-    """Pairs joined, the losses of all ranks, gradients as data parallelism averages them."""
-    seen: list[Any] = [None] * world
-    dist.all_gather_object(seen, value)
-    joined = {name: [part[name] for part in seen] for name in value}
+def over_ranks(seen: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of what each rank saw: pairs joined, the losses of all ranks, gradients as data parallelism averages them."""
+    world = len(seen)
+    joined = {name: [part[name] for part in seen] for name in seen[0]}
     return {
         "loss": torch.stack(joined.pop("loss")),
         **{name: sum(joined.pop(name)) / world for name in ("d_scale", "d_bias")},
@@ -168,15 +167,16 @@ def summary(results: dict[Any, Any]) -> str:
 
 
 def measure(seed: int, group: Any) -> dict[tuple[Case, str], tuple[list[Any], ...]]:
-    """By case and exchange, on rank 0: of each batch what ranks, one rank and one rank in fp64 found; exchanges."""
+    """By case and exchange: of each batch what ranks, one rank and one rank in fp64 found; exchanges."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     counts = count_exchanges()
-    results: dict[tuple[Case, str], tuple[list[Any], ...]] = {}
+    mine: list[tuple[Case, dict[str, Any]]] = []
+    alone: list[tuple[Any, Any]] = []
     for case in cases(world):
         sizes = SIZES[world][case.kind]
         N, own = sum(sizes), slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         rng = torch.Generator().manual_seed(seed)
-        for _ in range(BATCHES[case.dtype]):
+        for batch in range(BATCHES[case.dtype]):
             data = sigmoid_cases.features(rng, N, Q, D)
             options = LOSSES[case.loss][1](rng, N, Q) | {"positives": case.positives} if case.positives else {}
             if case.positives == ONE_WAY:
@@ -184,15 +184,23 @@ def measure(seed: int, group: Any) -> dict[tuple[Case, str], tuple[list[Any], ..
             seen: dict[str, Any] = {}
             for exchange in EXCHANGES:
                 counts.update(dict.fromkeys(counts, 0))
-                mine = step(case, data, own, own_options(options, own), group=group, exchange=exchange)
-                seen[exchange] = over_ranks(mine, world), dict(counts)
-            if rank == 0:
-                whole = step(case, data, slice(0, N), options)
-                truth = step(case, data, slice(0, N), options, torch.float64)
-                for exchange, (ranks, exchanges) in seen.items():
-                    kept = results.setdefault((case, exchange), ([], [], [], []))
-                    for values, value in zip(kept, (ranks, whole, truth, exchanges), strict=True):
-                        values.append(value)
+                values = step(case, data, own, own_options(options, own), group=group, exchange=exchange)
+                seen[exchange] = values, dict(counts)
+            mine.append((case, seen))
+            # The ranks take turns at being alone.
+            if batch % world == rank:
+                whole = [step(case, data, slice(0, N), options, computed) for computed in (None, torch.float64)]
+                alone.append((len(mine) - 1, whole))
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, (mine, alone))
+    found = {number: whole for _, theirs in everyone for number, whole in theirs}
+    results: dict[tuple[Case, str], tuple[list[Any], ...]] = {}
+    for number, (case, seen) in enumerate(mine):
+        for exchange, (_, exchanges) in seen.items():
+            ranks = over_ranks([theirs[number][1][exchange][0] for theirs, _ in everyone])
+            kept = results.setdefault((case, exchange), ([], [], [], []))
+            for values, value in zip(kept, (ranks, *found[number], exchanges), strict=True):
+                values.append(value)
     return results
 
 
@@ -200,7 +208,7 @@ def main(path: str, seed: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
-    chunked.TILE_ROWS, chunked.TILE_LOGITS = 16, 16 * 40
+    chunked.TILE_ROWS, chunked.TILE_LOGITS = 32, 32 * 64
     results = measure(seed, group)
     if rank == 0:
         print(summary(results), flush=True)

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from efficientclip.kernels import ContrastiveOutput, chunked, contrastive_loss, contrastive_loss_naive, explain
+from efficientclip.kernels import ContrastiveOutput, chunked, contrastive_loss, contrastive_loss_naive, explain, paths
 from tests.kernels.calls import Calls
 
 Loss = Callable[..., ContrastiveOutput]
@@ -410,6 +411,18 @@ def test_one_way_takes_two_products(rng: torch.Generator) -> None:
 
 def test_explain_names_the_path() -> None:
     assert explain(torch.zeros(1, 1)) == "chunked torch: CPU tensors"
+
+
+def test_cards_without_kernels_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        text = torch.zeros(1, 1, device="cuda")
+    monkeypatch.setattr(paths, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert explain(text) == "chunked torch: the fused kernels need compute capability 8.0, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert explain(text).startswith("fused Triton kernels")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert explain(text) == "chunked torch: the fused kernels have no tuning table for ROCm"
 
 
 # Wrong arguments

@@ -22,9 +22,7 @@ def results(world: int) -> dict[Any, Any]:
     seed = secrets.randbelow(1 << 31)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.pt"
-        printed = run(
-            world, str(path), str(seed), script=WORKER, OMP_NUM_THREADS="1", PYTHONPATH=str(WORKER.parents[2])
-        )
+        printed = run(world, str(path), str(seed), script=WORKER)
         return {"seed": seed, "printed": printed, **torch.load(path)}
 
 

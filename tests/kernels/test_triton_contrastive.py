@@ -44,17 +44,21 @@ def kernels_on_poisoned_memory(monkeypatch: pytest.MonkeyPatch, poisoned_memory:
 
 
 def use_tiles(
-    monkeypatch: pytest.MonkeyPatch, descriptors: bool, kept: int = 8, products: Literal["triton", "library"] = "triton"
+    monkeypatch: pytest.MonkeyPatch,
+    descriptors: bool,
+    kept: int = 8,
+    products: Literal["triton", "library"] = "triton",
+    rows: int = 32,
 ) -> None:
     from efficientclip.kernels.triton import tuning
 
-    tile = tuning.Launch(32, 16, 32, 4, 2)
+    tile = tuning.Launch(rows, rows // 2, 32, 4, 2)
     config = tuning.Config(
         tile, tile, tile, tuning.Launch(16, 32, 32, 4, 2), descriptors=descriptors, kept=kept, programs=3,
         chunk=(64, 48), processors=8, products=products, panel=64,
     )  # fmt: skip
     # Tiles that hold masked cells are half as wide and half as high.
-    tile = tuning.Launch(16, 8, 32, 4, 2)
+    tile = tuning.Launch(rows // 2, rows // 4, 32, 4, 2)
     narrow = dataclasses.replace(config, forward=tile, rescue=tile, gradient=tile, kept=min(kept, 8))
 
     def chosen(text_MD: Tensor, columns: torch.dtype, burden: int) -> tuning.Config:
@@ -284,8 +288,12 @@ FROZEN = [
 @runs_kernels
 @pytest.mark.parametrize("scale", [1, 14, 100])
 @pytest.mark.parametrize(("dtype", "frozen"), FROZEN, ids=str)
-def test_frozen_rows_of_any_dtype(rng: torch.Generator, dtype: torch.dtype, frozen: torch.dtype, scale: float) -> None:
+def test_frozen_rows_of_any_dtype(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, frozen: torch.dtype, scale: float
+) -> None:
     """No worse than plain torch in fp32 on the same rows, sure pairs and repeated columns among them."""
+    if INTERPRETED:
+        use_tiles(monkeypatch, descriptors=True, rows=64)
     data = {name: on_device(value) for name, value in features(rng, 89, 37, 40, hard=True).items()}
     check_against_plain(data, dtype, scale, frozen=frozen, units=2)
     options = {name: on_device(value) for name, value in everything(rng, 89, 37).items()}

@@ -1,4 +1,4 @@
-"""Starting real runs: one process, or several by the `deepspeed` launcher."""
+"""Starting real runs: ranks as any launcher starts them, or those of `deepspeed`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import import_module
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-# Imports take ten seconds: a server does them once, and processes of one rank are forked from it.
+# Imports take ten seconds: a server does them once, and ranks are forked from it.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.planning.profile"])
 
@@ -58,39 +59,73 @@ def _enter(
         import_module(module).main()
 
 
+def start_ranks(
+    folder: Path,
+    *given: tuple[str, ...],
+    script: Path | None = None,
+    module: str = "efficientclip.train",
+    **extra: str,
+) -> list[BaseProcess]:
+    """Ranks with their own arguments, as launchers of as many nodes start them; rank n prints to folder/log-n."""
+    shared = {"WORLD_SIZE": str(len(given)), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        start(folder / f"log-{rank}", *arguments, script=script, module=module, RANK=str(rank), **shared, **extra)
+        for rank, arguments in enumerate(given)
+    ]
+
+
+def ended(folder: Path, ranks: list[BaseProcess], within: float) -> tuple[list[int | None], str]:
+    """Exit codes, and what all printed beside progress; those that do not end in time are killed."""
+    deadline = time.monotonic() + within
+    for rank in ranks:
+        rank.join(max(0.1, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    output = "".join((folder / f"log-{number}").read_text() for number in range(len(ranks)))
+    return codes, output
+
+
 def run(
     ranks: int,
     *arguments: str,
     script: Path | None = None,
     module: str = "efficientclip.train",
     code: int = 0,
+    by_deepspeed: bool = False,
     **extra: str,
 ) -> str:
-    """Run to the end; the exit code must be `code`. Returns what was printed."""
-    if ranks == 1:
-        with tempfile.TemporaryDirectory() as folder:
-            log = Path(folder) / "log"
-            process = start(log, *arguments, script=script, module=module, **extra)
-            process.join(300)
-            process.kill()
-            found, output = process.exitcode, log.read_text()
-    else:
+    """Run to the end; every exit code must be `code`. Returns what was printed. `deepspeed` takes 20 s to import."""
+    if by_deepspeed:
         command = launcher(ranks, *arguments, script=script, module=module)
         done = subprocess.run(command, env=environment(**extra), capture_output=True, text=True, timeout=300)
-        found, output = done.returncode, done.stdout + done.stderr
-    if found != code:
-        raise RuntimeError(f"exit code {found}, expected {code}:\n{output[-6000:]}")
+        codes, output = [done.returncode], done.stdout + done.stderr
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            if ranks == 1:
+                started = [start(folder / "log-0", *arguments, script=script, module=module, **extra)]
+            else:
+                started = start_ranks(folder, *[arguments] * ranks, script=script, module=module, **extra)
+            codes, output = ended(folder, started, 300)
+    if codes != [code] * len(codes):
+        raise RuntimeError(f"exit codes {codes}, expected {code}:\n{output[-6000:]}")
     return output
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def launcher(ranks: int, *arguments: str, script: Path | None, module: str) -> list[str]:
     """The command of several ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     target = [str(script)] if script else ["--module", module]
     program = Path(sys.executable).with_name("deepspeed")
-    return [str(program), "--num_accelerators", str(ranks), "--master_port", str(port), *target, *arguments]
+    return [str(program), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *target, *arguments]
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

@@ -23,8 +23,10 @@ def train(
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     settings.write_text(json.dumps({"zero_optimization": zero}))
     config = tiny.config(folder, run=str(folder / name), deepspeed=str(settings), **changes)
-    run(ranks, str(config), script=WORKER, GRADIENTS=str(folder / f"{name}.pt"))
-    return torch.load(folder / f"{name}.pt"), [line["loss"] for line in metrics(folder / name)]
+    # One of them by the launcher itself.
+    gradients = str(folder / f"{name}.pt")
+    run(ranks, str(config), script=WORKER, by_deepspeed=name == "zero2", GRADIENTS=gradients)
+    return torch.load(gradients), [line["loss"] for line in metrics(folder / name)]
 
 
 def worst_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -8,14 +8,13 @@ import re
 import signal
 import socket
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import tiny
-from tests.training.launch import start
+from tests.training.launch import ended, start, start_ranks
 from tests.training.test_resume import kill_at
 
 WITHIN_SECONDS = 10
@@ -36,30 +35,6 @@ def config(folder: Path, name: str, **changes: Any) -> str:
     return str(file.rename(folder / f"{name}.yaml"))
 
 
-def two_ranks(folder: Path, *given: tuple[str, ...]) -> list[BaseProcess]:
-    """Ranks 0 and 1 with their own arguments, as launchers of two nodes start them; rank n prints to log-n."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(folder / f"log-{rank}", *arguments, RANK=str(rank), OMP_NUM_THREADS="1", **shared)
-        for rank, arguments in enumerate(given)
-    ]
-
-
-def ended(folder: Path, ranks: list[BaseProcess], within: float) -> tuple[list[int | None], str]:
-    """Exit codes, and what both printed beside progress; those that do not end in time are killed."""
-    deadline = time.monotonic() + within
-    for rank in ranks:
-        rank.join(max(0.1, deadline - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    output = "".join((folder / f"log-{number}").read_text() for number in range(len(ranks)))
-    return codes, output
-
-
 @pytest.mark.parametrize(
     ("rank_1", "message"),
     [
@@ -73,7 +48,7 @@ def ended(folder: Path, ranks: list[BaseProcess], within: float) -> tuple[list[i
 )
 def test_ranks_that_do_not_agree_end_with_one_message(folder: Path, rank_1: list[str], message: str) -> None:
     file = config(folder, "agree")
-    ranks = two_ranks(folder, (file,), (file, *(override.format(folder=folder) for override in rank_1)))
+    ranks = start_ranks(folder, (file,), (file, *(override.format(folder=folder) for override in rank_1)))
     codes, output = ended(folder, ranks, 60)
     assert codes == [2, 2]
     assert output.count("error: ") == 1 and re.search(message, output) and "Traceback" not in output
@@ -83,7 +58,7 @@ def test_ranks_that_do_not_agree_end_with_one_message(folder: Path, rank_1: list
 @pytest.mark.parametrize(("signum", "rank"), [(signal.SIGTERM, 1), (signal.SIGHUP, 0)])
 def test_a_signal_to_one_rank_saves_and_ends_all(folder: Path, signum: int, rank: int) -> None:
     file = config(folder, f"signal-{rank}")
-    ranks = two_ranks(folder, (file,), (file,))
+    ranks = start_ranks(folder, (file,), (file,))
     kill_at(ranks[rank], folder / f"signal-{rank}", 5, signum)
     codes, output = ended(folder, ranks, 20)
     assert codes == [128 + signum] * 2 and "Traceback" not in output
@@ -95,7 +70,7 @@ def test_a_checkpoint_of_another_world_size_is_not_called_broken(folder: Path) -
     (folder / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     changes = {"deepspeed": str(folder / "zero2.json"), "training__pair_visits": 64, "mlm__texts_per_batch": 0}
     file = config(folder, "world", **changes)
-    assert ended(folder, two_ranks(folder, (file,), (file,)), 60)[0] == [0, 0]
+    assert ended(folder, start_ranks(folder, (file,), (file,)), 60)[0] == [0, 0]
     codes, output = ended(folder, [start(folder / "log-0", file)], 30)
     assert codes == [2] and "is whole, but DeepSpeed cannot load it" in output and "broken" not in output
 
@@ -103,7 +78,7 @@ def test_a_checkpoint_of_another_world_size_is_not_called_broken(folder: Path) -
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_ends_the_other(folder: Path, rank: int) -> None:
     file = config(folder, f"killed-{rank}")
-    ranks = two_ranks(folder, (file,), (file,))
+    ranks = start_ranks(folder, (file,), (file,))
     kill_at(ranks[rank], folder / f"killed-{rank}", 5)
     codes, output = ended(folder, ranks, WITHIN_SECONDS)
     assert codes[rank] == -signal.SIGKILL and codes[1 - rank] == 2
