@@ -29,7 +29,8 @@ PLACES = {
 # They may change while a run is under way.
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
-    "training.keep_checkpoints",
+    "training.keep_checkpoints", "training.validate_every", "training.micro_batch_size",
+    "training.tokens_per_micro_batch",
 }  # fmt: skip
 
 
@@ -252,6 +253,9 @@ class Training(Section):
         description="tokens a rank forwards at once, instead of micro_batch_size; exact accumulation",
     )
     max_caption_tokens: int = Field(77, ge=3, le=TOKENS)
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="what the towers compute in, by autocast; weights, their averages and moments are fp32"
+    )
     threads: int = Field(0, ge=0, le=2**16, description="CPU threads a rank; 0 keeps what the launcher set")
     validate_every: int = Field(1, ge=1, le=COUNT, description="epochs between validations")
     log_every: int = Field(10, ge=1, le=COUNT, description="steps between lines of metrics.jsonl")
@@ -307,7 +311,7 @@ class Config(Section):
     confidence: Confidence = Confidence()
     optimizer: Optimizer = Optimizer()
     training: Training
-    deepspeed: Place | None = Field(None, description="DeepSpeed JSON: owns ZeRO, precision, communication, offload")
+    deepspeed: Place | None = Field(None, description="DeepSpeed JSON: owns ZeRO, communication, offload")
 
     @model_validator(mode="after")
     def _has_contrast(self) -> Config:

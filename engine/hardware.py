@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .errors import reading
+from .errors import UserError, reading
 from .files import digests
 from .files.atomic import write_atomically
 
@@ -28,6 +28,21 @@ def device_name() -> str:
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+# `training.precision` as torch names it; None: no autocast.
+COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def compute_dtype(precision: str) -> torch.dtype | None:
+    """What towers compute in on this machine; None: fp32, also for bf16 on CPUs that only emulate it.
+
+    UserError for bf16 on a GPU that lacks it.
+    """
+    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
+        raise UserError(f"training.precision=bf16: {device_name()} has no bfloat16; choose fp16 or fp32")
+    emulated = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if precision == "bf16" and emulated else COMPUTED_IN[precision]
 
 
 def machine_name() -> str:

@@ -121,8 +121,13 @@ def leave_stopped(signum: int | None = None) -> NoReturn:
     leave(128 + found, None if _stop.quiet else f"stopped by {name_of(found)}; {GOES_ON}")
 
 
+_leaving = threading.Lock()
+
+
 def leave(code: int, message: str | None = None) -> NoReturn:
-    """End the process now, with those that it started, whatever its threads are at."""
+    """End the process now, with those that it started, whatever its threads are at; the first to come here says why."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()
     # A pipe that nobody reads, or a lock that the main thread holds, must not keep the process.
     saying = threading.Thread(target=_say, args=(message,), daemon=True)
     saying.start()

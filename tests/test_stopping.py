@@ -34,3 +34,15 @@ def test_scratch_goes_while_the_main_thread_makes_it_again(tmp_path: Path, signu
     assert [process.returncode for process in processes] == [128 + signum] * 4
     assert set(told) == {f"stopped by {signum.name}; the same command goes on\n"}
     assert not [folder for folder in folders if folder.exists()]
+
+
+def test_two_threads_that_leave_say_so_once() -> None:
+    script = (
+        "import threading\nfrom efficientclip.stopping import leave\n"
+        "ready = threading.Barrier(2)\n"
+        "def go(name):\n    ready.wait()\n    leave(3, f'left by {name}')\n"
+        "threads = [threading.Thread(target=go, args=(name,)) for name in 'ab']\n"
+        "[thread.start() for thread in threads]\n[thread.join() for thread in threads]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and done.stderr.count("left by ") == 1

@@ -26,6 +26,7 @@ from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, reading, tell
 from ..files import digests
 from ..files.ownership import kind_of
+from ..hardware import compute_dtype
 from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name, tower_difference
@@ -138,9 +139,9 @@ def open_run(folder: Path, store: Path | None = None) -> Run:
         manifest = _store_of(folder, config, place, identity).manifest
     trained = _trained(folder)
     model = load_model(trained)
+    model.compute = compute_dtype(config.training.precision)
     if torch.cuda.is_available():
-        # On GPUs the packed attention takes half precision alone.
-        torch.nn.Module.to(model, "cuda", torch.bfloat16)
+        torch.nn.Module.to(model, "cuda")
     tokenizer = _tokenizer(folder, config, place, identity)
     if both:
         if config.model.image_tower is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,11 +42,30 @@ class EfficientCLIPConfig(PreTrainedConfig):
         super().__init__(**{"tie_word_embeddings": True, **kwargs})
 
 
+class Capped(torch.autograd.Function):
+    """min(value, most), whose gradient still lowers a value above `most`: a clamp's would be 0 for ever.
+
+    It lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, most: float) -> torch.Tensor:
+        ctx.above = value > most
+        return value.clamp(max=most)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad.masked_fill(ctx.above & (grad < 0), 0), None
+
+
 class EfficientCLIP(PreTrainedModel):
     """Text and image towers in one embedding space; either may be absent.
 
-    `forward` computes everything a training step needs, since under ZeRO-3 parameters exist only inside it.
+    `forward` computes everything a training step needs, since under ZeRO-3 parameters exist only inside it. It does so
+    by autocast in `compute`, wherever it runs: training, validation, copies, cross-fit. None leaves that to the caller.
     """
+
+    compute: torch.dtype | None = None
 
     config_class = EfficientCLIPConfig
     _keys_to_ignore_on_load_missing = [r"text\.mlm_head\.decoder\.weight"]
@@ -87,24 +107,24 @@ class EfficientCLIP(PreTrainedModel):
         the captions in pair order. Image: `pixels` float [M, 3, S, S]. With both, "features" are the texts' and
         "image_features" the images'.
         """
-        # The clamp lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3.
-        scale = self.logit_scale.float().clamp(max=math.log(self.config.logit_scale_max)).exp()
-        if pixels is not None:
-            if self.image is None:
-                raise UserError("model: pixels were given but model.image_tower is not set")
-            images_MD = self.image(pixels)
-            if input_ids is None:
-                return {"features": images_MD, "logit_scale": scale}
-        if self.text is None or input_ids is None or position_ids is None or segments is None or texts is None:
-            raise UserError("model: a text batch needs model.text_tower, input_ids, position_ids, segments and texts")
-        states_TH = self.text.states(input_ids, position_ids, segments)
-        output = {"features": self.text.pool(states_TH, segments, texts), "logit_scale": scale}
-        if pixels is not None:
-            output["image_features"] = images_MD
-        if masked_positions is not None and masked_labels is not None:
-            logits = self.text.vocabulary_logits(states_TH, masked_positions)
-            output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
-        return output
+        with nullcontext() if self.compute is None else torch.autocast(self.logit_scale.device.type, self.compute):
+            scale = Capped.apply(self.logit_scale.float(), math.log(self.config.logit_scale_max)).exp()
+            if pixels is not None:
+                if self.image is None:
+                    raise UserError("model: pixels were given but model.image_tower is not set")
+                images_MD = self.image(pixels)
+                if input_ids is None:
+                    return {"features": images_MD, "logit_scale": scale}
+            if self.text is None or input_ids is None or position_ids is None or segments is None or texts is None:
+                raise UserError("model: a text batch needs text_tower, input_ids, position_ids, segments and texts")
+            states_TH = self.text.states(input_ids, position_ids, segments)
+            output = {"features": self.text.pool(states_TH, segments, texts), "logit_scale": scale}
+            if pixels is not None:
+                output["image_features"] = images_MD
+            if masked_positions is not None and masked_labels is not None:
+                logits = self.text.vocabulary_logits(states_TH, masked_positions)
+                output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
+            return output
 
     @torch.no_grad()
     def get_text_features(

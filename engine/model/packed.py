@@ -35,7 +35,8 @@ def packed_attention(
     The caller's `is_causal` goes before the module's: CLIP's layers are told by their encoder.
     """
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if query.is_cuda:
+    # Flash attention takes half precision alone.
+    if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))

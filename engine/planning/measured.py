@@ -32,7 +32,7 @@ class Profile(Section):
     device: str
     memory_bytes: float = Field(gt=0, description="of a device, or of the machine divided by its ranks")
     world_size: int = Field(ge=1)
-    autocast: Literal["bfloat16", "float16"] | None = Field(description="what it ran in, whatever the JSON asks for")
+    autocast: Literal["bfloat16", "float16"] | None = Field(description="what it ran in, whatever the config asks for")
     steps_warm_up: int
     steps_measured: int
     steps_traced: int

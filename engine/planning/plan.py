@@ -5,7 +5,7 @@ The cost model, on the operations and bytes that `work` counts:
 - the image tower encodes every picture once;
 - activations are held for each token of a micro-batch, with their gradients for a layer at a time;
 - a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, not overlapped with compute;
-  AdamW moves 16 bytes a parameter, master weights 12 more.
+  AdamW moves 16 bytes a parameter, ZeRO's copies of the weights 8 more.
 
 A device yields `share` of its dense bf16 peak; 0.4 is what well-tuned training of towers this size reaches, 0.1 what an
 untuned one does: all are shown.
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ..config import Config
+from ..hardware import COMPUTED_IN
 from ..noise.rate import read_rate
 from ..prepare.writer import token_dtype
 from .measured import Profile
@@ -85,12 +86,12 @@ def counted_for(profile: Profile) -> float:
 def _counted_plan(config: Config, settings: Settings) -> Plan:
     """The plan by counting alone."""
     training, device, W = config.training, settings.device, settings.world_size
-    precision = _precision(config)
-    zero, narrow = precision.zero, precision.narrow
-    autocast = precision.autocast
+    sharing = _sharing(config)
+    zero = sharing.zero
+    compute = COMPUTED_IN[training.precision]
     if settings.profile is not None:
-        autocast = getattr(torch, settings.profile.autocast) if settings.profile.autocast else None
-    work = measure_work(config, settings.caption_tokens, torch.bfloat16 if narrow else torch.float32, autocast)
+        compute = getattr(torch, settings.profile.autocast) if settings.profile.autocast else None
+    work = measure_work(config, settings.caption_tokens, autocast=compute)
     N, Q, D = training.batch_size, config.objective.bank_size, config.model.width
     visits, steps = training.pair_visits, -(-training.pair_visits // training.batch_size)
     texts = config.mlm.texts_per_batch / N
@@ -98,10 +99,10 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     captions, unpaired = visits * settings.caption_tokens, visits * texts * settings.text_tokens
     counted = operations(config, work, settings, visits, captions, unpaired, visits * masked)
     flop = {PICTURES: settings.images * work.picture, **counted}
-    P, width = work.parameters, 2 if narrow else 4
+    P, width = work.parameters, 4
     if settings.profile is None:
         reduced = 2 * (W - 1) / W * P * width / device.link
-        updated = P * (16 + 12 * narrow) / (W if zero else 1) / device.bandwidth
+        updated = P * (16 + 8 * bool(zero)) / (W if zero else 1) / device.bandwidth
         seconds = {"gradients between devices": steps * reduced, "optimiser": steps * updated}
     else:
         seconds = _measured_seconds(config, settings, settings.profile, steps, P * width, zero)
@@ -122,10 +123,10 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     momentum = config.objective.momentum > 0
     memory = {
         "weights": P * width / sharded[3],
-        "master weights": 4 * P * narrow / sharded[1] * (not precision.offloaded),
+        "master weights": 4 * P * bool(zero) / sharded[1] * (not sharing.offloaded),
         "gradients": P * width / sharded[2],
-        "gradients under way": min(P, precision.bucket) * width * (W > 1),
-        "optimiser": 8 * P / sharded[1] * (not precision.offloaded),
+        "gradients under way": min(P, sharing.bucket) * width * (W > 1),
+        "optimiser": 8 * P / sharded[1] * (not sharing.offloaded),
         "activations": kept + work.kept_once,
         # Backward holds them for a layer at a time.
         "gradients of activations": kept / work.layers,
@@ -199,26 +200,22 @@ def judged_wrong(config: Config) -> float:
 
 
 @dataclass(frozen=True)
-class _Precision:
-    """What the DeepSpeed JSON says of memory: weights of 16 bits, autocast, the optimiser on the host."""
+class _Sharing:
+    """What the DeepSpeed JSON says of memory: what ranks share, the optimiser on the host."""
 
     zero: int
-    narrow: bool
-    autocast: torch.dtype | None
     offloaded: bool
     bucket: float
     """Elements of gradients in copies under way between devices."""
 
 
-def _precision(config: Config) -> _Precision:
+def _sharing(config: Config) -> _Sharing:
     given = json.loads(config.deepspeed.read_text()) if config.deepspeed is not None else {}
-    zero, cast = given.get("zero_optimization", {}), given.get("torch_autocast", {})
+    zero = given.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     bucket = zero.get("reduce_bucket_size", BUCKET)
-    return _Precision(
+    return _Sharing(
         zero=stage,
-        narrow=any(given.get(kind, {}).get("enabled", False) for kind in ("bf16", "fp16")),
-        autocast=getattr(torch, cast.get("dtype", "bfloat16")) if cast.get("enabled", False) else None,
         offloaded="offload_optimizer" in zero,
         bucket=float(bucket) * (2 if stage and zero.get("overlap_comm", False) else 1),
     )

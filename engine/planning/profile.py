@@ -322,8 +322,7 @@ def _profile(
     image = config.training.tower == "image"
     work = picture_training_work(config) if image else measure_work(config, settings.caption_tokens)
     flop = operations(config, work, settings, N, caption_tokens, text_tokens, masked)
-    engine = trainer.engine
-    autocast = str(engine.torch_autocast_dtype()).removeprefix("torch.") if engine.torch_autocast_enabled() else None
+    compute = trainer.engine.module.compute
     parts = {part: float(np.mean([step[part] for step in steps])) for part in PARTS}
     computing = sum(parts[part] for part in COMPUTED)
     return Profile(
@@ -334,7 +333,7 @@ def _profile(
         hardware=hardware(W),
         device=settings.device.name,
         world_size=W,
-        autocast=autocast,
+        autocast=None if compute is None else str(compute).removeprefix("torch."),
         steps_measured=measured,
         steps_warm_up=trainer.warm_up,
         steps_traced=traced,

@@ -1,8 +1,8 @@
 """Checkpoints: written aside, renamed when whole, and believed only when their digests hold.
 
-checkpoints/step-00000400/deepspeed/     DeepSpeed's files, one a rank where ZeRO shards
+checkpoints/step-00000400/model/         consolidated Hugging Face folder, fp32: the weights
+                          optimizer-*    moments, a file a rank
                           state.npz      counters, ECL table, bank rows
-                          model/         consolidated Hugging Face folder, needs no DeepSpeed
                           digests.json   of all of these
 checkpoints/latest, best                 names of folders: hints for people; the newest whole checkpoint is what counts
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,13 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.serialization import get_crc32_options, set_crc32_options
 
-from ..errors import UserError, reading, short, tell, writing
+from ..errors import UserError, reading, tell, writing
 from ..files import digests
 from ..files.atomic import as_umask, put_in_place, recover, write_atomically
-from ..model.efficientclip import EfficientCLIP
-from .ranks import gathered, lost_peer, told
+from ..model.efficientclip import EfficientCLIP, load_model
+from . import optimizer_state
+from .ranks import gathered, told
 
 Arrays = dict[str, Any]
 STEP = re.compile(r"step-(\d{8})")
@@ -62,7 +61,7 @@ class Checkpoints:
         dist.barrier()
         with writing(staging), ThreadPoolExecutor(1) as hasher:
             # Each rank reads what it wrote: elsewhere it would have to come over the network first.
-            mine = hasher.submit(digests.described, staging, _saved_by_this_rank(engine, staging))
+            mine = hasher.submit(digests.described, staging, [optimizer_state.save(engine, staging)])
             save_model(engine, staging / "model")
             if dist.get_rank() == 0:
                 with (staging / "state.npz").open("wb") as file:
@@ -116,23 +115,19 @@ class Checkpoints:
             tell(f"notice: the best checkpoint cannot be used: {mistake}")
         return self.folder / _name(step) if mistake is None else None
 
-    def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
-        """Put weights and optimiser state back and return the arrays saved beside them."""
-        why = "it finds no state"
-        try:
-            loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            if lost_peer(error):
-                raise
-            # Its digests hold: the file is what was written.
-            loaded, why = None, short(error)
-        if loaded is None:
+    def load_weights(self, model: EfficientCLIP, checkpoint: Path) -> None:
+        """Give `model` the weights of a checkpoint."""
+        if not list(checkpoint.glob(optimizer_state.FILES)):
             raise UserError(
-                f"checkpoint {checkpoint}: is whole, but DeepSpeed cannot load it ({why}); resume with the world size"
-                " and ZeRO stage that it was written with, or start a new run"
+                f"checkpoint {checkpoint}: is of an earlier version, whose optimiser this one cannot read; finish the"
+                f" run with that version, or begin another run with model.start_from={checkpoint}"
             )
+        model.load_state_dict(load_model(checkpoint).state_dict())
+
+    def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
+        """Put the optimiser's state back and return the arrays saved beside it."""
+        with reading("checkpoint", checkpoint, RESTORE):
+            optimizer_state.load(engine, checkpoint)
         with reading("checkpoint", checkpoint / "state.npz", RESTORE), np.load(checkpoint / "state.npz") as arrays:
             return {name: arrays[name] for name in arrays.files}
 
@@ -171,28 +166,6 @@ def _name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """The step that a checkpoint folder is named for."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _saved_by_this_rank(engine: deepspeed.DeepSpeedEngine, staging: Path) -> Iterable[str]:
-    """Save DeepSpeed's part; returns the files that this rank wrote, relative to `staging`."""
-    written: list[str] = []
-    writer = engine.checkpoint_engine
-    save = writer.save
-
-    def noted(state_dict: Any, path: Any) -> Any:
-        written.append(Path(path).relative_to(staging).as_posix())
-        return save(state_dict, path)
-
-    writer.save = noted
-    crc32 = get_crc32_options()
-    # digests.json says more, and faster.
-    set_crc32_options(False)
-    try:
-        engine.save_checkpoint(str(staging), tag="deepspeed")
-    finally:
-        writer.save = save
-        set_crc32_options(crc32)
-    return written
 
 
 def save_model(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:

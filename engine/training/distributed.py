@@ -29,10 +29,9 @@ import efficientclip.kernels
 from .. import __version__
 from ..config import Config, identity_keys
 from ..errors import UserError
-from ..stopping import rank_of_environment
 from .ranks import agree
 
-# What the YAML decides; DeepSpeed's JSON owns ZeRO, precision, communication and offload.
+# What the YAML decides; DeepSpeed's JSON owns ZeRO, communication and offload.
 OWNED = {
     "train_batch_size": "training.batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -41,6 +40,8 @@ OWNED = {
     "optimizer": "optimizer",
     "scheduler": "optimizer",
     "steps_per_print": "training.log_every",
+    # Autocast over fp32 weights: DeepSpeed's engine modes round the weights themselves, or have no fp32 averages.
+    **dict.fromkeys(("bf16", "fp16", "torch_autocast", "amp", "bfloat16"), "training.precision"),
 }
 
 
@@ -190,14 +191,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     micro = config.training.micro_batch_size or local
     if local % micro:
         raise UserError(f"training.micro_batch_size: {micro} does not divide the {local} pairs of a rank")
-    autocast = user.get("torch_autocast", {})
-    emulated = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if autocast.get("enabled") and autocast.get("dtype") == "bfloat16" and emulated:
-        if rank_of_environment() == 0:
-            print(
-                "this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True
-            )
-        user = {**user, "torch_autocast": {"enabled": False}}
     return {
         **user,
         "train_micro_batch_size_per_gpu": micro,

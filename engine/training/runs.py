@@ -25,6 +25,7 @@ from ..data.store import Store, TextStore, edges
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..files.digests import digest_of
+from ..hardware import compute_dtype
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, teacher_name, tower_difference
@@ -83,8 +84,9 @@ def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrain
 
 def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs) -> AnyTrainer:
     """The trainer of a run on `inputs`, with the towers that `config` describes; `config.run` is owned."""
-    identity = inputs.identity | {"deepspeed": deepspeed_digest(config)}
-    agree({name: json.dumps(value, sort_keys=True) for name, value in identity.items()}, {})
+    identity = inputs.identity
+    agreed = identity | {"deepspeed": deepspeed_digest(config)}
+    agree({name: json.dumps(value, sort_keys=True) for name, value in agreed.items()}, {})
     if dist.get_rank() == 0:
         describe(config, identity, inputs.tokenizer)
     dist.barrier()
@@ -96,6 +98,9 @@ def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs)
     model = build_model(start, seed=config.seed, vocabulary=inputs.vocabulary, sides=sides)
     if model.text is not None:
         check_positions(config, model.text.positions)
+    model.compute = compute_dtype(config.training.precision)
+    if model.compute is None and config.training.precision != "fp32" and dist.get_rank() == 0:
+        print("this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True)
     return kind(config, model, inputs.source, inputs.validate)
 
 

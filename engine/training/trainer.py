@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch.profiler import record_function
 from tqdm import tqdm
 
@@ -35,6 +37,7 @@ from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_lo
 from .checkpoint import Checkpoints, save_model, step_of
 from .distributed import deepspeed_config
 from .history import forget_from, write_epoch
+from .loss_scale import LossScale
 from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
 from .ranks import gathered, told
@@ -58,28 +61,36 @@ class Trainer:
         self.run = config.run
         settings = deepspeed_config(config, self.world_size)
         self._freeze_unused(model)
+        self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
+        checkpoint = self.checkpoints.newest()
+        if checkpoint is not None:
+            self.checkpoints.load_weights(model, checkpoint)
+        self.device = torch.device(get_accelerator().current_device_name())
+        # Copies before ZeRO takes the model apart.
+        self.snapshot: torch.nn.Module | None = None
+        if config.confidence.score == "snapshot":
+            self.snapshot = torch.nn.Module.to(copy.deepcopy(model).eval(), self.device)
+        momentum, queue = config.objective.momentum, config.objective.bank_size
+        self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
         stage = settings.get("zero_optimization", {}).get("stage", 0)
         optimizer = build_optimizer(model, config.optimizer, stage)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         # On one rank there is nothing to reduce, yet DeepSpeed would copy all gradients to and fro.
         self.engine.enable_backward_allreduce = self.world_size > 1 or stage > 0
-        self.device = self.engine.device
         self.confidence = ConfidenceTable(len(source), config.confidence, config.training.batch_size)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
-        self.snapshot = copy.deepcopy(model).eval() if config.confidence.score == "snapshot" else None
-        momentum, queue = config.objective.momentum, config.objective.bank_size
-        self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
+        self.loss_scale = LossScale(self.engine) if model.compute == torch.float16 else None
         self.loader = source.batches(config, self.rank, self.world_size)
         self.loader.kept = self.confidence.kept
         self.step = 0
         self.best = self.recall = -math.inf
         self.grad_norm = 0.0
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
-        self.checkpoints = Checkpoints(self.run, config.training.keep_checkpoints)
         self.written = Written(self.run)
         self.best_step: int | None = None
         self.validation_due = False
-        self._resume()
+        if checkpoint is not None:
+            self._resume(checkpoint)
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
         self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
@@ -186,7 +197,7 @@ class Trainer:
         dist.all_reduce(masked)
         keys = None
         if self.copies is not None:
-            with self.span("forward"), self._autocast():
+            with self.span("forward"):
                 keys = self.copies.keys(inputs)
         if len(inputs) == 1:
             losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, keys, int(masked))
@@ -211,6 +222,8 @@ class Trainer:
             "tokens": batch.tokens * self.world_size,
         }
         values["grad_norm"] = self.grad_norm
+        if self.loss_scale is not None:
+            values["loss_scale"] = self.loss_scale.value
         self._check_finite(values, losses, batch)
         return values
 
@@ -267,19 +280,32 @@ class Trainer:
     def _backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed divides by the number of micro-batches that it was told.
         with self.span("backward"):
+            loss = loss if self.loss_scale is None else self.loss_scale.scaled(loss)
             self.engine.backward(loss * self.engine.gradient_accumulation_steps())
         with self.span("optimiser"):
             self._step()
 
     def _step(self) -> None:
-        """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here."""
-        last = self.engine.is_gradient_accumulation_boundary()
-        if last and self.engine.zero_optimization_stage() == 0:
+        """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here.
+
+        Gradients of fp16 that overflow are dropped, by ZeRO itself or here.
+        """
+        last, sharded = self.engine.is_gradient_accumulation_boundary(), self.engine.zero_optimization_stage() > 0
+        if last and not sharded:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            if self.loss_scale is not None:
+                self.loss_scale.unscale(gradients)
             self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        self.engine.step()
-        if last and self.engine.zero_optimization_stage() > 0:
+        if self.loss_scale is not None and last and not sharded and not math.isfinite(self.grad_norm):
+            self.engine.optimizer.zero_grad()
+        else:
+            self.engine.step()
+        if last and sharded:
             self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if last and self.loss_scale is not None:
+            overflowed = not math.isfinite(self.grad_norm)
+            self.loss_scale.update(overflowed)
+            self.grad_norm = 0.0 if overflowed else self.grad_norm
 
     def _observe(
         self, losses: Losses, inputs: list[dict[str, Any]], batch: Batch, mlm_sum: torch.Tensor
@@ -287,7 +313,7 @@ class Trainer:
         """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
         score_M = losses.log_probability_M if self.config.confidence.score == "log-probability" else losses.cosine_M
         if self.snapshot is not None and batch.frozen_MD is not None:
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad():
                 features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
             score_M = (features * batch.frozen_MD).sum(1)
         m = len(score_M)
@@ -392,12 +418,6 @@ class Trainer:
         highest: list[int] = flags.tolist()
         return highest
 
-    def _autocast(self) -> torch.autocast:
-        """The precision that DeepSpeed gives the trained towers, for copies of them."""
-        engine = self.engine
-        enabled = engine.torch_autocast_enabled()
-        return torch.autocast(self.device.type, engine.torch_autocast_dtype() if enabled else None, enabled=enabled)
-
     def _freeze_unused(self, model: EfficientCLIP) -> None:
         """Parameters without a gradient would desynchronise ZeRO: they do not train."""
         if model.text is not None and self.config.mlm.texts_per_batch == 0:
@@ -420,16 +440,15 @@ class Trainer:
         state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
         state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
         state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
+        if self.loss_scale is not None:
+            state |= {f"loss_scale.{name}": value for name, value in self.loss_scale.state().items()}
         if self.copies is not None:
             state |= {f"copies.{name}": value for name, value in self.copies.state().items()}
         if self.snapshot is not None:
             state |= {f"snapshot.{name}": value.cpu().numpy() for name, value in self.snapshot.state_dict().items()}
         return state
 
-    def _resume(self) -> None:
-        checkpoint = self.checkpoints.newest()
-        if checkpoint is None:
-            return
+    def _resume(self, checkpoint: Path) -> None:
         state = self.checkpoints.load(self.engine, checkpoint)
         self.step, self.best, self.recall = int(state["step"]), float(state["best"]), float(state["recall"])
         self.validation_due = bool(state["validation_due"])
@@ -442,6 +461,8 @@ class Trainer:
         self.bank.restore(_under(state, "bank."))
         if self.copies is not None:
             self.copies.restore(_under(state, "copies."))
+        if self.loss_scale is not None:
+            self.loss_scale.restore(_under(state, "loss_scale."))
         if self.snapshot is not None:
             self.snapshot.load_state_dict(
                 {name: torch.from_numpy(value) for name, value in _under(state, "snapshot.").items()}

@@ -20,7 +20,10 @@ from unittest.mock import patch
 
 # Imports take ten seconds: a server does them once, and ranks are forked from it.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["efficientclip.training.folds", "efficientclip.planning.profile"])
+# DeepSpeed imports that module of its own at each start of ZeRO, and torch's compiler with it.
+SERVER.set_forkserver_preload(
+    ["efficientclip.training.folds", "efficientclip.planning.profile", "deepspeed.runtime.zero.muon.original_muon"]
+)
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -1,0 +1,23 @@
+"""Worker: trains as usual, but kills itself before the step that KILLED_BEFORE names, counted from 0."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from efficientclip import train
+from efficientclip.data.batches import Batch
+from efficientclip.training.trainer import Trainer
+
+step = Trainer.train_step
+
+
+def killed(self: Trainer, batch: Batch) -> dict[str, float]:
+    if self.step == int(os.environ["KILLED_BEFORE"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batch)
+
+
+Trainer.train_step = killed  # type: ignore[method-assign]
+train.main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""A run goes on with another number of ranks, ZeRO stage or micro-batch size as if it had always been so."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from efficientclip.files import digests
+from tests import tiny
+from tests.training.launch import metrics, run
+
+HALF, END = 6, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("elastic")
+    tiny.pair_store(path / "store")
+    tiny.text_store(path / "texts")
+    for stage in range(4):
+        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        (path / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+    return path
+
+
+def config(folder: Path, name: str, stage: int, **changes: Any) -> str:
+    settings = {"run": str(folder / name), "deepspeed": str(folder / f"zero{stage}.json")}
+    settings |= {"training__pair_visits": 32 * END, "training__checkpoint_every": HALF, "training__keep_checkpoints": 9}
+    settings |= {"confidence__selection": "schedule", "confidence__reaudition_share": 0.1}
+    return str(tiny.config(folder, **(settings | changes)).rename(folder / f"{name}.yaml"))
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> list[float]:
+    """The losses of a run on one rank that nothing disturbs; its checkpoints are where the others go on."""
+    run(1, config(folder, "whole", 0))
+    return losses(folder / "whole")
+
+
+def halved(folder: Path, source: str, name: str) -> None:
+    """A copy of a run as it was after the step HALF."""
+    shutil.copytree(folder / source, folder / name)
+    shutil.rmtree(folder / name / "model", ignore_errors=True)
+    for checkpoint in (folder / name / "checkpoints").glob("step-*"):
+        if checkpoint.name != f"step-{HALF:08d}":
+            shutil.rmtree(checkpoint)
+
+
+def close(one: list[float], other: list[float]) -> bool:
+    assert len(one) == len(other) == END
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)) <= 1e-4
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(2, 1), (2, 3), (1, 2)])
+def test_one_rank_goes_on_with_others(folder: Path, whole: list[float], ranks: int, stage: int) -> None:
+    name = f"to-{ranks}-{stage}"
+    halved(folder, "whole", name)
+    assert f"at step {HALF} " in run(ranks, config(folder, name, stage))
+    assert close(whole, losses(folder / name))
+
+
+@pytest.mark.parametrize(("ranks", "stage", "then", "last"), [(2, 2, 1, 0), (4, 3, 2, 1)])
+def test_what_ranks_wrote_others_take_up(
+    folder: Path, whole: list[float], ranks: int, stage: int, then: int, last: int
+) -> None:
+    name = f"from-{ranks}-{stage}"
+    run(ranks, config(folder, name, stage))
+    assert close(whole, losses(folder / name))
+    halved(folder, name, f"{name}-again")
+    micro = {"training__micro_batch_size": 8, "training__log_every": 1, "training__validate_every": 7}
+    run(then, config(folder, f"{name}-again", last, **micro))
+    assert close(whole, losses(folder / f"{name}-again"))
+
+
+def test_what_changes_the_numbers_is_refused_by_name(folder: Path, whole: list[float]) -> None:
+    for key, value in {"training.precision": "bf16", "optimizer.lr": 1.0}.items():
+        output = run(1, config(folder, "whole", 0, **{key.replace(".", "__"): value}), code=2)
+        assert re.search(rf"holds checkpoints of another config \({key} differ", output), output
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_and_left(folder: Path, whole: list[float]) -> None:
+    halved(folder, "whole", "earlier")
+    checkpoint = folder / "earlier" / "checkpoints" / f"step-{HALF:08d}"
+    for file in checkpoint.glob("optimizer-*"):
+        file.unlink()
+    (checkpoint / "digests.json").unlink()
+    digests.write_digests(checkpoint)
+    output = run(1, config(folder, "earlier", 0), code=2)
+    assert "is of an earlier version" in output and f"model.start_from={checkpoint}" in output
+    assert checkpoint.is_dir() and "Traceback" not in output
