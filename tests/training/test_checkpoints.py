@@ -52,14 +52,14 @@ def flip(file: Path) -> None:
 
 
 NEWEST = "checkpoints/step-00000020"
-DEEPSPEED = f"{NEWEST}/deepspeed/mp_rank_00_model_states.pt"
+MOMENTS = f"{NEWEST}/optimizer-00000.safetensors"
 
 
 @pytest.mark.parametrize(
     ("file", "damage"),
     [
         (f"{NEWEST}/state.npz", cut),
-        (DEEPSPEED, flip),
+        (MOMENTS, flip),
         (f"{NEWEST}/digests.json", Path.unlink),
     ],
     ids=lambda value: value.__name__ if callable(value) else Path(value).name,

@@ -16,6 +16,7 @@ import torch
 
 from efficientclip.config import Config, Optimizer, load_config
 from efficientclip.errors import UserError
+from efficientclip.hardware import compute_dtype
 from efficientclip.training import optimizer as optimizers
 from efficientclip.training.distributed import deepspeed_config
 from efficientclip.training.optimizer import build_optimizer, learning_rate
@@ -156,17 +157,18 @@ def test_another_config_does_not_resume_a_run(folder: Path) -> None:
     assert "checkpoints of another config (training.pair_visits differ" in output
 
 
-@pytest.mark.parametrize("supported", [True, False])
-def test_bfloat16_is_not_emulated_on_cpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], supported: bool
-) -> None:
-    settings = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
-    given = config(tmp_path, deepspeed=str(tmp_path / "deepspeed.json"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize(("cuda", "supported"), [(False, True), (False, False), (True, True), (True, False)])
+def test_bfloat16_is_not_emulated(monkeypatch: pytest.MonkeyPatch, cuda: bool, supported: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: supported)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
-    assert deepspeed_config(given, 1)["torch_autocast"]["enabled"] is supported
-    assert ("emulates bfloat16" in capsys.readouterr().out) is not supported
+    assert compute_dtype("fp32") is None and compute_dtype("fp16") == torch.float16
+    if cuda and not supported:
+        with pytest.raises(UserError, match=r"training\.precision=bf16: a card has no bfloat16; choose fp16 or fp32"):
+            compute_dtype("bf16")
+    else:
+        assert compute_dtype("bf16") == (torch.bfloat16 if supported else None)
 
 
 def test_the_mark_of_a_build_that_was_killed_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
