@@ -21,6 +21,7 @@ from ..data.pictures import decode_square, normalise
 from ..data.shards import BadSample, Sample
 from ..errors import UserError, reading
 from ..files import digests
+from ..hardware import compute_dtype
 from .efficientclip import build_model
 
 PICTURES_AT_ONCE = 256
@@ -44,6 +45,7 @@ class FrozenImages:
         self.name = image_tower_name(self.tower)
         self.waited_seconds = 0.0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.compute = compute_dtype(config.training.precision)
         settings_without_start = config.model.model_copy(update={"start_from": None})
         whole = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",))
         if whole.image is None:
@@ -83,7 +85,8 @@ class FrozenImages:
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
         """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
-        features: npt.NDArray[np.float32] = self.model(pixels.to(self.device, non_blocking=True)).cpu().numpy()
+        with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
+            features: npt.NDArray[np.float32] = self.model(pixels.to(self.device, non_blocking=True)).cpu().numpy()
         return features
 
 

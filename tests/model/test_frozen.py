@@ -5,16 +5,19 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from efficientclip.config import ImageTower, load_config
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.files import digests
+from efficientclip.hardware import compute_dtype
 from efficientclip.model import frozen
-from efficientclip.model.frozen import image_tower_name, tower_difference
+from efficientclip.model.frozen import FrozenImages, image_tower_name, tower_difference
 from efficientclip.prepare.build import prepare
 from efficientclip.training.runs import _check_store
+from tests import tiny
 from tests.evaluation.conftest import World, built
 from tests.model import hub
 
@@ -89,3 +92,17 @@ def test_a_folder_that_is_gone_is_no_hub_id(tmp_path: Path, place: str, message:
     tower = ImageTower(pretrained=str(tmp_path / place), size=16)
     with pytest.raises(UserError, match=rf"model\.image_tower\.pretrained: {tmp_path / place}: {message}; put it back"):
         image_tower_name(tower)
+
+
+def test_half_precision_moves_features_little(tmp_path: Path) -> None:
+    hub.clip_vision(tmp_path / "clip")
+    tower = {"pretrained": str(tmp_path / "clip"), "size": hub.PIXELS}
+    pictures = [*np.random.default_rng().integers(0, 256, (40, hub.PIXELS, hub.PIXELS, 3), np.uint8)]
+    exact, half = (
+        FrozenImages(load_config(tiny.config(tmp_path, model__image_tower=tower, training__precision=precision)))
+        for precision in ("fp32", "bf16")
+    )
+    assert exact.compute is None and half.compute == compute_dtype("bf16")
+    difference = np.abs(exact.encode(pictures) - half.encode(pictures))
+    assert difference.max() < 2e-2 and difference.mean() < 2e-3
+    assert half.compute is None or difference.max() > 0
