@@ -53,10 +53,11 @@ def engine(lab: Lab) -> Any:
     model: Any = build_model(
         Model(width=lab.device.width, text_tower=tower), seed=0, vocabulary=VOCABULARY, sides=("text",)
     )
-    model.to(torch.device(lab.device.type))
+    torch.nn.Module.to(model, torch.device(lab.device.type))
+    model.compute = torch.bfloat16
     settings = {
-        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
-        "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 1.0,
     }  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
