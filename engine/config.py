@@ -30,7 +30,7 @@ PLACES = {
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
     "training.keep_checkpoints", "training.validate_every", "training.micro_batch_size",
-    "training.tokens_per_micro_batch",
+    "training.tokens_per_micro_batch", "training.recompute",
 }  # fmt: skip
 
 
@@ -255,6 +255,9 @@ class Training(Section):
     max_caption_tokens: int = Field(77, ge=3, le=TOKENS)
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="what the towers compute in, by autocast; weights, their averages and moments are fp32"
+    )
+    recompute: bool = Field(
+        False, description="backward computes each layer's activations again: memory of a layer for a third more work"
     )
     threads: int = Field(0, ge=0, le=2**16, description="CPU threads a rank; 0 keeps what the launcher set")
     validate_every: int = Field(1, ge=1, le=COUNT, description="epochs between validations")

@@ -126,6 +126,20 @@ class EfficientCLIP(PreTrainedModel):
                 output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
             return output
 
+    def recompute_layers(self) -> None:
+        """Have backward compute the activations of each layer again, from its input (Chen et al. 2016, 1604.06174)."""
+        for tower in (self.text, self.image):
+            if tower is not None:
+                backbone: Any = tower.backbone
+                if not backbone.supports_gradient_checkpointing:
+                    raise UserError(
+                        f"training.recompute: a {backbone.config.model_type} cannot compute its layers again; remove it"
+                    )
+                backbone.config.use_cache = False
+                # The older name is deprecated where the newer one is known.
+                newer = getattr(backbone, "activation_checkpointing_enable", None)
+                (newer or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+
     @torch.no_grad()
     def get_text_features(
         self,

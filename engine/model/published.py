@@ -79,6 +79,7 @@ class EfficientCLIPTextModel(CLIPPreTrainedModel):
     config_class = EfficientCLIPTextConfig
     base_model_prefix = ""
     _input_embed_layer = "token_embedding"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "GatedLayer"]
 
     def __init__(self, config: EfficientCLIPTextConfig) -> None:

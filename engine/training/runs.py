@@ -99,6 +99,8 @@ def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs)
     if model.text is not None:
         check_positions(config, model.text.positions)
     model.compute = compute_dtype(config.training.precision)
+    if config.training.recompute:
+        model.recompute_layers()
     if model.compute is None and config.training.precision != "fp32" and dist.get_rank() == 0:
         print("this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True)
     return kind(config, model, inputs.source, inputs.validate)
