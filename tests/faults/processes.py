@@ -49,10 +49,14 @@ class Plan:
     namespace: int | None = None
 
 
-def _enter(plan: Plan) -> None:
-    """The forked process."""
+def _hear() -> None:
     for signum in TOLD:
         signal.signal(signum, signal.SIG_DFL)
+
+
+def _enter(plan: Plan) -> None:
+    """The forked process."""
+    _hear()
     os.setsid()
     with plan.log.open("ab") as log:
         for stream in (1, 2):
@@ -140,6 +144,8 @@ class Tree:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                # Behind a shell, or under nohup, it would ignore what the case sends it.
+                preexec_fn=_hear,
             )
         self.roots.append(process)
         self.sessions.add(process.pid)
