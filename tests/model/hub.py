@@ -29,8 +29,8 @@ VISION = {**SIZES, "image_size": PIXELS, "patch_size": 8}
 BERT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 64}
 
 
-def clip_config() -> CLIPConfig:
-    text = {**SIZES, "vocab_size": 58, "max_position_embeddings": 20, "bos_token_id": 56, "eos_token_id": 57}
+def clip_config(positions: int = 20) -> CLIPConfig:
+    text = {**SIZES, "vocab_size": 58, "max_position_embeddings": positions, "bos_token_id": 56, "eos_token_id": 57}
     return CLIPConfig(text_config=text, vision_config=VISION, projection_dim=tiny.WIDTH)
 
 
@@ -46,8 +46,8 @@ def save(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def clip(folder: Path) -> CLIPModel:
-    return save(CLIPModel(clip_config()), folder)
+def clip(folder: Path, positions: int = 20) -> CLIPModel:
+    return save(CLIPModel(clip_config(positions)), folder)
 
 
 def clip_text(folder: Path) -> CLIPTextModelWithProjection:
@@ -72,9 +72,9 @@ def bert(folder: Path) -> BertModel:
     return save(BertModel(BertConfig(**BERT)), folder)
 
 
-def masked_bert(folder: Path) -> BertModel:
+def masked_bert(folder: Path, positions: int = 64) -> BertModel:
     """As Chinese RoBERTa-wwm is published: a BERT for masked-language modelling."""
-    model = save(BertForMaskedLM(BertConfig(**BERT)), folder)
+    model = save(BertForMaskedLM(BertConfig(**BERT | {"max_position_embeddings": positions})), folder)
     return model.bert
 
 
