@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from . import stopping
 from .errors import reported
+from .launchers import adopt_rank
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> NoReturn:
     """Profile what the command line names; ends the process."""
+    adopt_rank()
+    # Of ranks, the first tells.
+    stopping.watch()
     from .config import load_config
 
     config = load_config(given.config, given.overrides)

@@ -73,7 +73,8 @@ def watch() -> None:
 
 def rank_of_environment() -> int:
     """As the launcher set it; 0 where there is none."""
-    return int(os.environ.get("RANK", 0))
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def requested() -> int | None:

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ import efficientclip.kernels
 from .. import __version__
 from ..config import Config, identity_keys
 from ..errors import UserError
+from ..launchers import stand_alone
 from .ranks import agree
 
 # What the YAML decides; DeepSpeed's JSON owns ZeRO, communication and offload.
@@ -103,11 +103,7 @@ def _keep_freed_memory() -> None:
 def join_process_group() -> tuple[int, int]:
     """Start torch.distributed from the launcher's environment, or alone; returns (rank, world size)."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(port)
+        stand_alone()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

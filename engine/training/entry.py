@@ -1,15 +1,17 @@
-"""How the launcher's ranks enter: signals first, then the command line, then what takes seconds to import."""
+"""How the launcher's ranks enter: who they are, then signals, the command line, and what takes seconds to import."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .. import stopping
-from ..errors import UserError
+from ..errors import UserError, reported
+from ..launchers import adopt_rank
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -19,6 +21,9 @@ def launched(
     run: Callable[[Config], int], command: str, description: str | None, arguments: list[str] | None
 ) -> NoReturn:
     """`run` the config that the command line names, on one of the launcher's ranks; ends the process with its code."""
+    code = reported(adopt_rank)
+    if code:
+        sys.exit(code)
     stopping.watch()
     parser = argparse.ArgumentParser(prog=f"efficientclip {command}", description=description)
     parser.add_argument("config", type=Path)
