@@ -34,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efficientclip",
         description="Trains a Chinese CLIP text tower against frozen image features.",
-        epilog="On several devices: deepspeed --module efficientclip.train (or .profile) CONFIG [key=value …]",
+        epilog="On several devices: deepspeed --module efficientclip.train (or .profile) CONFIG [key=value …], or the"
+        " same module by torchrun, srun or mpirun",
     )
     parser.add_argument("--version", action="version", version=f"efficientclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

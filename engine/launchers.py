@@ -1,7 +1,7 @@
 """Which rank this process is: what `srun` or `mpirun` told it, put into the variables that torchrun and deepspeed set.
 
 A launcher inside another wins: torchrun and deepspeed in a batch job see Slurm's variables, too, and so does mpirun. A
-process that is one of several and cannot tell which would be a run of its own in the folder of the others: it is refused.
+process that is one of several and cannot tell which would be a run of its own in the others' folder: it is refused.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ def adopt_rank(environment: Environment = os.environ) -> None:
             f"WORLD_SIZE: {told}, but {launcher.name} started {world} processes ({launcher.world}); start as many"
             " processes as ranks are wanted, or unset WORLD_SIZE"
         )
-    if world == 1:
-        # Who is alone needs no address that others know: the next step finds a free port.
-        if launcher is not TORCH or not {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
-            environment.pop("RANK", None)
-            return
+    # Who is alone needs no address that others know: the next step finds a free port.
+    told_all = launcher is TORCH and {"LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys()
+    if world == 1 and not told_all:
+        environment.pop("RANK", None)
+        return
     local_rank = _number(environment, launcher, launcher.local_rank)
     # Slurm writes 4(x2),3: nodes are filled alike.
     size = re.match(r"\d+", environment.get(launcher.local_size, ""))
     address, port = _address(environment, launcher, world, size and size[0]), _port(environment, launcher)
-    environment |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)}
-    environment |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+    environment.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local_rank)})
+    environment.update({"MASTER_ADDR": address, "MASTER_PORT": port})
     if size:
         environment.setdefault("LOCAL_SIZE", size[0])
 
@@ -87,7 +87,7 @@ def stand_alone(environment: Environment = os.environ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
     environment["MASTER_PORT"] = str(port)
 
 
@@ -120,8 +120,8 @@ def _number(environment: Environment, launcher: Launcher, name: str) -> int:
 def _remedy(launcher: Launcher) -> str:
     if launcher is TORCH:
         return (
-            "start all ranks by deepspeed, torchrun, srun or mpirun, which set RANK, WORLD_SIZE and LOCAL_RANK, or unset"
-            " these three for one process alone"
+            "start all ranks by deepspeed, torchrun, srun or mpirun, which set RANK, WORLD_SIZE and LOCAL_RANK, or"
+            " unset these three for one process alone"
         )
     return f"let {launcher.name} start each rank itself, and hand its variables on into containers and scripts"
 
@@ -138,7 +138,8 @@ def _address(environment: Environment, launcher: Launcher, world: int, local_siz
             return "127.0.0.1"
         way = "-x MASTER_ADDR=HOST" if launcher is OPEN_MPI else "-genv MASTER_ADDR HOST"
         raise UserError(
-            f"MASTER_ADDR: not set, and mpirun does not tell on which of several nodes rank 0 is; name it: mpirun {way} …"
+            f"MASTER_ADDR: not set, and mpirun does not tell on which of several nodes rank 0 is; name it: mpirun"
+            f" {way} …"
         )
     for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST"):
         if environment.get(name):
@@ -157,7 +158,9 @@ def _port(environment: Environment, launcher: Launcher) -> str:
     given = environment.get("MASTER_PORT")
     if given:
         if not (given.isascii() and given.isdecimal() and 0 < int(given) < 65536):
-            raise UserError(f"MASTER_PORT: {given!r} is no port; give a free one from 1024 to 65535, the same on all ranks")
+            raise UserError(
+                f"MASTER_PORT: {given!r} is no port; give a free one from 1024 to 65535, the same on all ranks"
+            )
         return given
     if launcher is TORCH:
         raise UserError(f"MASTER_PORT: not set; give all ranks the same free port, or {_remedy(launcher)}")

@@ -26,6 +26,8 @@ from .errors import close_bars
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NODE_LAUNCHER = "deepspeed.launcher.launch"
+# mpirun is any of these by name, and its daemons on other nodes; Slurm's calls itself `slurmstepd: [JOB.STEP]`.
+MPI = ("mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun", "orted", "prted", "hydra_pmi_proxy")
 LAUNCHERS = (NODE_LAUNCHER, "torch.distributed.run", "deepspeed", "torchrun")
 PROGRAMS = ("bin/deepspeed", "bin/torchrun", "torch/distributed/run.py", "deepspeed/launcher/launch.py")
 GOES_ON = "the same command goes on"
@@ -196,13 +198,23 @@ def _launchers() -> tuple[list[psutil.Process], bool]:
         lost = bool(found) and NODE_LAUNCHER in found[-1].cmdline()
     except (psutil.Error, OSError):
         return found, False
-    # Both launchers set one of these; a rank that `init` has adopted had a launcher.
-    unfound = not found and bool(os.environ.keys() & {"CROSS_RANK", "TORCHELASTIC_RUN_ID"})
+    # All launchers but Slurm's set one of these; a rank that `init` has adopted had a launcher.
+    unfound = not found and bool(
+        os.environ.keys() & {"CROSS_RANK", "TORCHELASTIC_RUN_ID", "OMPI_COMM_WORLD_RANK", "PMI_FD"}
+    )
     return found, adopted and (lost or unfound)
 
 
 def _launches(process: psutil.Process) -> bool:
-    return any(word in LAUNCHERS or word.endswith(PROGRAMS) for word in process.cmdline())
+    words = process.cmdline()
+    if not words:
+        return False
+    program = os.path.basename(words[0])
+    return (
+        program in MPI
+        or program.startswith("slurmstepd")
+        or any(word in LAUNCHERS or word.endswith(PROGRAMS) for word in words)
+    )
 
 
 def _lives(process: psutil.Process) -> bool:

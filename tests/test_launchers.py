@@ -9,7 +9,13 @@ from efficientclip.launchers import PORTS, adopt_rank, first_host
 
 TORCH = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1234"}
 # In a batch script Slurm says rank 0, but no step.
-BATCH = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "n[1-2]"}
+BATCH = {
+    "SLURM_JOB_ID": "77",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODELIST": "n[1-2]",
+}
 STEP = BATCH | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
 STEP |= {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
 SALLOC = BATCH | {"SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "1"}
@@ -112,7 +118,13 @@ def test_ranks_of_a_job_share_a_port_that_other_jobs_have_not() -> None:
         adopt_rank(found)
         return int(found["MASTER_PORT"])
 
-    jobs = [STEP, STEP | {"SLURM_JOB_ID": "78"}, STEP | {"SLURM_STEP_ID": "1"}, OPEN_MPI, OPEN_MPI | {"PMIX_NAMESPACE": "a"}]
+    jobs = [
+        STEP,
+        STEP | {"SLURM_JOB_ID": "78"},
+        STEP | {"SLURM_STEP_ID": "1"},
+        OPEN_MPI,
+        OPEN_MPI | {"PMIX_NAMESPACE": "a"},
+    ]
     assert len({port(job) for job in jobs}) == len(jobs) and all(port(job) in PORTS for job in jobs)
     assert port(STEP) == port(STEP | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
 

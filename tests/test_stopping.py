@@ -4,12 +4,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+
+from efficientclip import stopping
 
 STUBBORN = """
 import sys, threading
 from pathlib import Path
+from unittest.mock import Mock
 from efficientclip import stopping
 
 stopping.watch()
@@ -46,3 +50,20 @@ def test_two_threads_that_leave_say_so_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 3 and done.stderr.count("left by ") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "launches"),
+    [
+        (["/opt/openmpi/bin/mpirun", "-n", "2", "python"], True),
+        (["orted", "-mca", "ess", "env"], True),
+        (["/usr/bin/hydra_pmi_proxy", "--rank"], True),
+        (["slurmstepd: [12.0]"], True),
+        (["python", "/venv/bin/torchrun", "--nnodes", "2"], True),
+        (["bash", "mpirun"], False),
+        (["python", "-m", "efficientclip.train"], False),
+        ([], False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(words: list[str], launches: bool) -> None:
+    assert stopping._launches(Mock(cmdline=lambda: words)) is launches

@@ -29,7 +29,7 @@ from .. import __version__
 from ..config import Config, identity_keys
 from ..errors import UserError
 from ..launchers import stand_alone
-from .ranks import agree
+from .ranks import agree, join
 
 # What the YAML decides; DeepSpeed's JSON owns ZeRO, communication and offload.
 OWNED = {
@@ -109,6 +109,8 @@ def join_process_group() -> tuple[int, int]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
         _load_shared_memory_operator()
+    # Before torch may find another run's ranks there.
+    join()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     if not cuda:
         _forget_shared_memory()

@@ -30,6 +30,7 @@ JOIN_SECONDS = 60
 HEARD_SECONDS = 5
 SIGNAL_SECONDS = 2
 LOST_SECONDS = 3
+ANOTHER_PORT = "give all ranks another MASTER_PORT (deepspeed, torchrun: --master_port)"
 LOST = (
     "connection closed by", "connection was likely closed", "connection reset", "connection refused", "broken pipe",
     "socket closed", "remote process exited", "ncclremoteerror",
@@ -112,13 +113,14 @@ def agree(found: Mapping[str, str], remedies: Mapping[str, str]) -> None:
                 )
 
 
-def _join() -> dist.TCPStore | None:
+def join() -> dist.TCPStore | None:
+    """This rank's connection to the words, once it is known to be that of its own run; None where it is alone."""
     if world_of_environment() == 1:
         return None
     with _words.joining:
         if _words.store is None:
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            _words.store = dist.TCPStore(
+            store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 is_master=rank_of_environment() == 0 and not agent,
@@ -127,7 +129,25 @@ def _join() -> dist.TCPStore | None:
                 # torch's own store of the process group is the same server.
                 multi_tenant=True,
             )
+            _take_seat(store)
+            _words.store = store
         return _words.store
+
+
+def _take_seat(store: dist.TCPStore) -> None:
+    """End this process, without a word to the others, where another run keeps its words at the same address.
+
+    Rank 0 of this run could not listen there, and an error or a signal told here would end that other run.
+    """
+    rank, world = rank_of_environment(), str(world_of_environment())
+    mine = f"{socket.gethostname()} {os.getpid()} {time.time_ns()}"
+    if store.compare_set(_key("efficientclip/ranks"), "", world).decode() == world and (
+        store.compare_set(_key(f"efficientclip/rank {rank}"), "", mine).decode() == mine
+    ):
+        return
+    # Rank 0 tells as much, and its end is this one's under most launchers.
+    time.sleep(LOST_SECONDS)
+    stopping.leave(2, f"error: {_place()}: in use by another run; {ANOTHER_PORT}" if rank <= 1 else None)
 
 
 def _key(name: str) -> str:
@@ -136,11 +156,15 @@ def _key(name: str) -> str:
 
 def _listen() -> None:
     """End this process when another rank has an error, or when rank 0, which keeps the words, is gone."""
-    try:
-        store = _join()
-    except Exception:
-        return _rank_0_is_gone()
-    while store is not None and not _words.ended.wait(POLL_SECONDS):
+    failed: list[Exception] = []
+    joining = threading.Thread(target=_try_to_join, args=(failed,), daemon=True)
+    joining.start()
+    # A program that takes the connection and says nothing keeps torch waiting for ever.
+    joining.join(JOIN_SECONDS + POLL_SECONDS)
+    store = _words.store
+    if store is None:
+        return _leave_alone(failed[0] if failed else dist.DistNetworkError("timed out"))
+    while not _words.ended.wait(POLL_SECONDS):
         try:
             found = store.check([_key(FIRST)])
         except Exception:
@@ -148,6 +172,22 @@ def _listen() -> None:
             return
         if found and not _words.ended.is_set():
             _leave_with(store)
+
+
+def _try_to_join(failed: list[Exception]) -> None:
+    try:
+        join()
+    except Exception as error:
+        failed.append(error)
+
+
+def _leave_alone(error: Exception) -> None:
+    """End this process, which does not find the others; rank 0 knows its own reason, and one of the others tells."""
+    if _words.ended.wait(LOST_SECONDS):
+        return
+    if stopping.requested() is not None:
+        stopping.leave_stopped()
+    stopping.leave(2, f"error: {_network(error) or short(error)}" if rank_of_environment() <= 1 else None)
 
 
 def _leave_with(store: dist.TCPStore) -> NoReturn:
@@ -172,7 +212,7 @@ def _rank_0_is_gone() -> None:
 def _is_first(code: int, why: str) -> bool:
     """Whether this rank is the first to end before its time, with exit code `code`; it is where nobody can be asked."""
     try:
-        store = _join()
+        store = join()
         if store is None:
             return True
         mine = f"{code} {rank_of_environment()} {os.getpid()} {why[:500]}"
@@ -205,7 +245,7 @@ def assembled() -> None:
 
     For work of some ranks that takes long; the others end by the listening thread where it fails.
     """
-    store = _join()
+    store = join()
     if store is None:
         return
     _words.meetings += 1
@@ -219,17 +259,21 @@ def assembled() -> None:
 
 def _network(error: Exception) -> str | None:
     """What to do where the ranks cannot find each other at all."""
-    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     text = str(error).lower()
     if not isinstance(error, RuntimeError):
         return None
     if "eaddrinuse" in text or "address already in use" in text:
-        return f"{place}: in use by another process; give the launcher another --master_port"
+        return f"{_place()}: in use by another process; {ANOTHER_PORT}"
     if isinstance(error, dist.DistNetworkError) and ("timed out" in text or "failed to connect" in text):
         return (
-            f"rank 0 cannot be reached at {place} ({short(error)}); is it running, and does MASTER_ADDR name its host?"
+            f"rank 0 cannot be reached at {_place()} ({short(error)}); is it running, does MASTER_ADDR name its host, and"
+            " does no other program use MASTER_PORT?"
         )
     return None
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def lost_peer(error: BaseException) -> bool:
