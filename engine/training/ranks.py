@@ -266,8 +266,8 @@ def _network(error: Exception) -> str | None:
         return f"{_place()}: in use by another process; {ANOTHER_PORT}"
     if isinstance(error, dist.DistNetworkError) and ("timed out" in text or "failed to connect" in text):
         return (
-            f"rank 0 cannot be reached at {_place()} ({short(error)}); is it running, does MASTER_ADDR name its host, and"
-            " does no other program use MASTER_PORT?"
+            f"rank 0 cannot be reached at {_place()} ({short(error)}); is it running, does MASTER_ADDR name its host,"
+            " and does no other program use MASTER_PORT?"
         )
     return None
 
