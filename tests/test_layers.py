@@ -12,8 +12,9 @@ import efficientclip
 import efficientclip.kernels
 
 LAYERS = (
-    "kernels", "errors", "files", "config", "launchers", "stopping", "hardware", "data", "model", "prepare", "objectives",
-    "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "cross_fit", "profile", "cli",
+    "kernels", "errors", "files", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
+    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "cross_fit",
+    "profile", "cli",
 )  # fmt: skip
 ENGINE, KERNELS = (Path(package.__path__[0]) for package in (efficientclip, efficientclip.kernels))
 
