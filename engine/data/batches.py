@@ -35,7 +35,7 @@ class Segments:
         return cls(torch.from_numpy(cu_seqlens), groups, int(lengths.max()))
 
     def to(self, device: torch.device) -> Segments:
-        return Segments(self.cu_seqlens.to(device), self.groups, self.longest)
+        return Segments(moved(self.cu_seqlens, device), self.groups, self.longest)
 
 
 @dataclass
@@ -127,11 +127,12 @@ class FrozenTable:
 class Bank:
     """Frozen rows that text->image sees beyond the batch: store rows in a ring, the same on all ranks, none twice.
 
-    The frozen tower never changes, so a row never goes stale. Only the integers are state.
+    The frozen tower never changes, so a row never goes stale. Only the integers are state. No step reads the store or
+    takes time in the size of the bank.
     """
 
     def __init__(self, table: FrozenTable, size: int, seed: int, device: torch.device | None = None) -> None:
-        self.table, self.device = table, device
+        self.table, self.device = table, device or torch.device("cpu")
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, 3])))
         self.ids = np.sort(generator.choice(len(table), min(size, len(table)), replace=False, shuffle=False))
         self.cursor = 0
@@ -139,34 +140,73 @@ class Bank:
 
     def _load(self) -> None:
         self.features_QD = self.table.rows(self.ids).to(self.device)
-        self._present = np.zeros(len(self.table), bool)
-        self._present[self.ids] = True
+        # Where each row of the store lies in the bank, -1 for nowhere.
+        self._slot_of = np.full(len(self.table) if len(self.ids) else 0, -1, np.int32)
+        self._slot_of[self.ids] = np.arange(len(self.ids))
+        # Slots that `add_to` has filled with other rows, and their own.
+        self._covered: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def add_to(self, batch: Batch, edges: Edges) -> None:
-        """Give `batch` the rows that it does not hold already, and, by `edges`, the columns that are no negatives."""
-        columns = batch.frozen_ids_N
-        if len(self.ids):
-            # Rows in the batch count as absent for a moment: nothing here takes time in the size of the store.
-            inside = columns[self._present[columns]]
-            self._present[inside] = False
-            chosen = np.flatnonzero(self._present[self.ids])
-            self._present[inside] = True
-            batch.bank_QD = self.features_QD[torch.from_numpy(chosen).to(self.device)]
-            columns = np.concatenate([columns, self.ids[chosen]])
-        rows, excluded = _loader.linked_pairs(*edges, batch.trained_ids_M, columns, batch.first)
-        batch.excluded = torch.from_numpy(rows), torch.from_numpy(excluded)
+        """Give `batch` the rows that it does not hold already, and, by `edges`, the columns that are no negatives.
 
-    def push(self, ids_N: IntArray) -> None:
-        """Put the batch's rows in the place of the oldest ones."""
-        new = np.unique(ids_N)
-        new = new[~self._present[new]][: len(self.ids)]
+        These rows are the bank's own memory: they stand until the next call of `add_to` or `push`.
+        """
+        self._uncover()
+        cells = [_loader.linked_pairs(*edges, batch.trained_ids_M, batch.frozen_ids_N, batch.first)]
+        if len(self.ids):
+            inside = self._slot_of[batch.frozen_ids_N]
+            inside = np.unique(inside[inside >= 0]).astype(np.int64)
+            # Rows of the batch in the first n slots make room for others in the last ones, and come back afterwards.
+            n = len(self.ids) - len(inside)
+            behind = np.ones(len(inside), bool)
+            behind[inside[inside >= n] - n] = False
+            holes, others = inside[inside < n], n + np.flatnonzero(behind)
+            if len(holes):
+                hole_H, other_H = (moved(torch.from_numpy(slots), self.device) for slots in (holes, others))
+                self._covered = hole_H, self.features_QD.index_select(0, hole_H)
+                self.features_QD.index_copy_(0, hole_H, self.features_QD.index_select(0, other_H))
+            batch.bank_QD = self.features_QD[:n]
+            self._slot_of[self.ids[inside]], self._slot_of[self.ids[others]] = -1, holes
+            rows, columns = self._linked(edges, batch.trained_ids_M)
+            self._slot_of[self.ids[inside]], self._slot_of[self.ids[others]] = inside, others
+            cells.append((rows, columns + len(batch.frozen_ids_N)))
+        rows, columns = (np.concatenate(part) for part in zip(*cells, strict=True))
+        batch.excluded = torch.from_numpy(rows), torch.from_numpy(columns)
+
+    def _uncover(self) -> None:
+        if self._covered is not None:
+            hole_H, row_HD = self._covered
+            self.features_QD.index_copy_(0, hole_H, row_HD)
+            self._covered = None
+
+    def _linked(self, edges: Edges, left_ids: IntArray) -> tuple[IntArray, IntArray]:
+        """(rows, slots) of the edges from `left_ids` into the bank, found from the edges: the bank is far longer."""
+        indptr, indices = edges
+        first, counts = indptr[left_ids], indptr[left_ids + 1] - indptr[left_ids]
+        rows = np.repeat(np.arange(len(left_ids)), counts)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        slots = self._slot_of[indices[np.repeat(first, counts) + within]]
+        found = slots >= 0
+        return rows[found], slots[found].astype(np.int64)
+
+    def push(self, ids_N: IntArray, trained_N: npt.NDArray[np.bool_], frozen_ND: torch.Tensor) -> None:
+        """Put those rows of the batch of all ranks that are `trained` in the place of the oldest ones.
+
+        `frozen_ND` are the rows of `ids_N`, as the store holds them.
+        """
+        self._uncover()
+        places = np.flatnonzero(trained_N)
+        new, first = np.unique(ids_N[places], return_index=True)
+        absent = self._slot_of[new] < 0
+        new, places = new[absent][: len(self.ids)], places[first[absent]][: len(self.ids)]
         if len(new) == 0:
             return
         slots = (self.cursor + np.arange(len(new))) % len(self.ids)
-        self._present[self.ids[slots]] = False
+        self._slot_of[self.ids[slots]] = -1
         self.ids[slots] = new
-        self._present[new] = True
-        self.features_QD[torch.from_numpy(slots).to(self.device)] = self.table.rows(new).to(self.device)
+        self._slot_of[new] = slots
+        to_K, from_K = (moved(torch.from_numpy(part), self.device) for part in (slots, places))
+        self.features_QD.index_copy_(0, to_K, frozen_ND.index_select(0, from_K))
         self.cursor = int((self.cursor + len(new)) % len(self.ids))
 
     def state(self) -> dict[str, Any]:
@@ -175,6 +215,13 @@ class Bank:
     def restore(self, state: dict[str, Any]) -> None:
         self.ids, self.cursor = state["ids"].copy(), int(state["cursor"])
         self._load()
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; to CUDA by way of pinned memory, so that the copy is not waited for."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def packed_inputs(captions: PackedTexts) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .. import config as settings
-from ..data.batches import Segments, pack, packed_inputs
+from ..data.batches import Segments, moved, pack, packed_inputs
 from ..data.pictures import normalise
 from ..data.store import TextStore
 
@@ -57,10 +57,3 @@ def to_device(inputs: dict[str, torch.Tensor | Segments], device: torch.device) 
         name: value.to(device) if isinstance(value, Segments) else moved(value, device)
         for name, value in inputs.items()
     }
-
-
-def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`; to CUDA by way of pinned memory, so that the copy is not waited for."""
-    if device.type == "cuda" and not tensor.is_cuda:
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

@@ -16,6 +16,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from .. import stopping
@@ -98,6 +99,15 @@ def gathered(word: T) -> list[T]:
     words: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(words, word)
     return words  # type: ignore[return-value]
+
+
+def all_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks, of which each has as many, in rank order."""
+    if dist.get_world_size() == 1:
+        return rows
+    gathered_W = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered_W, rows.contiguous())
+    return torch.cat(gathered_W)
 
 
 def agree(found: Mapping[str, str], remedies: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .. import stopping
 from ..config import Config
-from ..data.batches import Bank, Batch
+from ..data.batches import Bank, Batch, moved
 from ..data.pairs import PairSource
 from ..data.store import first_not_finite
 from ..errors import UserError, tell, writing
@@ -31,7 +31,7 @@ from ..files import digests
 from ..files.atomic import put_in_place, written_aside
 from ..hardware import record_hardware
 from ..model.efficientclip import EfficientCLIP
-from ..model.encode import moved, to_device
+from ..model.encode import to_device
 from ..noise.confidence import ConfidenceTable
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, save_model, step_of
@@ -40,7 +40,7 @@ from .history import forget_from, write_epoch
 from .loss_scale import LossScale
 from .momentum import MomentumCopies
 from .optimizer import build_optimizer, learning_rate
-from .ranks import gathered, told
+from .ranks import all_rows, gathered, told
 from .records import Metrics, Written
 from .run_folder import keep_foreign, seal
 
@@ -208,8 +208,9 @@ class Trainer:
                 self.copies.follow(self.engine, keys)
         with self.span("confidence"):
             seen = self._observe(losses, inputs, batch, mlm_sum)
-        if batch.frozen_MD is not None:
-            self.bank.push(batch.frozen_ids_N[batch.weights_N > 0])
+        if batch.frozen_MD is not None and len(self.bank.ids):
+            frozen_ND = all_rows(batch.frozen_MD)
+            self.bank.push(batch.frozen_ids_N, batch.weights_N > 0, frozen_ND)
         values = {
             "loss": config.objective.contrastive_weight * float(losses.contrastive)
             + config.objective.regression_weight * seen["regression"]

@@ -44,13 +44,17 @@ def test_packed_rows_equal_padded_ones_and_hold_no_padding(store: Store) -> None
 def test_bank_adds_its_rows_and_every_edge_is_excluded(store: Store) -> None:
     edges = set(zip(store.caption_ids.tolist(), store.image_ids.tolist(), strict=True))
     bank = Bank(FrozenTable(store.features), 24, 0)
+    id_of = {row.tobytes(): number for number, row in enumerate(store.features)}
+    before = bank.features_QD.clone()
     for rank in range(2):
         with PairLoader(store, batch_size=32, rank=rank, world_size=2) as loader:
             batch = next(loader)
         bank.add_to(batch, store.caption_edges)
-        outside = bank.ids[~np.isin(bank.ids, batch.frozen_ids_N)]
         assert batch.bank_QD is not None and batch.excluded is not None
-        torch.testing.assert_close(batch.bank_QD, bank.table.rows(outside))
+        # The bank's own memory, in whatever order.
+        assert batch.bank_QD.data_ptr() == bank.features_QD.data_ptr()
+        outside = [id_of[row.tobytes()] for row in batch.bank_QD.numpy()]
+        assert sorted(outside) == sorted(bank.ids[~np.isin(bank.ids, batch.frozen_ids_N)])
         columns = [*store.image_ids[batch.rows_N], *outside]
         expected = {
             (i, j)
@@ -58,17 +62,32 @@ def test_bank_adds_its_rows_and_every_edge_is_excluded(store: Store) -> None:
             for j, image in enumerate(columns)
             if (int(store.caption_ids[row]), int(image)) in edges and j != i + rank * 16
         }
-        assert expected and set(zip(*(part.tolist() for part in batch.excluded), strict=True)) == expected
+        found = list(zip(*(part.tolist() for part in batch.excluded), strict=True))
+        assert any(j >= 32 for _, j in expected) and sorted(found) == sorted(expected)
+    bank.push(np.empty(0, np.int64), np.empty(0, bool), before[:0])
+    assert torch.equal(bank.features_QD, before)
 
 
-def test_bank_holds_no_row_twice_and_comes_back_from_its_integers(store: Store) -> None:
+def test_bank_holds_no_row_twice_reads_no_store_and_comes_back_from_its_integers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = FrozenTable(store.features)
-    bank = Bank(table, 24, 0)
+    bank, other = Bank(table, 24, 0), Bank(table, 24, 5)
     random = np.random.default_rng(0)
-    for _ in range(20):
-        bank.push(random.integers(0, len(table), 16))
-        assert len(set(bank.ids.tolist())) == 24
-        torch.testing.assert_close(bank.features_QD, table.rows(bank.ids))
-    other = Bank(table, 24, 5)
+    with PairLoader(store, batch_size=32) as loader:
+        for batch, _ in zip(loader, range(7), strict=False):
+            with monkeypatch.context() as patch:
+                patch.setattr(FrozenTable, "rows", None)
+                bank.add_to(batch, store.caption_edges)
+                assert batch.frozen_MD is not None
+                trained = random.random(32) < 0.6
+                bank.push(batch.frozen_ids_N, trained, batch.frozen_MD)
+            assert len(set(bank.ids.tolist())) == 24
+            assert np.isin(bank.ids, batch.frozen_ids_N[trained]).any()
+            assert torch.equal(bank.features_QD, table.rows(bank.ids))
     other.restore(bank.state())
-    torch.testing.assert_close(other.features_QD, bank.features_QD)
+    assert torch.equal(other.features_QD, bank.features_QD)
+    # From here on both do the same.
+    for one in (bank, other):
+        one.add_to(batch, store.caption_edges)
+    assert batch.bank_QD is not None and torch.equal(bank.features_QD, other.features_QD)
