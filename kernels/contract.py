@@ -8,7 +8,7 @@ rank order, then the Q bank rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -202,6 +202,9 @@ class LossArguments:
     excluded: tuple[Tensor, Tensor] | None = None
     """(rows, columns), two int64 tensors [E]; row in [0, M), column in [0, N + Q). These cells are masked in both
     directions, except where they are positives."""
+    trusted: bool = field(default=False, kw_only=True)
+    """Whether the caller vouches for what only values and other ranks tell: weights are finite and >= 0, `excluded` is
+    in range, and all ranks have as many pairs and the same options. Then nothing is read, nor waited for."""
 
     @property
     def bank_rows(self) -> int:
@@ -224,11 +227,11 @@ class LossArguments:
         _require_excluded(self.excluded, text_MD)
         if self.positives not in ("pair", "ids"):
             raise ValueError(f"positives is {self.positives!r}, expected 'pair' or 'ids'")
-        _require_weights(self.pair_weights, text_MD)
+        _require_weights(self.pair_weights, text_MD, read=not self.trusted)
 
     def check_excluded_range(self, columns: int) -> None:
         """The same for cells beyond these columns of all ranks, which only the ranks together can tell."""
-        if self.excluded is None or not len(self.excluded[0]) or not may_read(self.excluded[0]):
+        if self.trusted or self.excluded is None or not len(self.excluded[0]) or not may_read(self.excluded[0]):
             return
         stops = len(self.text_MD), columns + self.bank_rows
         for name, part, stop in zip(("[0] (rows)", "[1] (columns)"), self.excluded, stops, strict=True):
@@ -379,13 +382,13 @@ def _require_ids(name: str, ids: Tensor | None, like: Tensor, size: int, meaning
         raise TypeError(f"{name} is {ids.dtype}, expected int64: {meaning}")
 
 
-def _require_weights(pair_weights: Tensor | None, text_MD: Tensor) -> None:
+def _require_weights(pair_weights: Tensor | None, text_MD: Tensor, read: bool) -> None:
     if pair_weights is None:
         return
     _require_tensor("pair_weights", pair_weights, text_MD, (len(text_MD),), "one weight a pair")
     if not pair_weights.is_floating_point():
         raise TypeError(f"pair_weights is {pair_weights.dtype}, expected a floating-point tensor")
-    if may_read(pair_weights) and not bool(((pair_weights >= 0) & (pair_weights < math.inf)).all()):
+    if read and may_read(pair_weights) and not bool(((pair_weights >= 0) & (pair_weights < math.inf)).all()):
         raise ValueError("pair_weights has negative or non-finite entries, expected finite numbers >= 0")
 
 

@@ -186,6 +186,7 @@ def contrastive_loss(
     direction_weights: tuple[float, float] = (0.5, 0.5),
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = "gather",
+    trusted: bool = False,
 ) -> ContrastiveOutput:
     """Symmetric InfoNCE between the texts and images of all ranks, with a bank of further images.
 
@@ -205,7 +206,7 @@ def contrastive_loss(
         text_MD, image_MD, bank_QD: [M, D], [M, D] and [Q, D] of one dtype, fp16, bf16, fp32 or fp64, D up to 1024.
         logit_scale, logit_bias: numbers, or tensors of shape () or (1,).
         pair_weights: [M] floats; image_ids, caption_ids: [M] int64; bank_ids: [Q] int64; excluded: two [E] int64.
-        positives, label_smoothing, direction_weights: as `contract.ContrastiveArguments` says, like all of these.
+        positives, label_smoothing, direction_weights, trusted: as `contract.ContrastiveArguments` says, like all.
         group: the ranks that share the batch, each of which must call; None means this process alone.
         exchange: how images reach other ranks: "gather" holds those of all ranks at once; "ring" passes them from
             rank to rank while it computes, with no more than two ranks' images held, for batches whose N x D is
@@ -226,7 +227,7 @@ def contrastive_loss(
     """
     given = ContrastiveArguments(
         text_MD, image_MD, bank_QD, logit_scale, logit_bias, pair_weights, positives, image_ids, caption_ids, bank_ids,
-        excluded, label_smoothing, direction_weights,
+        excluded, label_smoothing, direction_weights, trusted=trusted,
     )  # fmt: skip
     given.check()
     ranks = Ranks(group, exchange, given)

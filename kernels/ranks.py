@@ -39,8 +39,8 @@ class Ranks:
         self.world = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
         self.ring = exchange == "ring" and self.world > 1
-        self.sizes = [size]
-        if group is not None:
+        self.sizes = [size] * self.world
+        if group is not None and not given.trusted:
             agreed = given.agreed() | {"whether exchange is 'ring'": exchange == "ring"}
             mine = torch.tensor([size, *agreed.values()], dtype=torch.float64, device=given.text_MD.device)
             sizes, *columns = self.gather(mine).T.tolist()

@@ -119,6 +119,7 @@ def sigmoid_loss(
     excluded: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     exchange: Exchange = "gather",
+    trusted: bool = False,
 ) -> ContrastiveOutput:
     """SigLIP's loss between the texts and images of all ranks, with a bank of further images.
 
@@ -137,7 +138,7 @@ def sigmoid_loss(
         text_MD, image_MD, bank_QD: [M, D], [M, D] and [Q, D] in fp16, bf16 or fp32 each, or all in fp64, D up to 1024.
         logit_scale, logit_bias: numbers, or tensors of shape () or (1,).
         pair_weights: [M] floats; image_ids, caption_ids: [M] int64; bank_ids: [Q] int64; excluded: two [E] int64.
-        positives: as `contract.LossArguments` says, like all of these.
+        positives, trusted: as `contract.LossArguments` says, like all of these.
         group, exchange: as for `contrastive_loss`.
 
     Compiles without a graph break (`group=None`). It does not read values then: that `pair_weights` are finite and
@@ -155,7 +156,7 @@ def sigmoid_loss(
     """
     given = LossArguments(
         text_MD, image_MD, bank_QD, logit_scale, logit_bias, pair_weights, positives, image_ids, caption_ids, bank_ids,
-        excluded,
+        excluded, trusted=trusted,
     )  # fmt: skip
     given.check()
     ranks = Ranks(group, exchange, given)

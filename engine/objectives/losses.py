@@ -53,6 +53,7 @@ def pair_losses(features_MD: torch.Tensor, logit_scale: torch.Tensor, batch: Bat
             direction_weights=objective.direction_weights,
             group=dist.group.WORLD,
             exchange=objective.exchange,
+            trusted=True,
         )
         contrastive, log_probability_M = contrast.loss, -contrast.per_pair_loss_M
     distance_M = (1 - F.cosine_similarity(features_MD, target_MD)) * batch.weights_M
@@ -89,6 +90,7 @@ def both_sides_loss(
         "label_smoothing": objective.label_smoothing,
         "group": dist.group.WORLD,
         "exchange": objective.exchange,
+        "trusted": True,
     }
     if keys is None:
         loss, loss_M, _ = contrastive_loss(text_MD, image_MD, direction_weights=objective.direction_weights, **shared)
@@ -106,6 +108,7 @@ def both_sides_loss(
     return Losses(objective.contrastive_weight * loss, loss.detach(), loss.new_zeros(()), cosine_M, -loss_M)
 
 
-def mlm_loss(mlm_loss_sum: torch.Tensor, masked_everywhere: int, mlm: MaskedLanguageModelling) -> torch.Tensor:
+def mlm_loss(mlm_loss_sum: torch.Tensor, masked_everywhere: torch.Tensor, mlm: MaskedLanguageModelling) -> torch.Tensor:
     """Weighted mean over the masked positions of all ranks, from this rank's sum."""
-    return mlm_loss_sum * (mlm.weight * dist.get_world_size() / max(masked_everywhere, 1))
+    factor = mlm.weight * dist.get_world_size() / masked_everywhere.clamp(min=1)
+    return mlm_loss_sum * factor.to(mlm_loss_sum.dtype)

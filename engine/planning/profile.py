@@ -179,7 +179,7 @@ class ProfiledTrainer(Trainer):
         ):
             shutil.copyfileobj(whole, packed)
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
+    def train_step(self, batch: Batch) -> None:
         captions = tokens = texts = 0
         for arguments in batch.inputs:
             if "segments" in arguments:
@@ -188,10 +188,10 @@ class ProfiledTrainer(Trainer):
                 tokens += int(lengths[arguments["texts"]].sum())
                 texts += len(lengths) - len(arguments["texts"])
         self.counts.append([captions, tokens, texts, batch.tokens - tokens, batch.masked])
-        return super().train_step(batch)
+        super().train_step(batch)
 
-    def anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
-        stop, ended = super().anywhere(stop, ended)
+    def anywhere(self) -> tuple[int, bool]:
+        stop, ended = super().anywhere()
         self.recorder.end_step()
         if self.rank == 0 and self.step > self.warm_up + self.measured:
             self.profiler.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -43,6 +45,7 @@ from .optimizer import build_optimizer, learning_rate
 from .ranks import all_rows, gathered, told
 from .records import Metrics, Written
 from .run_folder import keep_foreign, seal
+from .tally import FIGURES, Issued, Tally, of_all
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
 
@@ -84,7 +87,9 @@ class Trainer:
         self.loader.kept = self.confidence.kept
         self.step = 0
         self.best = self.recall = -math.inf
-        self.grad_norm = 0.0
+        self.grad_norm: torch.Tensor | float = 0.0
+        self.tally = Tally(self.device)
+        self.started, self.waited, self.loss = time.perf_counter(), 0.0, math.nan
         self.total_steps = math.ceil(config.training.pair_visits / config.training.batch_size)
         self.written = Written(self.run)
         self.best_step: int | None = None
@@ -135,31 +140,32 @@ class Trainer:
                 self.best_step = self.step
             self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
         while self.step < self.total_steps:
-            started = time.perf_counter()
+            self.started = time.perf_counter()
             with self.span("data wait"):
                 batch = next(self.loader)
             if batch.frozen_MD is not None:
                 self.bank.add_to(batch, self.source.edges)
-            waited = time.perf_counter() - started
-            values = self.train_step(batch)
+            self.waited = time.perf_counter() - self.started
+            self.train_step(batch)
             self.step += 1
-            values |= {"step_seconds": time.perf_counter() - started, "data_wait_seconds": waited}
-            self._log(values, force=self.step in (1, self.total_steps))
+            stop, ended = self.anywhere()
             bar.update(training.batch_size)
-            waited_seconds += waited
-            step_seconds += values["step_seconds"]
+            waited_seconds += self.waited
+            step_seconds += time.perf_counter() - self.started
             bar.set_postfix(
-                loss=f"{values['loss']:.3f}",
+                loss=f"{self.loss:.3f}",
                 kept=f"{self.loader.kept_share:.0%}",
                 data_wait=f"{waited_seconds / step_seconds:.1%}",
                 refresh=False,
             )
             best = False
-            stop, ended = self.anywhere(stopping.requested() or 0, self.loader.ended)
+            last = self.step == self.total_steps
+            if stop or ended or last or self.step % training.checkpoint_every == 0:
+                # Nothing is chosen or saved before this step's own figures are known.
+                stop = self._settle() or stop
             if ended:
                 with self.span("confidence"):
                     self._end_epoch()
-            last = self.step == self.total_steps
             # Told to stop, the run saves first: validation may take longer than it is given.
             due = last or (ended and self.loader.epoch % training.validate_every == 0)
             self.validation_due = due and bool(stop)
@@ -179,8 +185,8 @@ class Trainer:
         bar.close()
         return None
 
-    def train_step(self, batch: Batch) -> dict[str, float]:
-        """Forward, backward and update on one global batch; returns its figures and shows ECL its scores."""
+    def train_step(self, batch: Batch) -> None:
+        """Issue forward, backward and update on one global batch; its figures are read a step later."""
         config = self.config
         rate = learning_rate((self.step + 1) / self.total_steps, config.optimizer)
         for group in self.engine.optimizer.param_groups:
@@ -193,40 +199,27 @@ class Trainer:
         if batch.excluded is not None:
             batch.excluded = (moved(batch.excluded[0], self.device), moved(batch.excluded[1], self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
-        masked = torch.tensor([batch.masked], dtype=torch.int64, device=self.device)
-        dist.all_reduce(masked)
+        masked = self.tally.exchange(batch.masked, stopping.requested() or 0, self.loader.ended)
         keys = None
         if self.copies is not None:
             with self.span("forward"):
                 keys = self.copies.keys(inputs)
         if len(inputs) == 1:
-            losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, keys, int(masked))
+            losses, scale, mlm_sum = self._whole_batch(inputs[0], batch, keys, masked)
         else:
-            losses, scale, mlm_sum = self._cached_batch(inputs, batch, keys, int(masked))
+            losses, scale, mlm_sum = self._cached_batch(inputs, batch, keys, masked)
         if self.copies is not None and keys is not None:
             with self.span("optimiser"):
                 self.copies.follow(self.engine, keys)
         with self.span("confidence"):
-            seen = self._observe(losses, inputs, batch, mlm_sum)
+            figures = self._figures(losses, scale, inputs, batch, mlm_sum / masked.clamp(min=1))
         if batch.frozen_MD is not None and len(self.bank.ids):
-            frozen_ND = all_rows(batch.frozen_MD)
-            self.bank.push(batch.frozen_ids_N, batch.weights_N > 0, frozen_ND)
-        values = {
-            "loss": config.objective.contrastive_weight * float(losses.contrastive)
-            + config.objective.regression_weight * seen["regression"]
-            + config.mlm.weight * seen["mlm"] / max(int(masked), 1),
-            "contrastive": float(losses.contrastive),
-            "cosine": seen["cosine"],
-            "mlm": seen["mlm"] / max(int(masked), 1),
-            "logit_scale": float(scale),
-            "lr": rate,
-            "tokens": batch.tokens * self.world_size,
-        }
-        values["grad_norm"] = self.grad_norm
+            self.bank.push(batch.frozen_ids_N, batch.weights_N > 0, all_rows(batch.frozen_MD))
+        values = {"lr": rate, "tokens": batch.tokens * self.world_size, "data_wait_seconds": self.waited}
         if self.loss_scale is not None:
             values["loss_scale"] = self.loss_scale.value
-        self._check_finite(values, losses, batch)
-        return values
+        kept = dataclasses.replace(batch, inputs=[], bank_QD=None, excluded=None)
+        self.tally.under_way = Issued(self.step, kept, losses.cosine_M, figures, values)
 
     def _losses(self, output: dict[str, torch.Tensor], scale: torch.Tensor, batch: Batch, keys: Keys | None) -> Losses:
         objective = self.config.objective
@@ -235,7 +228,7 @@ class Trainer:
         return pair_losses(output["features"], scale, batch, objective)
 
     def _whole_batch(
-        self, inputs: dict[str, Any], batch: Batch, keys: Keys | None, masked: int
+        self, inputs: dict[str, Any], batch: Batch, keys: Keys | None, masked: torch.Tensor
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
         self.engine.set_gradient_accumulation_boundary(True)
         with self.span("forward"):
@@ -247,7 +240,7 @@ class Trainer:
         return losses, output["logit_scale"].detach(), mlm_sum.detach()
 
     def _cached_batch(
-        self, inputs: list[dict[str, Any]], batch: Batch, keys: Keys | None, masked: int
+        self, inputs: list[dict[str, Any]], batch: Batch, keys: Keys | None, masked: torch.Tensor
     ) -> tuple[Losses, torch.Tensor, torch.Tensor]:
         """k micro-batches give exactly the gradients of one batch k times as large (GradCache, arXiv 2101.06983).
 
@@ -296,61 +289,106 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             if self.loss_scale is not None:
                 self.loss_scale.unscale(gradients)
-            self.grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            if self.loss_scale is not None:
+                self.grad_norm = float(self.grad_norm)
         if self.loss_scale is not None and last and not sharded and not math.isfinite(self.grad_norm):
             self.engine.optimizer.zero_grad()
         else:
             self.engine.step()
         if last and sharded:
-            self.grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+            norm = self.engine.get_global_grad_norm()
+            self.grad_norm = 0.0 if norm is None else norm
         if last and self.loss_scale is not None:
+            self.grad_norm = float(self.grad_norm)
             overflowed = not math.isfinite(self.grad_norm)
             self.loss_scale.update(overflowed)
             self.grad_norm = 0.0 if overflowed else self.grad_norm
 
-    def _observe(
-        self, losses: Losses, inputs: list[dict[str, Any]], batch: Batch, mlm_sum: torch.Tensor
-    ) -> dict[str, float]:
-        """Gather the scores of all ranks, so that every rank keeps the same table, and this step's sums."""
+    def _figures(
+        self, losses: Losses, scale: torch.Tensor, inputs: list[dict[str, Any]], batch: Batch, mlm: torch.Tensor
+    ) -> torch.Tensor:
+        """This rank's scores, by which every rank keeps the same table, and its share of this step's figures."""
         score_M = losses.log_probability_M if self.config.confidence.score == "log-probability" else losses.cosine_M
         if self.snapshot is not None and batch.frozen_MD is not None:
             with torch.no_grad():
                 features = torch.cat([self.snapshot(**_without_masks(arguments))["features"] for arguments in inputs])
             score_M = (features * batch.frozen_MD).sum(1)
-        m = len(score_M)
-        cosine_sum = losses.cosine_M.double()[batch.weights_M > 0].sum()
-        sums = [one.double().view(1) for one in (cosine_sum, mlm_sum, losses.regression_sum)]
-        mine = torch.cat([score_M.double(), *sums])
-        gathered = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(gathered, mine)
-        everywhere = torch.stack(gathered).cpu().numpy()
-        score_N, counted_N = everywhere[:, :m].reshape(-1), batch.weights_N > 0
+        norm = self.grad_norm if isinstance(self.grad_norm, torch.Tensor) else scale.new_full((), self.grad_norm)
+        figures = {
+            "cosine": torch.where(batch.weights_M > 0, losses.cosine_M.double(), 0).sum(),
+            "mlm": mlm,
+            "regression": losses.regression_sum,
+            "contrastive": losses.contrastive,
+            "logit_scale": scale,
+            "grad_norm": norm,
+        }
+        return torch.cat([score_M.double(), *(figures[name].detach().double().view(1) for name in FIGURES)])
+
+    def _take_in(self) -> tuple[int, bool]:
+        """Read the gather that travels: whether to stop and whether the epoch has ended on any rank. ECL, the check
+        and the log take in the figures of the step that came with it."""
+        arrived = self.tally.read()
+        issued = arrived.issued
+        timed = self.tally.under_way or issued
+        if timed is not None:
+            timed.values["step_seconds"] = time.perf_counter() - self.started
+        if issued is not None:
+            with self.span("confidence"):
+                values = self._observe(issued, arrived.figures_W)
+            self._check_finite(values, issued)
+            self.loss = values["loss"]
+            self._log(issued.step + 1, values)
+        return arrived.stop, arrived.ended
+
+    def _settle(self) -> int:
+        """Take in the step under way at once; the signal by which any rank is told to stop by now, or 0."""
+        self.tally.exchange(0, stopping.requested() or 0, False)
+        return self._take_in()[0]
+
+    def _observe(self, issued: Issued, figures_W: npt.NDArray[np.float64]) -> dict[str, float]:
+        """Show ECL the scores of a step; its figures by name."""
+        config, batch = self.config, issued.batch
+        score_N, counted_N = figures_W[:, : -len(FIGURES)].reshape(-1), batch.weights_N > 0
         if batch.frozen_MD is not None:
             self.confidence.observe(self.loader.epoch, batch.rows_N, score_N, counted_N)
-        cosine, mlm, regression = everywhere[:, m:].sum(0)
-        counted = counted_N.sum()
-        return {"cosine": float(cosine / counted), "mlm": float(mlm), "regression": float(regression / counted)}
+        figures = dict(zip(FIGURES, figures_W[:, -len(FIGURES) :].T, strict=True))
+        contrastive, mlm = of_all(figures["contrastive"]), float(figures["mlm"].sum())
+        return {
+            "loss": config.objective.contrastive_weight * contrastive
+            + config.objective.regression_weight * float(figures["regression"].sum() / counted_N.sum())
+            + config.mlm.weight * mlm,
+            "contrastive": contrastive,
+            "cosine": float(figures["cosine"].sum() / counted_N.sum()),
+            "mlm": mlm,
+            "logit_scale": of_all(figures["logit_scale"]),
+            "lr": issued.values["lr"],
+            "tokens": issued.values["tokens"],
+            "grad_norm": of_all(figures["grad_norm"]),
+            **issued.values,
+        }
 
-    def _check_finite(self, values: dict[str, float], losses: Losses, batch: Batch) -> None:
+    def _check_finite(self, values: dict[str, float], issued: Issued) -> None:
         wrong = [name for name in ("loss", "mlm", "cosine", "grad_norm") if not math.isfinite(values[name])]
         if not wrong:
             return
-        causes = [cause for cause in gathered(self._not_finite(losses, batch)) if cause is not None]
+        causes = [cause for cause in gathered(self._not_finite(issued.cosine_M, issued.batch)) if cause is not None]
         raise UserError(
-            f"step {self.step}: {wrong[0]} is {values[wrong[0]]}; {causes[0] if causes else 'all weights are finite'}."
+            f"step {issued.step}: {wrong[0]} is {values[wrong[0]]};"
+            f" {causes[0] if causes else 'all weights are finite'}."
             " The same command would come to it again: look at these pairs, or begin another run (run=…) with a lower"
             f" optimizer.lr or with optimizer.clip; model.start_from takes the weights of a checkpoint in"
             f" {self.checkpoints.folder}"
         )
 
-    def _not_finite(self, losses: Losses, batch: Batch) -> str | None:
+    def _not_finite(self, cosine_M: torch.Tensor, batch: Batch) -> str | None:
         """What of this rank is not finite: stored features, pairs whose scores alone are, or a parameter."""
         first = batch.first
         if batch.frozen_MD is not None:
             row = first_not_finite(batch.frozen_MD.float().cpu().numpy())
             if row is not None:
                 return f"the stored feature of pair {self._names(batch, [first + row])} is not finite"
-        score_M = losses.cosine_M.detach().float().cpu().numpy()
+        score_M = cosine_M.detach().float().cpu().numpy()
         rows = np.flatnonzero(~np.isfinite(score_M))
         if 0 < len(rows) < len(score_M):
             return f"the scores of these pairs are not finite: {self._names(batch, (first + rows[:8]).tolist())}"
@@ -396,22 +434,18 @@ class Trainer:
         self.best = max(self.best, mean)
         return best
 
-    def _log(self, values: dict[str, float], force: bool) -> None:
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Steps are logged before the next epoch begins."""
+        training = self.config.training
         if self.metrics is not None:
             self.metrics.add(values)
-            if force or self.step % self.config.training.log_every == 0:
-                self.metrics.write(
-                    self.step,
-                    self.visits,
-                    self.loader.epoch,
-                    self.config.training.batch_size,
-                    self.loader.kept_share,
-                )
+            if step in (1, self.total_steps) or step % training.log_every == 0:
+                visits = step * training.batch_size
+                self.metrics.write(step, visits, self.loader.epoch, training.batch_size, self.loader.kept_share)
 
-    def anywhere(self, stop: int, ended: bool) -> tuple[int, bool]:
+    def anywhere(self) -> tuple[int, bool]:
         """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""
-        stop, ended_anywhere = self._highest(stop, ended)
-        return stop, bool(ended_anywhere)
+        return self._take_in()
 
     def _highest(self, *mine: int) -> list[int]:
         flags = torch.tensor(mine, dtype=torch.int32, device=self.device)

@@ -13,10 +13,10 @@ from efficientclip.training.trainer import Trainer
 step = Trainer.train_step
 
 
-def killed(self: Trainer, batch: Batch) -> dict[str, float]:
+def killed(self: Trainer, batch: Batch) -> None:
     if self.step == int(os.environ["KILLED_BEFORE"]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch)
+    step(self, batch)
 
 
 Trainer.train_step = killed  # type: ignore[method-assign]
