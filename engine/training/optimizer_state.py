@@ -77,6 +77,9 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
             stored[moment, name].append(Stored(int(start), numel, opened, key))
     moments = sorted({moment for moment, _ in stored})
     for piece in pieces:
+        # A parameter that no loss reaches has no moments.
+        if not any((moment, piece.name) in stored for moment in moments):
+            continue
         if piece.flat not in optimizer.state or not optimizer.state[piece.flat]:
             state: dict[str, Any] = {moment: torch.zeros_like(piece.flat, requires_grad=False) for moment in moments}
             optimizer.state[piece.flat] = state | _counters(optimizer, steps, piece.flat)

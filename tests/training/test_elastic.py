@@ -6,11 +6,16 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from efficientclip.errors import UserError
 from efficientclip.files import digests
+from efficientclip.training import optimizer_state
 from tests import tiny
 from tests.training.launch import metrics, run
 
@@ -97,3 +102,28 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_and_left(folder: Path, wh
     output = run(1, config(folder, "earlier", 0), code=2)
     assert "is of an earlier version" in output and f"model.start_from={checkpoint}" in output
     assert checkpoint.is_dir() and "Traceback" not in output
+
+
+def test_a_parameter_without_a_gradient_has_no_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_state.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(optimizer_state.dist, "get_world_size", lambda: 1)
+
+    def engine() -> Any:
+        module = torch.nn.ModuleDict({name: torch.nn.Linear(3, 2) for name in ("used", "unused")})
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        return SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 0)
+
+    one, other = engine(), engine()
+    for _ in range(3):
+        one.module["used"](torch.ones(1, 3)).sum().backward()
+        one.optimizer.step()
+    optimizer_state.save(one, tmp_path)
+    optimizer_state.load(other, tmp_path)
+    for mine, theirs in zip(one.module.parameters(), other.module.parameters(), strict=True):
+        kept, taken = one.optimizer.state[mine], other.optimizer.state[theirs]
+        assert {name: value.tolist() for name, value in kept.items()} == {name: v.tolist() for name, v in taken.items()}
+    assert not one.optimizer.state[one.module["unused"].weight]
+    (tmp_path / "optimizer-00000.safetensors").unlink()
+    save_file({"exp_avg/0/used.weight": torch.zeros(5)}, tmp_path / "optimizer-00000.safetensors", {"steps": "{}"})
+    with pytest.raises(UserError, match=r"holds 5 of 6 elements of exp_avg of used\.weight"):
+        optimizer_state.load(engine(), tmp_path)
