@@ -270,7 +270,10 @@ class Training(Section):
         " last",
     )
     grace_seconds: float = Field(
-        18, gt=0, le=86400, description="from a stop signal to the end of the process; a checkpoint must fit in it"
+        18,
+        gt=0,
+        le=86400,
+        description="from a stop signal to the end of the process; two steps and a checkpoint must fit in it",
     )
     augmentation: Augmentation = Augmentation()
 

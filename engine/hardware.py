@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .errors import UserError, reading
+from .errors import reading
 from .files import digests
 from .files.atomic import write_atomically
 
@@ -35,14 +35,10 @@ COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:
-    """What towers compute in on this machine; None: fp32, also for bf16 on CPUs that only emulate it.
-
-    UserError for bf16 on a GPU that lacks it.
-    """
-    if precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False):
-        raise UserError(f"training.precision=bf16: {device_name()} has no bfloat16; choose fp16 or fp32")
-    emulated = not torch.cuda.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return None if precision == "bf16" and emulated else COMPUTED_IN[precision]
+    """What towers compute in on this machine; None: fp32, also for bf16 where it would only be emulated."""
+    cuda = torch.cuda.is_available()
+    native = torch.cuda.is_bf16_supported(False) if cuda else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return None if precision == "bf16" and not native else COMPUTED_IN[precision]
 
 
 def machine_name() -> str:

@@ -45,7 +45,8 @@ class EfficientCLIPConfig(PreTrainedConfig):
 class Capped(torch.autograd.Function):
     """min(value, most), whose gradient still lowers a value above `most`: a clamp's would be 0 for ever.
 
-    It lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3.
+    It lives in forward: an in-place clamp of the parameter is lost at ZeRO 2 and 3. At the cap each rank masks its own
+    gradient, so ranks that disagree move by less than their mean.
     """
 
     @staticmethod

@@ -106,7 +106,7 @@ def join_process_group() -> tuple[int, int]:
         stand_alone()
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        _take_device()
     else:
         _load_shared_memory_operator()
     # Before torch may find another run's ranks there.
@@ -115,6 +115,20 @@ def join_process_group() -> tuple[int, int]:
     if not cuda:
         _forget_shared_memory()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _take_device() -> None:
+    """The device of this rank's number on its node; where a launcher shows each rank its own alone, that one."""
+    rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if devices == 1:
+        # DeepSpeed reads it, too.
+        rank, os.environ["LOCAL_RANK"] = 0, "0"
+    if rank >= devices:
+        raise UserError(
+            f"LOCAL_RANK: {rank}, but this node shows {devices} devices; start a rank a device at most"
+            " (CUDA_VISIBLE_DEVICES says which are shown)"
+        )
+    torch.cuda.set_device(rank)
 
 
 def _load_shared_memory_operator() -> None:
@@ -172,6 +186,20 @@ def _users_json(config: Config) -> dict[str, Any]:
     return user
 
 
+def _check_zero(config: Config, zero: dict[str, Any]) -> None:
+    """UserError at what checkpoints cannot hold, or would keep an overflow from being seen."""
+    offload = zero.get("offload_optimizer") or {}
+    refused = {
+        "round_robin_gradients": (zero.get("round_robin_gradients", False), "moments would lie in another order"),
+        "compute_grad_norm": (not zero.get("compute_grad_norm", True), "steps that are not finite would pass"),
+        "offload_optimizer.device": (offload.get("device") == "nvme", "moments on NVMe are in no checkpoint"),
+        "offload_optimizer.ratio": (offload.get("ratio", 1.0) != 1.0, "a part of the moments is in no checkpoint"),
+    }
+    for key, (given, why) in refused.items():
+        if given:
+            raise UserError(f"deepspeed: {config.deepspeed} sets zero_optimization.{key}: {why}; remove it there")
+
+
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The user's DeepSpeed JSON with the keys that the YAML owns."""
     user = _users_json(config)
@@ -179,6 +207,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         raise UserError(
             f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there"
         )
+    _check_zero(config, user.get("zero_optimization", {}))
     if config.training.batch_size % world_size:
         fitting = config.training.batch_size // world_size * world_size
         raise UserError(

@@ -1,7 +1,8 @@
 """The optimiser's moments in pieces, which any number of ranks and any ZeRO stage take up again.
 
 optimizer-00000.safetensors    one a rank: of every trained parameter the elements that this rank updates, flat, as
-                               `moment/first element/parameter`; in the metadata how many steps were taken
+                               `moment/first element/parameter`; in the metadata how many steps were taken, and
+                               which parameters have no moments, since no loss reaches them
 
 Masters are fp32, as the weights are: the checkpoint's model folder holds them once for all.
 """
@@ -51,14 +52,17 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path) -> str:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # Without ZeRO all ranks hold all: they take turns.
     mine = [piece for number, piece in enumerate(_pieces(engine)) if stage > 0 or number % ranks == rank]
-    moments = {}
+    moments, without = {}, []
     for piece in mine:
-        for name, value in optimizer.state[piece.flat].items():
+        state = optimizer.state.get(piece.flat, {})
+        if not state:
+            without.append(piece.name)
+        for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == piece.flat.shape:
                 held = value.flatten()[piece.offset : piece.offset + piece.numel]
                 moments[f"{name}/{piece.start}/{piece.name}"] = held.detach().to("cpu", copy=True)
     file = f"optimizer-{rank:05d}.safetensors"
-    save_file(moments, folder / file, {"steps": json.dumps(_steps(optimizer))})
+    save_file(moments, folder / file, {"steps": json.dumps(_steps(optimizer)), "without": json.dumps(without)})
     return file
 
 
@@ -67,27 +71,32 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
     optimizer, pieces = _base(engine), list(_pieces(engine))
     stored: dict[tuple[str, str], list[Stored]] = defaultdict(list)
     steps: dict[str, float] = {}
+    without: set[str] = set()
     files = sorted(folder.glob(FILES))
     for file in files:
         opened = safe_open(file, "pt")
         steps |= json.loads(opened.metadata()["steps"])
+        without |= {*json.loads(opened.metadata()["without"])}
         for key in opened.keys():  # noqa: SIM118
             moment, start, name = key.split("/", 2)
             numel = opened.get_slice(key).get_shape()[0]
             stored[moment, name].append(Stored(int(start), numel, opened, key))
     moments = sorted({moment for moment, _ in stored})
     for piece in pieces:
-        # A parameter that no loss reaches has no moments.
-        if not any((moment, piece.name) in stored for moment in moments):
+        if piece.name in without:
             continue
-        if piece.flat not in optimizer.state or not optimizer.state[piece.flat]:
-            state: dict[str, Any] = {moment: torch.zeros_like(piece.flat, requires_grad=False) for moment in moments}
+        if not optimizer.state.get(piece.flat):
+            try:
+                state: dict[str, Any] = {moment: torch.zeros_like(piece.flat) for moment in moments}
+            except torch.OutOfMemoryError as error:
+                # The checkpoint is not to blame.
+                raise MemoryError(str(error)) from error
             optimizer.state[piece.flat] = state | _counters(optimizer, steps, piece.flat)
         for moment in moments:
             held = optimizer.state[piece.flat][moment].view(-1)[piece.offset : piece.offset + piece.numel]
             _fill(held, piece, moment, stored[moment, piece.name], folder)
-    for group in optimizer.param_groups:
-        if "step" in group and "group" in steps:
+    if "group" in steps:
+        for group in optimizer.param_groups:
             group["step"] = int(steps["group"])
 
 
@@ -137,10 +146,15 @@ def _pieces(engine: deepspeed.DeepSpeedEngine) -> Iterator[Piece]:
 
 
 def _steps(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """How many steps were taken, as the optimiser counts them: by parameter or by group."""
+    """How many steps were taken, as the optimiser counts them: by parameter or by group.
+
+    DeepSpeed's FusedAdam counts at the last parameter of a group alone.
+    """
     states = [state for state in optimizer.state.values() if "step" in state]
     groups = [group for group in optimizer.param_groups if "step" in group]
-    return {kind: float(held[0]["step"]) for kind, held in (("state", states), ("group", groups)) if held}
+    return {
+        kind: max(float(one["step"]) for one in held) for kind, held in (("state", states), ("group", groups)) if held
+    }
 
 
 def _counters(optimizer: torch.optim.Optimizer, steps: dict[str, float], flat: Tensor) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ..data.store import Store, TextStore, edges
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..files.digests import digest_of
-from ..hardware import compute_dtype
+from ..hardware import compute_dtype, device_name
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, teacher_name, tower_difference
@@ -101,7 +101,10 @@ def new_trainer(config: Config, kind: Callable[..., AnyTrainer], inputs: Inputs)
     model.compute = compute_dtype(config.training.precision)
     if config.training.recompute:
         model.recompute_layers()
-    if model.compute is None and config.training.precision != "fp32" and dist.get_rank() == 0:
+    lacking = model.compute is None and config.training.precision != "fp32"
+    if lacking and torch.cuda.is_available():
+        raise UserError(f"training.precision=bf16: {device_name()} has no bfloat16; choose fp16 or fp32")
+    if lacking and dist.get_rank() == 0:
         print("this CPU only emulates bfloat16, up to 80 times slower than float32: training in float32", flush=True)
     return kind(config, model, inputs.source, inputs.validate)
 

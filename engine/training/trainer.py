@@ -323,7 +323,9 @@ class Trainer:
             "logit_scale": scale,
             "grad_norm": norm,
         }
-        return torch.cat([score_M.double(), *(figures[name].detach().double().view(1) for name in FIGURES)])
+        # With the optimiser on the host, ZeRO tells the norm there.
+        flat = [figures[name].detach().to(scale.device, torch.float64).view(1) for name in FIGURES]
+        return torch.cat([score_M.double(), *flat])
 
     def _take_in(self) -> tuple[int, bool]:
         """Read the gather that travels: whether to stop and whether the epoch has ended on any rank. ECL, the check

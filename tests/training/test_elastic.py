@@ -122,8 +122,20 @@ def test_a_parameter_without_a_gradient_has_no_moments(tmp_path: Path, monkeypat
     for mine, theirs in zip(one.module.parameters(), other.module.parameters(), strict=True):
         kept, taken = one.optimizer.state[mine], other.optimizer.state[theirs]
         assert {name: value.tolist() for name, value in kept.items()} == {name: v.tolist() for name, v in taken.items()}
-    assert not one.optimizer.state[one.module["unused"].weight]
+    assert not other.optimizer.state.get(other.module["unused"].weight)
+    # DeepSpeed's FusedAdam counts at the last parameter alone, apex's by group, from its first step on.
+    used = one.module["used"]
+    one.optimizer.state[used.weight]["step"], one.optimizer.param_groups[0]["step"] = torch.tensor(0.0), 3
+    optimizer_state.save(one, tmp_path)
+    again = engine()
+    optimizer_state.load(again, tmp_path)
+    assert [float(again.optimizer.state[p]["step"]) for p in again.module["used"].parameters()] == [3.0, 3.0]
+    assert again.optimizer.param_groups[0]["step"] == 3
     (tmp_path / "optimizer-00000.safetensors").unlink()
-    save_file({"exp_avg/0/used.weight": torch.zeros(5)}, tmp_path / "optimizer-00000.safetensors", {"steps": "{}"})
+    save_file(
+        {"exp_avg/0/used.weight": torch.zeros(5)},
+        tmp_path / "optimizer-00000.safetensors",
+        {"steps": "{}", "without": "[]"},
+    )
     with pytest.raises(UserError, match=r"holds 5 of 6 elements of exp_avg of used\.weight"):
         optimizer_state.load(engine(), tmp_path)

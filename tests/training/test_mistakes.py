@@ -17,6 +17,7 @@ import torch
 from efficientclip.config import Config, Optimizer, load_config
 from efficientclip.errors import UserError
 from efficientclip.hardware import compute_dtype
+from efficientclip.training import distributed
 from efficientclip.training import optimizer as optimizers
 from efficientclip.training.distributed import deepspeed_config
 from efficientclip.training.optimizer import build_optimizer, learning_rate
@@ -160,15 +161,42 @@ def test_another_config_does_not_resume_a_run(folder: Path) -> None:
 @pytest.mark.parametrize(("cuda", "supported"), [(False, True), (False, False), (True, True), (True, False)])
 def test_bfloat16_is_not_emulated(monkeypatch: pytest.MonkeyPatch, cuda: bool, supported: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: supported)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     assert compute_dtype("fp32") is None and compute_dtype("fp16") == torch.float16
-    if cuda and not supported:
-        with pytest.raises(UserError, match=r"training\.precision=bf16: a card has no bfloat16; choose fp16 or fp32"):
-            compute_dtype("bf16")
+    assert compute_dtype("bf16") == (torch.bfloat16 if supported else None)
+
+
+@pytest.mark.parametrize(("local_rank", "devices", "taken"), [(3, 4, 3), (3, 1, 0), (0, 1, 0), (4, 4, None)])
+def test_a_rank_takes_the_device_that_it_is_shown(
+    monkeypatch: pytest.MonkeyPatch, local_rank: int, devices: int, taken: int | None
+) -> None:
+    found: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    if taken is None:
+        with pytest.raises(UserError, match="LOCAL_RANK: 4, but this node shows 4 devices"):
+            distributed._take_device()
     else:
-        assert compute_dtype("bf16") == (torch.bfloat16 if supported else None)
+        distributed._take_device()
+        assert found == [taken] and os.environ["LOCAL_RANK"] == str(taken)
+
+
+@pytest.mark.parametrize(
+    ("zero", "key"),
+    [
+        ({"round_robin_gradients": True}, "round_robin_gradients"),
+        ({"compute_grad_norm": False}, "compute_grad_norm"),
+        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "offload_optimizer.device"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
+    ],
+)
+def test_what_checkpoints_cannot_hold_is_refused(tmp_path: Path, zero: dict[str, Any], key: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, **zero}}))
+    with pytest.raises(UserError, match=rf"ds\.json sets zero_optimization\.{key}: .*; remove it there"):
+        deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
 
 
 def test_the_mark_of_a_build_that_was_killed_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
