@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from efficientclip.kernels import paths, sigmoid, sigmoid_loss, sigmoid_loss_naive
 from efficientclip.kernels.contract import Options
@@ -28,17 +26,6 @@ def triton_path(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
         monkeypatch.setitem(tuning.TILES, size, tile)
     monkeypatch.setattr(tuning, "CHUNK", 64)
     monkeypatch.setattr(tuning, "STRIP_TILES", 2)
-
-    cut = InterpreterBuilder.create_fp_trunc
-
-    def rounded(self: Any, source: Any, dtype: Any) -> Any:
-        """The interpreter cuts fp32 off to bf16, twice the error of a GPU, which rounds."""
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cut(self, source, dtype)
-        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16)
-        return TensorHandle(bits.numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", rounded)
 
 
 @DTYPES
