@@ -8,11 +8,11 @@ from typing import Any
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..model.efficientclip import EfficientCLIP
 from ..objectives.losses import Keys
+from .ranks import all_rows
 
 
 class MomentumCopies:
@@ -52,10 +52,8 @@ class MomentumCopies:
                 else:
                     value.copy_(trained[name])
         for side, key_MD in (("text", keys.text_MD), ("image", keys.image_MD)):
-            gathered = [torch.empty_like(key_MD) for _ in range(dist.get_world_size())]
-            dist.all_gather(gathered, key_MD.contiguous())
             queue = self.queues[side]
-            new = torch.cat(gathered)[: len(queue)]
+            new = all_rows(key_MD)[: len(queue)]
             queue[(self.cursor + torch.arange(len(new), device=queue.device)) % len(queue)] = new
         self.cursor = (self.cursor + len(new)) % len(queue)
 

@@ -178,7 +178,7 @@ class Trainer:
                     self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
                 if not stop:
                     # A signal that came while it was written need not wait for another one.
-                    (stop,) = self._highest(stopping.requested() or 0)
+                    stop = max(gathered(stopping.requested() or 0))
             if stop:
                 bar.close()
                 return stop
@@ -448,12 +448,6 @@ class Trainer:
     def anywhere(self) -> tuple[int, bool]:
         """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""
         return self._take_in()
-
-    def _highest(self, *mine: int) -> list[int]:
-        flags = torch.tensor(mine, dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        highest: list[int] = flags.tolist()
-        return highest
 
     def _freeze_unused(self, model: EfficientCLIP) -> None:
         """Parameters without a gradient would desynchronise ZeRO: they do not train."""

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +22,7 @@ from unittest.mock import patch
 import psutil
 
 from tests.faults.namespace import Namespace, enter
-from tests.training.launch import SERVER, environment
+from tests.training.launch import SERVER, environment, free_port
 
 MARK = "EFFICIENTCLIP_FAULT"
 # Seconds that anything may take to end after it was told to.
@@ -243,13 +242,6 @@ def _command(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def until(reached: Callable[[], bool], process: Tree, seconds: float = ENDLESS) -> bool:
