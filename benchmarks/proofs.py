@@ -1,11 +1,13 @@
-"""What it costs that nothing broken is used: digests at a checkpoint, and the comparison of stores at a start.
+"""What it costs that nothing is lost: checkpoints, their digests, and the comparison of stores at a start.
 
     python -m benchmarks.proofs                    # BERT-base's size, a store of 5 GB; needs 15 GB of disk
-    python -m benchmarks.proofs --layers 2 --store-gb 0.1
+    python -m benchmarks.proofs --layers 2 --store-gb 0.1 --pairs 10000
 
-Checkpoints with digests and without are written in turns, each fsynced; medians. `share` is the time beyond those
-without, with the bounds of its 90 % bootstrap interval: a disk's own changes are larger than what is measured. The
-store's start is `proven` on one rank, with an empty cache and again.
+Checkpoints with digests and without are waited for in turns, each fsynced; medians. `share` is the time beyond those
+without, with the bounds of its 90 % bootstrap interval: a disk's own changes are larger than what is measured. Beside
+training, what counts is how long the trainer's thread stands still: `share` is that of a hundred seconds, a thousand
+steps of a tenth; the device that makes the steps is simulated by sleep. The store's start is `proven` on one rank,
+with an empty cache and again.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from efficientclip.config import load_config
 from efficientclip.data.store import PAIR_FILES, Store, staging
 from efficientclip.files import digests
 from efficientclip.files.atomic import sync
+from efficientclip.noise.confidence import ConfidenceTable
 from efficientclip.prepare.writer import finish, write_ids
 from efficientclip.training import checkpoint as checkpoints
 from efficientclip.training.distributed import end_process, process_group
@@ -40,6 +43,9 @@ from efficientclip.training.trainer import Trainer
 from tests import tiny
 
 WIDTH = 512
+STEPS, STEP_SECONDS = 1000, 0.1
+# Later than all steps before.
+FIRST = 10**6
 COLUMNS = ("hardware", "what", "gigabytes", "seconds", "cpu_seconds", "share", "from", "to", "date", "command")
 
 
@@ -98,7 +104,35 @@ def saves(trainer: Trainer, rounds: int) -> list[list[tuple[float, float]]]:
         unproven = patch.object(checkpoints.digests, "described", only_synced) if way else nullcontext()
         with unproven, timed(seconds[way]):
             trainer.checkpoints.save(trainer.engine, step + 1, trainer._state(), None)
+            trainer.checkpoints.finish()
     return seconds
+
+
+def besides(trainer: Trainer, pairs: int, rounds: int) -> list[list[tuple[float, float]]]:
+    """Seconds that training stands still for a checkpoint with ECL's table of `pairs`, and those until it is there."""
+    trainer.confidence = ConfidenceTable(pairs, trainer.config.confidence)
+    seconds: list[list[tuple[float, float]]] = [[], []]
+    for number in range(rounds):
+        with timed(seconds[1]):
+            with timed(still := []):
+                trainer.checkpoints.save(trainer.engine, FIRST + number, trainer._state(), None)
+            while not trainer.checkpoints.written:
+                time.sleep(STEP_SECONDS)
+            with timed(still):
+                trainer.checkpoints.finish()
+        seconds[0].append((sum(span[0] for span in still), sum(span[1] for span in still)))
+    return seconds
+
+
+def median(seconds: list[tuple[float, float]]) -> tuple[float, float]:
+    clock, cpus = zip(*seconds, strict=True)
+    return statistics.median(clock), statistics.median(cpus)
+
+
+def bytes_of(trainer: Trainer) -> float:
+    """Of a checkpoint, on the average of those that are there."""
+    there = list(trainer.checkpoints.folder.glob("step-*"))
+    return sum(path.stat().st_size for step in there for path in step.rglob("*") if path.is_file()) / len(there)
 
 
 def beyond(some: list[tuple[float, float]], others: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -113,14 +147,15 @@ def beyond(some: list[tuple[float, float]], others: list[tuple[float, float]]) -
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, default=16, help="of width 768; 16 are 113M parameters")
+    parser.add_argument("--pairs", type=int, default=10_000_000, help="of ECL's table beside training")
     parser.add_argument("--store-gb", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="proofs-", dir=".") as name:
         folder = Path(name).resolve()
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        rows = measured(folder, given.layers, given.store_gb, given.rounds)
+        rows = measured(folder, given.layers, given.store_gb, given.pairs, given.rounds)
     record(rows, RESULTS / "proofs.csv", ("hardware", "what"), COLUMNS)
     table = Table(*COLUMNS[1:8])
     for row in rows:
@@ -129,7 +164,7 @@ def main() -> int:
     return 0
 
 
-def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[Row]:
+def measured(folder: Path, layers: int, gigabytes: float, pairs: int, rounds: int) -> list[Row]:
     tiny.pair_store(folder / "store")
     tower = {
         "model_type": "bert", "hidden_size": 768, "num_hidden_layers": layers, "num_attention_heads": 12,
@@ -147,13 +182,17 @@ def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[R
         trainer.bank.add_to(batch, trainer.source.edges)
         trainer.train_step(batch)
         digested, bare = saves(trainer, rounds)
-    size = sum(path.stat().st_size for path in (folder / "run" / "checkpoints").glob("step-*/**/*") if path.is_file())
-    size /= len(list((folder / "run" / "checkpoints").glob("step-*")))
+        size = bytes_of(trainer)
+        still, until = besides(trainer, pairs, rounds)
+        large_size = bytes_of(trainer)
     held = sum(entry["bytes"] for entry in Store(large).manifest["files"].values())
-    one, two = (tuple(map(statistics.median, zip(*times, strict=True))) for times in (digested, bare))
+    waited = median(still)
+    share = waited[0] / (STEPS * STEP_SECONDS)
     figures = [
-        ("checkpoint, with digests", size, one, beyond(digested, bare)),
-        ("checkpoint, without", size, two, None),
+        ("checkpoint, with digests", size, median(digested), beyond(digested, bare)),
+        ("checkpoint, without", size, median(bare), None),
+        (f"checkpoint beside training, {pairs} pairs: training waits", large_size, waited, (share,)),
+        (f"checkpoint beside training, {pairs} pairs: until it is there", large_size, median(until), None),
         ("store at a start, first", held, first, None),
         ("store at a start, again", held, second, None),
     ]
@@ -164,7 +203,7 @@ def measured(folder: Path, layers: int, gigabytes: float, rounds: int) -> list[R
             "gigabytes": f"{held / 1e9:.2f}",
             "seconds": f"{seconds[0]:.3f}",
             "cpu_seconds": f"{seconds[1]:.3f}",
-            **({} if share is None else {k: f"{v:.3f}" for k, v in zip(("share", "from", "to"), share, strict=True)}),
+            **({} if share is None else {k: f"{v:.3f}" for k, v in zip(("share", "from", "to"), share, strict=False)}),
             "date": date.today().isoformat(),
             "command": " ".join(["python -m benchmarks.proofs", *sys.argv[1:]]),
         }

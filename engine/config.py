@@ -273,7 +273,7 @@ class Training(Section):
         18,
         gt=0,
         le=86400,
-        description="from a stop signal to the end of the process; two steps and a checkpoint must fit in it",
+        description="from a stop signal to the end of the process; two steps and two checkpoints must fit in it",
     )
     augmentation: Augmentation = Augmentation()
 

@@ -1,4 +1,5 @@
-"""Checkpoints: written aside, renamed when whole, and believed only when their digests hold.
+"""Checkpoints: copied to the host, written aside while training goes on, renamed when whole, and believed only when
+their digests hold. Each is whole in itself: files that several shared would be lost to all by one flipped bit.
 
 checkpoints/step-00000400/model/         consolidated Hugging Face folder, fp32: the weights
                           optimizer-*    moments, a file a rank
@@ -11,12 +12,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -28,8 +30,17 @@ from . import optimizer_state
 from .ranks import gathered, told
 
 Arrays = dict[str, Any]
+Weights = dict[str, torch.Tensor]
 STEP = re.compile(r"step-(\d{8})")
 RESTORE = "restore it from a copy, or remove this checkpoint to go on from an earlier one"
+
+
+class UnderWay(NamedTuple):
+    """A checkpoint that this rank's thread writes: of which step, which one is the best, and the rank's files."""
+
+    step: int
+    best_step: int | None
+    files: Future[digests.Described]
 
 
 class Checkpoints:
@@ -38,6 +49,8 @@ class Checkpoints:
     def __init__(self, run: Path, keep: int) -> None:
         self.folder = run / "checkpoints"
         self.keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: UnderWay | None = None
         if dist.get_rank() == 0:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,26 +64,46 @@ class Checkpoints:
         dist.barrier()
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int, arrays: Arrays, best_step: int | None) -> None:
-        """Write step's checkpoint; the last `keep` and `best_step`'s stay. UserError where weights are not finite."""
-        name = _name(step)
-        staging = self.folder / f"{name}.partial"
+        """Begin step's checkpoint; `finish` has it appear, and the last `keep` and `best_step`'s stay.
+
+        It is written before this returns where less memory is left than the copies take.
+        """
+        self.finish()
+        staging = self.folder / f"{_name(step)}.partial"
         if dist.get_rank() == 0:
             with writing(staging):
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir()
         dist.barrier()
-        with writing(staging), ThreadPoolExecutor(1) as hasher:
-            # Each rank reads what it wrote: elsewhere it would have to come over the network first.
-            mine = hasher.submit(digests.described, staging, [optimizer_state.save(engine, staging)])
-            save_model(engine, staging / "model")
+        moments, weights = optimizer_state.held(engine), weights_of(engine)
+        # Training changes them while they are written.
+        arrays = {name: np.array(value) for name, value in arrays.items()} if weights else {}
+        files = self._writer.submit(_write, staging, moments, engine.module, weights, arrays)
+        self._under_way = UnderWay(step, best_step, files)
+        copied = sum(tensor.nbytes for tensor in (*moments.tensors.values(), *weights.values()))
+        if psutil.virtual_memory().available < copied:
+            with writing(staging):
+                files.result()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's files of a checkpoint under way are, or have failed to be."""
+        return self._under_way is not None and self._under_way.files.done()
+
+    def finish(self) -> None:
+        """Have the checkpoint under way appear, if there is one, once all ranks have written theirs.
+
+        UserError where one could not be, or where weights are not finite.
+        """
+        if self._under_way is None:
+            return
+        (step, best_step, files), self._under_way = self._under_way, None
+        staging = self.folder / f"{_name(step)}.partial"
+        with writing(staging):
+            described = {name: entry for part in gathered(files.result()) for name, entry in part.items()}
             if dist.get_rank() == 0:
-                with (staging / "state.npz").open("wb") as file:
-                    np.savez(file, **arrays)
-            described = {name: entry for part in gathered(mine.result()) for name, entry in part.items()}
-            if dist.get_rank() == 0:
-                rest = [name for name in digests.files_in(staging) if name not in described]
-                digests.write_digests(staging, described | digests.described(staging, rest))
-                put_in_place(staging, self.folder / name)
+                digests.write_digests(staging, described)
+                put_in_place(staging, self.folder / _name(step))
                 self.point(step, best_step)
                 self._remove_old(step, best_step)
         dist.barrier()
@@ -168,19 +201,38 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def save_model(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Write the consolidated Hugging Face folder from rank 0, whatever the ZeRO stage; UserError at a weight that is
-    not finite."""
-    module: EfficientCLIP = engine.module
-    parameters = list(module.parameters()) if engine.zero_optimization_stage() == 3 else []
+def weights_of(engine: deepspeed.DeepSpeedEngine) -> Weights:
+    """Copies of all weights as they are now, fp32 on the host, whatever the ZeRO stage; on rank 0, elsewhere none."""
+    parameters = list(engine.module.parameters()) if engine.zero_optimization_stage() == 3 else []
     with deepspeed.zero.GatheredParameters(parameters, enabled=bool(parameters)):
-        if dist.get_rank() == 0:
-            state = {name: value.detach().cpu().float().clone() for name, value in module.state_dict().items()}
-            wrong = next((name for name, value in state.items() if not torch.isfinite(value).all()), None)
-            if wrong is not None:
-                raise UserError(
-                    f"{folder}: parameter {wrong} is not finite, and is not saved; begin another run with a lower"
-                    " optimizer.lr or with optimizer.clip; model.start_from takes the weights of a checkpoint before"
-                )
-            module.save_pretrained(folder, state_dict=state)
-            as_umask(folder)
+        if dist.get_rank() != 0:
+            return {}
+        state = engine.module.state_dict()
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in state.items()}
+
+
+def write_model(module: EfficientCLIP, weights: Weights, folder: Path) -> None:
+    """Write the consolidated Hugging Face folder; UserError at a weight that is not finite."""
+    wrong = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    if wrong is not None:
+        raise UserError(
+            f"{folder}: parameter {wrong} is not finite, and is not saved; begin another run with a lower"
+            " optimizer.lr or with optimizer.clip; model.start_from takes the weights of a checkpoint before"
+        )
+    module.save_pretrained(folder, state_dict=weights)
+    as_umask(folder)
+
+
+def _write(
+    staging: Path, moments: optimizer_state.Held, module: EfficientCLIP, weights: Weights, arrays: Arrays
+) -> digests.Described:
+    """Write this rank's files. It reads what it wrote: elsewhere they would have to come over the network first."""
+    with ThreadPoolExecutor(1) as hasher:
+        mine = hasher.submit(digests.described, staging, [optimizer_state.write(moments, staging)])
+        if not weights:
+            return mine.result()
+        write_model(module, weights, staging / "model")
+        with (staging / "state.npz").open("wb") as file:
+            np.savez(file, **arrays)
+        inside = [f"model/{name}" for name in digests.files_in(staging / "model")]
+        return mine.result() | digests.described(staging, [*inside, "state.npz"])

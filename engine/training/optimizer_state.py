@@ -46,8 +46,16 @@ class Stored(NamedTuple):
     key: str
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path) -> str:
-    """Write this rank's pieces; returns the file's name."""
+class Held(NamedTuple):
+    """A rank's moments, copied to the host, what is told beside them, and the file that they make."""
+
+    tensors: dict[str, Tensor]
+    beside: dict[str, str]
+    file: str
+
+
+def held(engine: deepspeed.DeepSpeedEngine) -> Held:
+    """This rank's pieces as they are now."""
     optimizer, stage = _base(engine), engine.zero_optimization_stage()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # Without ZeRO all ranks hold all: they take turns.
@@ -59,11 +67,16 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path) -> str:
             without.append(piece.name)
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == piece.flat.shape:
-                held = value.flatten()[piece.offset : piece.offset + piece.numel]
-                moments[f"{name}/{piece.start}/{piece.name}"] = held.detach().to("cpu", copy=True)
-    file = f"optimizer-{rank:05d}.safetensors"
-    save_file(moments, folder / file, {"steps": json.dumps(_steps(optimizer)), "without": json.dumps(without)})
-    return file
+                elements = value.flatten()[piece.offset : piece.offset + piece.numel]
+                moments[f"{name}/{piece.start}/{piece.name}"] = elements.detach().to("cpu", copy=True)
+    beside = {"steps": json.dumps(_steps(optimizer)), "without": json.dumps(without)}
+    return Held(moments, beside, f"optimizer-{rank:05d}.safetensors")
+
+
+def write(held: Held, folder: Path) -> str:
+    """Write the file into `folder`; returns its name."""
+    save_file(held.tensors, folder / held.file, held.beside)
+    return held.file
 
 
 def load(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:

@@ -1,8 +1,8 @@
 """What ranks tell each other of a step: one small gather, begun with the next step and read when that is under way.
 
 So the host waits for no step that it has just issued. What a step leaves stays on the device until then; with it
-travels what must be known of the next one: its masked positions, and whether a rank is told to stop or has no batch
-left.
+travels what must be known of the next one: its masked positions, whether a rank is told to stop or has no batch left,
+and whether all have written the checkpoint under way.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Arrived:
 
     stop: int
     ended: bool
+    written: bool
     issued: Issued | None
     figures_W: npt.NDArray[np.float64]
 
@@ -48,9 +49,9 @@ class Tally:
         self.under_way: Issued | None = None
         self._travels: tuple[Issued | None, torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def exchange(self, masked: int, stop: int, ended: bool) -> torch.Tensor:
+    def exchange(self, masked: int, stop: int, ended: bool, written: bool) -> torch.Tensor:
         """Begin a gather of these and of the step under way, if any; `masked` of all ranks, on the device."""
-        mine = moved(torch.tensor([masked, stop, ended], dtype=torch.float64), self.device)
+        mine = moved(torch.tensor([masked, stop, ended, written], dtype=torch.float64), self.device)
         issued, self.under_way = self.under_way, None
         if issued is not None:
             mine = torch.cat([mine, issued.figures])
@@ -71,8 +72,8 @@ class Tally:
         (issued, host, ready), self._travels = self._travels, None
         if ready is not None:
             ready.synchronize()
-        flags_W, figures_W = np.split(host.numpy(), [3], axis=1)
-        return Arrived(int(flags_W[:, 1].max()), bool(flags_W[:, 2].any()), issued, figures_W)
+        (_, stop_W, ended_W, written_W), figures_W = host.numpy()[:, :4].T, host.numpy()[:, 4:]
+        return Arrived(int(stop_W.max()), bool(ended_W.any()), bool(written_W.all()), issued, figures_W)
 
 
 def of_all(column_W: npt.NDArray[np.float64]) -> float:

@@ -36,7 +36,7 @@ from ..model.efficientclip import EfficientCLIP
 from ..model.encode import to_device
 from ..noise.confidence import ConfidenceTable
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
-from .checkpoint import Checkpoints, save_model, step_of
+from .checkpoint import Checkpoints, step_of, weights_of, write_model
 from .distributed import deepspeed_config
 from .history import forget_from, write_epoch
 from .loss_scale import LossScale
@@ -177,8 +177,11 @@ class Trainer:
                     self.best_step = self.step if best else self.best_step
                     self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
                 if not stop:
-                    # A signal that came while it was written need not wait for another one.
+                    # A signal that came while it was copied need not wait for another one.
                     stop = max(gathered(stopping.requested() or 0))
+            if stop or last:
+                with self.span("checkpoint"):
+                    self.checkpoints.finish()
             if stop:
                 bar.close()
                 return stop
@@ -199,7 +202,7 @@ class Trainer:
         if batch.excluded is not None:
             batch.excluded = (moved(batch.excluded[0], self.device), moved(batch.excluded[1], self.device))
         inputs = [to_device(arguments, self.device) for arguments in batch.inputs]
-        masked = self.tally.exchange(batch.masked, stopping.requested() or 0, self.loader.ended)
+        masked = self._exchange(batch.masked, self.loader.ended)
         keys = None
         if self.copies is not None:
             with self.span("forward"):
@@ -341,11 +344,17 @@ class Trainer:
             self._check_finite(values, issued)
             self.loss = values["loss"]
             self._log(issued.step + 1, values)
+        if arrived.written:
+            with self.span("checkpoint"):
+                self.checkpoints.finish()
         return arrived.stop, arrived.ended
+
+    def _exchange(self, masked: int, ended: bool) -> torch.Tensor:
+        return self.tally.exchange(masked, stopping.requested() or 0, ended, self.checkpoints.written)
 
     def _settle(self) -> int:
         """Take in the step under way at once; the signal by which any rank is told to stop by now, or 0."""
-        self.tally.exchange(0, stopping.requested() or 0, False)
+        self._exchange(0, False)
         return self._take_in()[0]
 
     def _observe(self, issued: Issued, figures_W: npt.NDArray[np.float64]) -> dict[str, float]:
@@ -534,7 +543,9 @@ class Trainer:
             if self.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             if best is None or step_of(best) == self.step:
-                save_model(self.engine, aside)
+                weights = weights_of(self.engine)
+                if weights:
+                    write_model(self.engine.module, weights, aside)
             elif self.rank == 0:
                 shutil.copytree(best / "model", aside)
                 tell(

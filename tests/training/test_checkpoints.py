@@ -19,6 +19,7 @@ from tests.training.launch import run
 from tests.training.test_resume import figures
 
 EVERY = {"training__checkpoint_every": 5, "training__pair_visits": 640}
+BESIDE = Path(__file__).with_name("beside.py")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,41 @@ def test_a_finished_run_is_not_begun_anew_and_keeps_a_users_files(half: tuple[Pa
     output = run(1, half[1], "seed=7", code=2)
     assert "is finished, and its checkpoints are gone" in output
     assert before.items() <= {path: path.stat().st_mtime_ns for path in half[0].rglob("*") if path.is_file()}.items()
+
+
+def test_a_checkpoint_is_written_beside_training_and_holds_its_own_step(folder: Path) -> None:
+    """Momentum, bank and ECL's table change while it waits to be written."""
+    changes: dict[str, object] = {"training__keep_checkpoints": 4, "confidence__selection": "schedule"}
+    names = "at-once", "beside"
+    run(2, str(config(folder, names[0], **changes)))
+    run(2, str(config(folder, names[1], **changes)), script=BESIDE, LATER="3")
+    for step in (5, 10, 15, 20):
+        one, other = (folder / name / "checkpoints" / f"step-{step:08d}" for name in names)
+        assert len(list(one.glob("optimizer-*"))) == 2
+        assert {file.name for file in one.rglob("*")} == {file.name for file in other.rglob("*")}
+        for file in one.rglob("*.safetensors"):
+            held = load_file(other / file.relative_to(one))
+            assert all(torch.equal(value, held[name]) for name, value in load_file(file).items())
+        with np.load(one / "state.npz") as mine, np.load(other / "state.npz") as theirs:
+            assert all(name == "written" or mine[name].tobytes() == theirs[name].tobytes() for name in mine)
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_that_one_alone(folder: Path) -> None:
+    file = str(config(folder, "killed"))
+    run(1, file, script=BESIDE, LATER="3", KILLED_BEFORE="12", code=-9)
+    checkpoints = folder / "killed" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000005", "step-00000010.partial", "latest"}
+    assert "at step 5 " in run(1, file)
+    assert figures(folder / "killed") == figures(folder / "whole")
+
+
+def test_a_full_disk_beside_training_ends_all_ranks_with_one_message(folder: Path) -> None:
+    file = str(config(folder, "full"))
+    output = run(2, file, script=BESIDE, LATER="3", FULL="1", code=2)
+    assert output.count("error: ") == 1 and "step-00000005.partial: No space left on device" in output
+    assert "Traceback" not in output
+    run(2, file)
+    assert (folder / "full" / "model" / "digests.json").is_file()
 
 
 def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
