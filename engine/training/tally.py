@@ -72,7 +72,8 @@ class Tally:
         (issued, host, ready), self._travels = self._travels, None
         if ready is not None:
             ready.synchronize()
-        (_, stop_W, ended_W, written_W), figures_W = host.numpy()[:, :4].T, host.numpy()[:, 4:]
+        flags_W, figures_W = np.split(host.numpy(), [4], axis=1)
+        _, stop_W, ended_W, written_W = flags_W.T
         return Arrived(int(stop_W.max()), bool(ended_W.any()), bool(written_W.all()), issued, figures_W)
 
 
