@@ -88,7 +88,7 @@ def compare(config: Path, overrides: list[str], ranks: int, steps: int, warm_up:
         raise RuntimeError(f"the run did not end:\n{printed[-4000:]}")
     seconds = float(found[1])
     before, after = (planned(config, lasting, file) for file in profiles)
-    times = [made.days(next(iter(made.rates.values())), preparing=False) * DAY for made in (before, after)]
+    times = [made.days(next(iter(made.rates.values())), before=False) * DAY for made in (before, after)]
     memory = sum(before.memory.values())
     others = (neighbours._seconds() - neighbours.before) / (time.perf_counter() - began)
     return {

@@ -76,7 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
     plan.add_argument("--pairs", metavar="N", help="pairs in the store: 100M, 30k or a number (default: the profile's)")
     plan.add_argument("--images", metavar="N", help="pictures in the store (default: as many as pairs)")
-    plan.add_argument("--gpus", metavar="WxDEVICE", help="for instance 8xH100 (default: the machine of the profile)")
+    plan.add_argument(
+        "--gpus",
+        metavar="WxDEVICE",
+        help="for instance 8xH100, or 4x8xH100 on four nodes (default: the machine of the profile)",
+    )
     plan.add_argument(
         "--calibrated-by",
         type=Path,

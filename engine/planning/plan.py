@@ -2,13 +2,15 @@
 
 The cost model, on the operations and bytes that `work` counts:
 
-- the image tower encodes every picture once;
-- activations are held for each token of a micro-batch, with their gradients for a layer at a time;
-- a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, not overlapped with compute;
-  AdamW moves 16 bytes a parameter, ZeRO's copies of the weights 8 more.
+- the image tower encodes every picture once, on one device: `prepare` is one process;
+- activations are held for each token of a micro-batch, with their gradients for a layer at a time; where layers are
+  recomputed, their inputs are held, and one layer's activations;
+- a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, and gathers the batch's features
+  for the loss and for the bank, by the slowest link, not overlapped with compute; AdamW moves 16 bytes a parameter,
+  ZeRO's copies of the weights 8 more; a checkpoint's bytes go to the host, and are written while training goes on.
 
-A device yields `share` of its dense bf16 peak; 0.4 is what well-tuned training of towers this size reaches, 0.1 what an
-untuned one does: all are shown.
+A device yields a share of its dense peak in `training.precision`; 0.4 is what well-tuned training of towers this size
+reaches, 0.1 what an untuned one does: all are shown. TERMS names the code that each term stands for.
 
 Calibrated by a profile, the same operations take the time that they took there, every other part of a step, set-up,
 validations and checkpoints the seconds that were measured, and the bytes that the profile held beyond its own count,
@@ -32,7 +34,44 @@ from .settings import Settings, settings_of
 from .work import measure_work, operations, positive
 
 DAY = 86_400
-PICTURES = "pictures through the frozen tower"
+PICTURES, FOLDS = "pictures through the frozen tower", "cross-fit's two towers"
+# Paid before the run itself.
+BEFORE = (PICTURES, FOLDS)
+TERMS = {
+    PICTURES: "model.frozen.FrozenImages.encode_pixels",
+    FOLDS: "training.folds.cross_fit",
+    "captions": "model.efficientclip.EfficientCLIP.forward",
+    "captions and pictures": "model.efficientclip.EfficientCLIP.forward",
+    "captions once more, to accumulate": "training.trainer.Trainer._cached_batch",
+    "captions and pictures once more, to accumulate": "training.trainer.Trainer._cached_batch",
+    "layers once more, to recompute": "model.efficientclip.EfficientCLIP.recompute_layers",
+    "momentum copies": "training.momentum.MomentumCopies.keys",
+    "unpaired texts": "objectives.losses.mlm_loss",
+    "contrastive loss": "kernels.contrastive.contrastive_loss",
+    "scoring copy": "training.trainer.Trainer._figures",
+    "gradients between devices": "training.trainer.Trainer._backward",
+    "features between devices": "kernels.ranks.Ranks.gather_rows",
+    "communication": "training.ranks.all_rows",
+    "optimiser": "training.optimizer.build_optimizer",
+    "data wait": "data.pairs.PairLoader.__next__",
+    "confidence": "noise.confidence.ConfidenceTable.observe",
+    "other": "training.trainer.Trainer.train_step",
+    "set-up and end": "training.runs.set_up",
+    "validations": "model.encode.encode_store",
+    "checkpoints": "training.checkpoint.Checkpoints.save",
+    "weights": "model.towers.TextTower",
+    "master weights": "training.optimizer.build_optimizer",
+    "gradients": "training.trainer.Trainer._backward",
+    "gradients under way": "training.distributed.deepspeed_config",
+    "activations": "model.towers.TextTower.states",
+    "gradients of activations": "training.trainer.Trainer._backward",
+    "vocabulary logits": "model.towers.TextTower.vocabulary_logits",
+    "features of the batch": "kernels.ranks.Ranks.gather_rows",
+    "bank": "data.batches.Bank",
+    "loss workspace": "kernels.contrastive.contrastive_loss",
+    "store, mapped": "data.store.Store",
+    "context": "training.distributed.process_group",
+}
 SHARES = (0.1, 0.2, 0.4)
 # What CUDA's context and the allocator's rounding take of a device.
 CONTEXT_BYTES = 1 << 30
@@ -40,11 +79,17 @@ CONTEXT_BYTES = 1 << 30
 BUCKET = 500_000_000
 
 
+def code_of(term: str) -> str | None:
+    """What of the package a term stands for, which may carry a number; None for what allocators keep."""
+    return TERMS.get(term.partition(" (")[0])
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `plan` answers: operations and bytes by part; seconds follow from a share of the device's peak."""
 
     settings: Settings
+    precision: str
     visits: int
     steps: int
     flop: dict[str, float]
@@ -58,12 +103,22 @@ class Plan:
         """Operations a second of one device, by what is assumed or was measured."""
         if self.settings.profile is not None:
             return {"as measured": self.settings.profile.flop_per_second_computing}
-        return {f"at {share:.0%} of peak": share * self.settings.device.peak for share in SHARES}
+        return {f"at {share:.0%} of peak": share * self.settings.device.peak_in(self.precision) for share in SHARES}
 
-    def days(self, rate: float, *, preparing: bool = True) -> float:
-        """Wall-clock days at `rate` operations a second of each device, with `preparing` the store or without."""
-        flop = sum(value for name, value in self.flop.items() if preparing or name != PICTURES)
-        return (flop / rate / self.settings.world_size + sum(self.seconds.values())) / DAY
+    def devices(self, part: str) -> int:
+        """How many work on it."""
+        return 1 if part == PICTURES else self.settings.world_size
+
+    def parts(self, rate: float) -> dict[str, float]:
+        """Seconds on the clock of each part at `rate` operations a second of each device."""
+        return {name: flop / rate / self.devices(name) for name, flop in self.flop.items()} | self.seconds
+
+    def days(self, rate: float, *, before: bool = True) -> float:
+        """Days on the clock at `rate` operations a second of each device, with what comes `before` or not."""
+        return sum(seconds for name, seconds in self.parts(rate).items() if before or name not in BEFORE) / DAY
+
+    def device_days(self, rate: float) -> float:
+        return sum(self.devices(name) * seconds for name, seconds in self.parts(rate).items()) / DAY
 
 
 def plan(config: Config, settings: Settings) -> Plan:
@@ -98,12 +153,27 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     masked = texts * settings.text_tokens * config.mlm.mask_share
     captions, unpaired = visits * settings.caption_tokens, visits * texts * settings.text_tokens
     counted = operations(config, work, settings, visits, captions, unpaired, visits * masked)
-    flop = {PICTURES: settings.images * work.picture, **counted}
+    folds = config.confidence.cross_fit_share if config.confidence.selection == "calibrated" else 0
+    judged = visits * folds
+    both = training.tower == "both"
+    flop = {
+        PICTURES: settings.images * work.picture,
+        FOLDS: sum(operations(config, work, settings, judged, judged * settings.caption_tokens, 0, 0).values()),
+        **counted,
+    }
     P, width = work.parameters, 4
     if settings.profile is None:
-        reduced = 2 * (W - 1) / W * P * width / device.link
+        # Frozen images go round twice, for the loss and for the bank; trained ones bring their gradients back.
+        row = 4 * (1 + both) if both else 2 * (1 + (Q > 0))
+        exchanged = 2 * (W - 1) / W * P * width, (W - 1) / W * N * D * row
         updated = P * (16 + 8 * bool(zero)) / (W if zero else 1) / device.bandwidth
-        seconds = {"gradients between devices": steps * reduced, "optimiser": steps * updated}
+        checkpoints = pauses(config, settings.pairs, steps)[1]
+        seconds = {
+            "gradients between devices": steps * exchanged[0] / settings.link,
+            "features between devices": steps * exchanged[1] / settings.link,
+            "optimiser": steps * updated,
+            f"checkpoints ({checkpoints:,})": checkpoints * P * (4 + 8 / W) / device.host,
+        }
     else:
         seconds = _measured_seconds(config, settings, settings.profile, steps, P * width, zero)
     M = N / W
@@ -119,7 +189,9 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
             "features": settings.images * D * 2,
             "tokens and offsets": settings.pairs * (settings.caption_tokens * token_bytes + 8),
         }
-    kept = tokens * work.kept_by_token + together * work.kept_by_pair
+    whole = kept = tokens * work.kept_by_token + together * work.kept_by_pair
+    if training.recompute:
+        kept = tokens * work.hidden * work.layers * 4 + whole / work.layers
     momentum = config.objective.momentum > 0
     memory = {
         "weights": P * width / sharded[3],
@@ -129,19 +201,20 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
         "optimiser": 8 * P / sharded[1] * (not sharing.offloaded),
         "activations": kept + work.kept_once,
         # Backward holds them for a layer at a time.
-        "gradients of activations": kept / work.layers,
+        "gradients of activations": whole / work.layers,
         "vocabulary logits": M * masked * work.vocabulary * 10,
         "features of the batch": (N + 2 * M) * D * 4,
         "scoring copy": P * width * (config.confidence.score == "snapshot"),
         "momentum copies": P * width * momentum,
-        # The rows that a batch may see are a copy, in fp16; so are the momentum copies' two queues, in fp32.
-        "bank": 2 * (2 * Q * 4 if momentum else min(Q, settings.images) * 2) * D,
+        # Frozen rows in fp16, which batches see as they lie; copies of the momentum copies' two queues, in fp32.
+        "bank": (4 * Q * 4 if momentum else min(Q, settings.images) * 2) * D,
         "loss workspace": M * D * 4 + 100 * 2**20,
         # Mapped files count to a process's resident set; a device never sees them.
         "store, mapped": sum(storage.values()) * settings.on_cpu,
         "context": settings.profile.base_bytes if settings.profile and settings.on_cpu else CONTEXT_BYTES,
     }
-    return Plan(settings, visits, steps, positive(flop), positive(seconds), positive(memory), storage)
+    parts = positive(flop), positive(seconds), positive(memory)
+    return Plan(settings, training.precision, visits, steps, *parts, storage)
 
 
 def _measured_seconds(
@@ -155,7 +228,7 @@ def _measured_seconds(
     if measured_on > 1:
         communication = parts["communication"] * ((W - 1) / W) / ((measured_on - 1) / measured_on)
     else:
-        communication = 2 * (W - 1) / W * gradient_bytes / settings.device.link if W > 1 else parts["communication"]
+        communication = 2 * (W - 1) / W * gradient_bytes / settings.link if W > 1 else parts["communication"]
     return {
         "communication": steps * communication,
         "optimiser": steps * parts["optimiser"] * (measured_on / W if zero else 1),

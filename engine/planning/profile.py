@@ -42,7 +42,7 @@ from ..training.distributed import join_process_group
 from ..training.runs import set_up
 from ..training.trainer import Trainer, Validate
 from .measured import COMPUTED, ONCE, PARTS, Profile
-from .settings import Device, Settings
+from .settings import Device, Machine, Settings
 from .tables import profile_tables
 from .work import measure_work, operations, picture_training_work
 
@@ -316,8 +316,7 @@ def _profile(
         images=len(trainer.source.table),
         caption_tokens=caption_tokens / max(captions, 1),
         text_tokens=text_tokens / max(texts, 1),
-        device=Device(device_name(), 0, _device_memory(trainer.device), 0, 0),
-        world_size=W,
+        machine=Machine(Device(device_name(), 0, 0, _device_memory(trainer.device), 0, 0, 0, 0), W),
     )
     image = config.training.tower == "image"
     work = picture_training_work(config) if image else measure_work(config, settings.caption_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import UserError
 from .measured import Profile
@@ -13,25 +14,46 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """Dense bf16 operations a second, bytes of memory, its bytes a second, and those to the other devices of a node."""
+    """Dense operations a second in bf16 or fp16, and in fp32; bytes of memory, and bytes a second: to it, to the other
+    devices of a node, to those of other nodes, to the host."""
 
     name: str
     peak: float
+    peak_fp32: float
     memory: float
     bandwidth: float
     link: float
+    network: float
+    host: float
+
+    def peak_in(self, precision: str) -> float:
+        """Operations a second by `training.precision`; torch does not round fp32 products to TF32 unless told to."""
+        return self.peak_fp32 if precision == "fp32" else self.peak
 
 
-# From the makers' data sheets, SXM modules with NVLink; the link counts one direction.
+# From the makers' data sheets: SXM modules with NVLink, a network card a device as in their own nodes, PCIe to the
+# host; links count one direction.
 DEVICES = {
     device.name.lower(): device
     for device in (
-        Device("A100", 312e12, 80 * GIB, 2.04e12, 300e9),
-        Device("H100", 989e12, 80 * GIB, 3.35e12, 450e9),
-        Device("H200", 989e12, 141 * GIB, 4.8e12, 450e9),
-        Device("B200", 2250e12, 180 * GIB, 8.0e12, 900e9),
+        Device("A100", 312e12, 19.5e12, 80 * GIB, 2.04e12, 300e9, 25e9, 32e9),
+        Device("H100", 989e12, 67e12, 80 * GIB, 3.35e12, 450e9, 50e9, 64e9),
+        Device("H200", 989e12, 67e12, 141 * GIB, 4.8e12, 450e9, 50e9, 64e9),
+        Device("B200", 2250e12, 75e12, 180 * GIB, 8.0e12, 900e9, 50e9, 64e9),
     )
 }
+
+
+class Machine(NamedTuple):
+    """Devices of one kind: how many in all, on how many nodes."""
+
+    device: Device
+    world_size: int
+    nodes: int = 1
+
+    def __str__(self) -> str:
+        nodes = f"{self.nodes} x " if self.nodes > 1 else ""
+        return f"{nodes}{self.world_size // self.nodes} x {self.device.name}"
 
 
 @dataclass(frozen=True)
@@ -42,9 +64,22 @@ class Settings:
     images: int
     caption_tokens: float
     text_tokens: float
-    device: Device
-    world_size: int
+    machine: Machine
     profile: Profile | None = None
+
+    @property
+    def device(self) -> Device:
+        return self.machine.device
+
+    @property
+    def world_size(self) -> int:
+        return self.machine.world_size
+
+    @property
+    def link(self) -> float:
+        """Bytes a second of an exchange over all devices; between nodes all cards of a node take part in it."""
+        device, nodes = self.machine.device, self.machine.nodes
+        return device.link if nodes == 1 else min(device.link, device.network * self.world_size / nodes)
 
     @property
     def on_cpu(self) -> bool:
@@ -59,29 +94,28 @@ def settings_of(
     images: int | None = None,
     caption_tokens: float | None = None,
     text_tokens: float | None = None,
-    machine: tuple[Device, int] | None = None,
+    machine: Machine | None = None,
 ) -> Settings:
     """What is given, and else what the profile found."""
     if profile is None:
         if pairs is None or machine is None:
             missing = "--pairs" if pairs is None else "--gpus"
             raise UserError(f"{missing}: needed unless --calibrated-by names a profile")
-        return Settings(pairs, images or pairs, caption_tokens or 20, text_tokens or 32, *machine)
+        return Settings(pairs, images or pairs, caption_tokens or 20, text_tokens or 32, machine)
     if machine is None:
         rate = profile.flop_per_second_computing
-        machine = Device(profile.device, rate, profile.memory_bytes, 0, 0), profile.world_size
-    elif machine[0].name.lower() not in profile.device.lower():
+        machine = Machine(Device(profile.device, rate, rate, profile.memory_bytes, 0, 0, 0, 0), profile.world_size)
+    elif machine.device.name.lower() not in profile.device.lower():
         raise UserError(
-            f"--gpus {machine[1]}x{machine[0].name}: the profile was made on {profile.device}; profile on the machine"
-            " to plan for, or leave --gpus out"
+            f"--gpus {machine.world_size}x{machine.device.name}: the profile was made on {profile.device}; profile on"
+            " the machine to plan for, or leave --gpus out"
         )
     return Settings(
         pairs=pairs or profile.pairs,
         images=images or pairs or profile.images,
         caption_tokens=caption_tokens or profile.caption_tokens,
         text_tokens=text_tokens or profile.text_tokens,
-        device=machine[0],
-        world_size=machine[1],
+        machine=machine,
         profile=profile,
     )
 
@@ -94,11 +128,12 @@ def parse_count(text: str) -> int:
     return int(float(found[1]) * {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}[found[2]])
 
 
-def parse_devices(text: str) -> tuple[Device, int]:
-    """8xH100: the device and how many."""
-    found = re.fullmatch(r"(\d+)x(\w+)", text)
-    device = DEVICES.get(found[2].lower()) if found else None
-    if not found or device is None or int(found[1]) < 1:
+def parse_devices(text: str) -> Machine:
+    """8xH100: how many of which device; 4x8xH100: on how many nodes."""
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(\w+)", text)
+    device = DEVICES.get(found[3].lower()) if found else None
+    if not found or device is None:
         known = ", ".join(device.name for device in DEVICES.values())
-        raise UserError(f"--gpus {text!r}: write it as 8xH100; known devices: {known}")
-    return device, int(found[1])
+        raise UserError(f"--gpus {text!r}: write it as 8xH100, or 4x8xH100 for four nodes; known devices: {known}")
+    nodes = int(found[1] or 1)
+    return Machine(device, nodes * int(found[2]), nodes)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..config import Config, differing_keys
 from .measured import COMPUTED, Profile
-from .plan import DAY, PICTURES, Plan, counted_for, judged_wrong
+from .plan import BEFORE, DAY, PICTURES, Plan, code_of, counted_for, judged_wrong
 from .settings import GIB, Settings
 
 
@@ -28,16 +28,16 @@ def advice(made: Plan, config: Config) -> list[str]:
     else:
         notes.append(f"fits: {need / GIB:.1f} of {device.memory / GIB:.0f} GiB on each device")
     label, rate = list(made.rates.items())[-1]
-    parts = {name: value / rate / made.settings.world_size for name, value in made.flop.items()} | made.seconds
+    parts = made.parts(rate)
     slowest = max(parts, key=lambda name: parts[name])
     notes.append(f"most time {label}: {slowest}, {parts[slowest] / sum(parts.values()):.0%}")
     if slowest in ("gradients between devices", "communication"):
         notes.append("a larger training.batch_size exchanges gradients less often")
-    training = sum(value for name, value in parts.items() if name != PICTURES)
+    training = made.days(rate, before=False) * DAY
     notes.append(f"the loader must give {made.visits / training:,.0f} pairs a second, over all devices")
     if PICTURES in parts:
         pictures = made.settings.images / parts[PICTURES]
-        notes.append(f"the tower takes {pictures:,.0f} pictures a second, over all devices")
+        notes.append(f"the frozen tower takes {pictures:,.0f} pictures a second on the one device that `prepare` uses")
     if made.settings.profile is not None:
         notes += _profiled(made, config, made.settings.profile)
     if config.confidence.selection == "calibrated":
@@ -69,22 +69,21 @@ def _profiled(made: Plan, config: Config, profile: Profile) -> list[str]:
 
 
 def plan_tables(made: Plan) -> list[Table]:
-    """Time, memory and storage as tables."""
-    W, device = made.settings.world_size, made.settings.device
+    """Time, memory and storage as tables, and the code that their terms stand for."""
     rates = made.rates
-    time = Table("", "operations", *rates, title=f"time on {W} x {device.name}")
-    for name, flop in made.flop.items():
-        time.add_row(name, f"{flop:.2e}", *(_span(flop / rate / W) for rate in rates.values()))
-    for name, seconds in made.seconds.items():
-        time.add_row(name, "", *(_span(seconds) for _ in rates))
-    if PICTURES in made.flop:
-        alone = [made.days(rate, preparing=False) for rate in rates.values()]
+    parts = [made.parts(rate) for rate in rates.values()]
+    time = Table("", "operations", *rates, title=f"time on {made.settings.machine}")
+    for name in parts[0]:
+        flop = f"{made.flop[name]:.2e}" if name in made.flop else ""
+        time.add_row(name, flop, *(_span(seconds[name]) for seconds in parts))
+    if any(name in made.flop for name in BEFORE):
+        alone = [made.days(rate, before=False) for rate in rates.values()]
         time.add_row("training", "", *(_span(days * DAY) for days in alone), style="bold")
     days = [made.days(rate) for rate in rates.values()]
     time.add_row("in all", f"{sum(made.flop.values()):.2e}", *(_span(day * DAY) for day in days), style="bold")
-    time.add_row(
-        "device-days" if made.settings.profile else "GPU-days", "", *(f"{day * W:.2f}" for day in days), style="bold"
-    )
+    device_days = [made.device_days(rate) for rate in rates.values()]
+    label = "device-days" if made.settings.profile else "GPU-days"
+    time.add_row(label, "", *(f"{days:.2f}" for days in device_days), style="bold")
     memory = Table("", "GiB", title="memory of each device")
     for name, size in made.memory.items():
         memory.add_row(name, f"{size / GIB:.2f}")
@@ -92,12 +91,16 @@ def plan_tables(made: Plan) -> list[Table]:
     storage = Table("", "GiB", title="store")
     for name, size in made.storage.items():
         storage.add_row(name, f"{size / GIB:.1f}")
-    return [time, memory, *([storage] if made.storage else [])]
+    terms = Table("", "efficientclip", title="what the terms stand for")
+    for name in dict.fromkeys([*parts[0], *made.memory]):
+        if (code := code_of(name)) is not None:
+            terms.add_row(name, code)
+    return [time, memory, *([storage] if made.storage else []), terms]
 
 
 def assumptions(settings: Settings, config: Config) -> Sequence[str]:
     """What the figures rest on."""
-    device, profile = settings.device, settings.profile
+    device, profile, precision = settings.device, settings.profile, config.training.precision
     data = (
         f"{settings.pairs:,} pairs on {settings.images:,} pictures; captions of {settings.caption_tokens:.1f} tokens,"
         f" unpaired texts of {settings.text_tokens:.1f}, no padding computed"
@@ -105,9 +108,12 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
     if profile is None:
         return (
             data,
-            f"{device.name}: {device.peak / 1e12:.0f} TFLOP/s dense bf16, {device.memory / GIB:.0f} GiB,"
-            f" {device.bandwidth / 1e12:.2f} TB/s, {device.link / 1e9:.0f} GB/s to its neighbours, by the data sheet",
-            "gradients are exchanged without overlap; data, validation and checkpoints cost no time",
+            f"{device.name}: {device.peak_in(precision) / 1e12:.0f} TFLOP/s dense {precision},"
+            f" {device.memory / GIB:.0f} GiB, {device.bandwidth / 1e12:.2f} TB/s,"
+            f" {settings.link / 1e9:.0f} GB/s between devices, {device.host / 1e9:.0f} GB/s to the host,"
+            " by the data sheet",
+            "gradients are exchanged without overlap; the host keeps up: data, ECL's table and Python cost no time, nor"
+            " does validation (a profile measures them)",
         )
     resident = ("malloc gives nothing back between steps: the resident set grows a little after those of the profile",)
     unknown = ("as if no pair were dropped: what the selection drops is not known before",)

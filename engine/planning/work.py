@@ -54,6 +54,8 @@ class Work:
     parameters: int
     vocabulary: int
     layers: int
+    hidden: int
+    """Width of a token's state between layers."""
 
 
 def measure_work(
@@ -97,6 +99,7 @@ def measure_work(
         parameters=sum(p.numel() for p in text.parameters()) + both * picture.parameters,
         vocabulary=vocabulary,
         layers=getattr(described, "num_hidden_layers", 1),
+        hidden=hidden,
     )
 
 
@@ -114,7 +117,7 @@ def picture_training_work(config: Config) -> Work:
     pair = _picture_work(config).forward
     return Work(
         token=0, masked=0, pair=pair, picture=0, kept_by_token=0, kept_by_pair=0, kept_once=0, parameters=0,
-        vocabulary=0, layers=1,
+        vocabulary=0, layers=1, hidden=0,
     )  # fmt: skip
 
 
@@ -144,6 +147,7 @@ def operations(
     flop = {
         trained: 3 * forward,
         f"{trained} once more, to accumulate": forward * again,
+        "layers once more, to recompute": (forward + text_tokens * work.token) * training.recompute,
         "momentum copies": forward * bool(objective.momentum),
         "unpaired texts": 3 * (text_tokens * work.token + masked * work.masked),
         "contrastive loss": pairs * 2.0 * D * products * (objective.contrastive_weight > 0),

@@ -176,13 +176,13 @@ class Trainer:
                 with self.span("checkpoint"):
                     self.best_step = self.step if best else self.best_step
                     self.checkpoints.save(self.engine, self.step, self._state(), self.best_step)
+                    if stop or last:
+                        self.checkpoints.finish()
                 if not stop:
                     # A signal that came while it was copied need not wait for another one.
                     stop = max(gathered(stopping.requested() or 0))
-            if stop or last:
-                with self.span("checkpoint"):
-                    self.checkpoints.finish()
             if stop:
+                self.checkpoints.finish()
                 bar.close()
                 return stop
         bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
 from efficientclip.noise.rate import COLUMNS, FILE
-from efficientclip.planning.plan import pauses, plan
-from efficientclip.planning.settings import DEVICES, GIB, Settings, parse_count, parse_devices
+from efficientclip.planning.plan import TERMS, code_of, pauses, plan
+from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, parse_count, parse_devices
 from efficientclip.planning.tables import advice
 from efficientclip.planning.work import measure_work
 from tests import tiny
@@ -48,7 +49,8 @@ def config(objective: dict[str, Any] | None = None, **training: Any) -> Config:
     )
 
 
-SETTINGS = Settings(1_000_000, 500_000, LENGTH, 32, DEVICES["h100"], 8)
+H100 = DEVICES["h100"]
+SETTINGS = Settings(1_000_000, 500_000, LENGTH, 32, Machine(H100, 8))
 
 
 def test_operations_of_a_token_are_those_of_its_products() -> None:
@@ -93,13 +95,55 @@ def test_a_plan_adds_up() -> None:
     assert made.flop["captions"] == pytest.approx(3e6 * (LENGTH * work.token + 2 * HIDDEN * 32))
     assert made.flop["contrastive loss"] == pytest.approx(1e6 * 6 * 32 * (1024 + 20_000))
     assert made.flop["pictures through the frozen tower"] == pytest.approx(500_000 * work.picture)
-    # The bank, and the rows of it that a batch sees.
-    assert made.memory["bank"] == 2 * 20_000 * 32 * 2
+    assert made.memory["bank"] == 20_000 * 32 * 2
     assert made.storage["features"] == 500_000 * 32 * 2
     fixed = sum(made.seconds.values()) / 86_400
-    assert list(made.rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
+    assert list(made.rates.values()) == [0.1 * 67e12, 0.2 * 67e12, 0.4 * 67e12]
+    assert list(plan(config(precision="bf16"), SETTINGS).rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
     assert made.days(1e13) - fixed == pytest.approx(4 * (made.days(4e13) - fixed))
-    assert made.days(1e13) - made.days(1e13, preparing=False) == pytest.approx(500_000 * work.picture / 8e13 / 86_400)
+    # One device makes the features, the others are not there yet.
+    features = 500_000 * work.picture / 1e13 / 86_400
+    assert made.days(1e13) - made.days(1e13, before=False) == pytest.approx(features)
+    assert made.device_days(1e13) == pytest.approx(features + 8 * made.days(1e13, before=False))
+
+
+def test_links_are_those_of_a_node_or_between_nodes() -> None:
+    P, steps = measure_work(config(), LENGTH).parameters, 977
+    one = plan(config(), SETTINGS).seconds
+    assert one["gradients between devices"] == pytest.approx(steps * 2 * 7 / 8 * P * 4 / 450e9)
+    # Images in fp16, for the loss and for the bank.
+    assert one["features between devices"] == pytest.approx(steps * 7 / 8 * 1024 * 32 * 2 * 2 / 450e9)
+    assert one["checkpoints (5)"] == pytest.approx(5 * P * (4 + 8 / 8) / 64e9)
+    four = plan(config(), replace(SETTINGS, machine=parse_devices("4x8xH100"))).seconds
+    assert four["gradients between devices"] == pytest.approx(steps * 2 * 31 / 32 * P * 4 / 400e9)
+    two = plan(config(), replace(SETTINGS, machine=parse_devices("2x1xA100"))).seconds
+    assert two["gradients between devices"] == pytest.approx(steps * P * 4 / 25e9)
+    assert "gradients between devices" not in plan(config(), replace(SETTINGS, machine=parse_devices("1xH100"))).seconds
+
+
+def test_layers_that_are_recomputed_keep_their_inputs_and_cost_a_forward() -> None:
+    plain, again = plan(config(), SETTINGS), plan(config(recompute=True), SETTINGS)
+    assert again.flop["layers once more, to recompute"] == pytest.approx(plain.flop["captions"] / 3)
+    inputs = 128 * LENGTH * LAYERS * HIDDEN * 4
+    assert again.memory["activations"] == pytest.approx(inputs + plain.memory["activations"] / LAYERS)
+
+
+def test_cross_fit_is_paid_before_the_run(tmp_path: Path) -> None:
+    ecl = Confidence(selection="calibrated", cross_fit=tmp_path, cross_fit_share=0.2)
+    made = plan(config().model_copy(update={"confidence": ecl}), SETTINGS)
+    trained = made.flop["captions"] + made.flop["contrastive loss"]
+    assert made.flop["cross-fit's two towers"] == pytest.approx(0.2 * trained)
+    assert made.days(1e13, before=False) == pytest.approx(plan(config(), SETTINGS).days(1e13, before=False))
+
+
+@pytest.mark.parametrize(
+    "training", [{"tower": "both"}, {"micro_batch_size": 16, "recompute": True, "precision": "bf16"}], ids=str
+)
+def test_every_term_names_code_that_is_there(training: dict[str, Any]) -> None:
+    made = plan(config({"bank_size": 0} if "tower" in training else None, **training), SETTINGS)
+    assert all(code_of(name) for name in (*made.flop, *made.seconds, *made.memory))
+    for name in TERMS.values():
+        assert pkgutil.resolve_name(f"efficientclip.{name}") is not None
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.99])
@@ -132,7 +176,7 @@ def test_zero_shards_memory(tmp_path: Path) -> None:
 
 
 def test_advice_names_what_does_not_fit() -> None:
-    small = replace(SETTINGS, device=replace(SETTINGS.device, memory=1.2 * GIB))
+    small = replace(SETTINGS, machine=Machine(replace(H100, memory=1.2 * GIB), 8))
     large = config(batch_size=262_144)
     assert "training.micro_batch_size" in advice(plan(large, small), large)[0]
     assert advice(plan(config(), SETTINGS), config())[0].startswith("fits")
@@ -157,6 +201,7 @@ def test_a_calibrated_run_has_the_epochs_of_what_it_keeps(tmp_path: Path) -> Non
     [
         (lambda: parse_devices("8xABC"), "known devices: A100"),
         (lambda: parse_devices("H100"), "write it as 8xH100"),
+        (lambda: parse_devices("0x8xH100"), "4x8xH100 for four nodes"),
         (lambda: parse_count("many"), "--pairs 'many'"),
     ],
 )
@@ -174,4 +219,4 @@ def test_the_command_prints_its_assumptions(tmp_path: Path, capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert "GPU-days" in printed
     assert "2,000,000 pairs" in printed
-    assert "assumed: A100: 312 TFLOP/s" in printed
+    assert "assumed: A100: 20 TFLOP/s dense fp32" in printed

@@ -21,7 +21,7 @@ from efficientclip.hardware import read_hardware
 from efficientclip.planning.measured import PARTS, Profile, read_profile
 from efficientclip.planning.plan import DAY, plan
 from efficientclip.planning.profile import Recorder
-from efficientclip.planning.settings import DEVICES, settings_of
+from efficientclip.planning.settings import DEVICES, Machine, settings_of
 from tests import tiny
 from tests.training import launch
 from tests.training.launch import metrics, run
@@ -99,7 +99,7 @@ def test_a_plan_of_the_profiled_run_takes_its_steps(folder: Path, two: Profile) 
     _, validations = read_metrics(folder / "run" / "metrics.jsonl")
     assert f"validations ({len(validations)})" in made.seconds
     pauses = sum(value for name, value in made.seconds.items() if name.startswith(("valid", "check", "set-up")))
-    seconds = made.days(two.flop_per_second_computing, preparing=False) * DAY
+    seconds = made.days(two.flop_per_second_computing, before=False) * DAY
     # Lengths are rounded to whole tokens, masks are counted by their share.
     assert seconds - pauses == pytest.approx(20 * two.step_seconds, rel=0.1)
     twice = own_plan(folder, two, pairs=1000)
@@ -146,11 +146,11 @@ def test_the_plan_prints_what_was_measured(folder: Path, capsys: pytest.CaptureF
 
 def test_more_ranks_of_the_same_device_exchange_more(folder: Path, two: Profile) -> None:
     two = two.model_copy(update={"device": "NVIDIA H100 80GB HBM3"})
-    four = own_plan(folder, two, machine=(DEVICES["h100"], 4))
+    four = own_plan(folder, two, machine=Machine(DEVICES["h100"], 4))
     ring = 3 / 4 / (1 / 2)
     assert four.seconds["communication"] == pytest.approx(20 * two.parts["communication"] * ring)
     with pytest.raises(UserError, match="the profile was made on NVIDIA H100"):
-        own_plan(folder, two, machine=(DEVICES["a100"], 4))
+        own_plan(folder, two, machine=Machine(DEVICES["a100"], 4))
 
 
 def _without(tree: dict[str, Any], *path: str) -> str:
