@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--gpus",
         metavar="WxDEVICE",
-        help="for instance 8xH100, or 4x8xH100 on four nodes (default: the machine of the profile)",
+        help="8xH100, or 4x8xH100: on four nodes (default: the profile's)",
     )
     plan.add_argument(
         "--calibrated-by",
