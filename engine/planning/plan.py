@@ -19,7 +19,6 @@ what allocators keep, are added.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +61,7 @@ TERMS = {
     "weights": "model.towers.TextTower",
     "master weights": "training.optimizer.build_optimizer",
     "gradients": "training.trainer.Trainer._backward",
-    "gradients under way": "training.distributed.deepspeed_config",
+    "gradients under way": "training.deepspeed_json.deepspeed_config",
     "activations": "model.towers.TextTower.states",
     "gradients of activations": "training.trainer.Trainer._backward",
     "vocabulary logits": "model.towers.TextTower.vocabulary_logits",
@@ -283,12 +282,15 @@ class _Sharing:
 
 
 def _sharing(config: Config) -> _Sharing:
-    given = json.loads(config.deepspeed.read_text()) if config.deepspeed is not None else {}
-    zero = given.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    bucket = zero.get("reduce_bucket_size", BUCKET)
+    if config.deepspeed is None:
+        return _Sharing(zero=0, offloaded=False, bucket=BUCKET)
+    # DeepSpeed takes ten seconds to import.
+    from ..training.deepspeed_json import zero_settings
+
+    zero = zero_settings(config)
+    offload = zero.offload_optimizer
     return _Sharing(
-        zero=stage,
-        offloaded="offload_optimizer" in zero,
-        bucket=float(bucket) * (2 if stage and zero.get("overlap_comm", False) else 1),
+        zero=int(zero.stage),
+        offloaded=offload is not None and offload.device != "none",
+        bucket=float(zero.reduce_bucket_size) * (2 if zero.stage and zero.overlap_comm else 1),
     )

@@ -1,4 +1,4 @@
-"""Process group and DeepSpeed configuration of a run."""
+"""The process group of a run, and what its ranks must agree on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import deepspeed
 import torch
@@ -30,19 +30,6 @@ from ..config import Config, identity_keys
 from ..errors import UserError
 from ..launchers import stand_alone
 from .ranks import agree, join
-
-# What the YAML decides; DeepSpeed's JSON owns ZeRO, communication and offload.
-OWNED = {
-    "train_batch_size": "training.batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.micro_batch_size",
-    "gradient_clipping": "optimizer.clip",
-    "optimizer": "optimizer",
-    "scheduler": "optimizer",
-    "steps_per_print": "training.log_every",
-    # Autocast over fp32 weights: DeepSpeed's engine modes round the weights themselves, or have no fp32 averages.
-    **dict.fromkeys(("bf16", "fp16", "torch_autocast", "amp", "bfloat16"), "training.precision"),
-}
 
 
 @contextmanager
@@ -165,67 +152,3 @@ def end_process(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def deepspeed_digest(config: Config) -> str:
-    """Equal for configs whose DeepSpeed JSON says the same."""
-    return hashlib.sha256(json.dumps(_users_json(config), sort_keys=True).encode()).hexdigest()
-
-
-def _users_json(config: Config) -> dict[str, Any]:
-    if config.deepspeed is None:
-        return {}
-    if not config.deepspeed.is_file():
-        raise UserError(f"deepspeed: {config.deepspeed} is missing; configs/deepspeed/ holds samples")
-    try:
-        user = json.loads(config.deepspeed.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"deepspeed: {config.deepspeed} is not JSON: {error}") from error
-    if not isinstance(user, dict):
-        raise UserError(f"deepspeed: {config.deepspeed} holds a {type(user).__name__}, not an object of keys")
-    return user
-
-
-def _check_zero(config: Config, zero: dict[str, Any]) -> None:
-    """UserError at what checkpoints cannot hold, or would keep an overflow from being seen."""
-    offload = zero.get("offload_optimizer") or {}
-    refused = {
-        "round_robin_gradients": (zero.get("round_robin_gradients", False), "moments would lie in another order"),
-        "compute_grad_norm": (not zero.get("compute_grad_norm", True), "steps that are not finite would pass"),
-        "offload_optimizer.device": (offload.get("device") == "nvme", "moments on NVMe are in no checkpoint"),
-        "offload_optimizer.ratio": (offload.get("ratio", 1.0) != 1.0, "a part of the moments is in no checkpoint"),
-    }
-    for key, (given, why) in refused.items():
-        if given:
-            raise UserError(f"deepspeed: {config.deepspeed} sets zero_optimization.{key}: {why}; remove it there")
-
-
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The user's DeepSpeed JSON with the keys that the YAML owns."""
-    user = _users_json(config)
-    for key in user.keys() & OWNED.keys():
-        raise UserError(
-            f"deepspeed: {config.deepspeed} sets {key}, which {OWNED[key]} of the YAML owns; remove it there"
-        )
-    _check_zero(config, user.get("zero_optimization", {}))
-    if config.training.batch_size % world_size:
-        fitting = config.training.batch_size // world_size * world_size
-        raise UserError(
-            f"training.batch_size: {config.training.batch_size} pairs cannot be divided by {world_size} ranks;"
-            f" choose a multiple, for instance {max(fitting, world_size)}"
-        )
-    local = config.training.batch_size // world_size
-    micro = config.training.micro_batch_size or local
-    if local % micro:
-        raise UserError(f"training.micro_batch_size: {micro} does not divide the {local} pairs of a rank")
-    return {
-        **user,
-        "train_micro_batch_size_per_gpu": micro,
-        # With a token budget the number differs from step to step: the trainer marks the last micro-batch. DeepSpeed
-        # must know only that gradients accumulate.
-        "gradient_accumulation_steps": 2 if config.training.tokens_per_micro_batch else local // micro,
-        "gradient_clipping": config.optimizer.clip,
-        "steps_per_print": 2**31,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }

@@ -33,7 +33,8 @@ from ..model.teacher import Teacher
 from ..noise.rate import FILE as CROSS_FIT
 from ..noise.rate import read_cross_fit
 from ..objectives.retrieval import retrieval_report
-from .distributed import deepspeed_digest, process_group
+from .deepspeed_json import deepspeed_digest
+from .distributed import process_group
 from .ranks import agree
 from .run_folder import describe, owned, proven
 from .trainer import Trainer, Validate

@@ -37,7 +37,7 @@ from ..model.encode import to_device
 from ..noise.confidence import ConfidenceTable
 from ..objectives.losses import Keys, Losses, both_sides_loss, mlm_loss, pair_losses
 from .checkpoint import Checkpoints, step_of, weights_of, write_model
-from .distributed import deepspeed_config
+from .deepspeed_json import deepspeed_config, zero_settings
 from .history import forget_from, write_epoch
 from .loss_scale import LossScale
 from .momentum import MomentumCopies
@@ -75,7 +75,7 @@ class Trainer:
             self.snapshot = torch.nn.Module.to(copy.deepcopy(model).eval(), self.device)
         momentum, queue = config.objective.momentum, config.objective.bank_size
         self.copies = MomentumCopies(model, momentum, queue, config.seed, self.device) if momentum else None
-        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        stage = int(zero_settings(config).stage)
         optimizer = build_optimizer(model, config.optimizer, stage)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         # On one rank there is nothing to reduce, yet DeepSpeed would copy all gradients to and fro.

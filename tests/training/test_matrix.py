@@ -22,7 +22,7 @@ from efficientclip.config import load_config
 from efficientclip.errors import UserError
 from efficientclip.hardware import compute_dtype
 from efficientclip.model.efficientclip import load_model
-from efficientclip.training.distributed import deepspeed_config
+from efficientclip.training.deepspeed_json import deepspeed_config
 from efficientclip.training.loss_scale import LEAST, PATIENCE, START, LossScale
 from tests import tiny
 from tests.training import test_both_towers

@@ -19,7 +19,7 @@ from efficientclip.errors import UserError
 from efficientclip.hardware import compute_dtype
 from efficientclip.training import distributed
 from efficientclip.training import optimizer as optimizers
-from efficientclip.training.distributed import deepspeed_config
+from efficientclip.training.deepspeed_json import deepspeed_config
 from efficientclip.training.optimizer import build_optimizer, learning_rate
 from tests import tiny
 from tests.training.launch import metrics, run
@@ -189,13 +189,31 @@ def test_a_rank_takes_the_device_that_it_is_shown(
         ({"round_robin_gradients": True}, "round_robin_gradients"),
         ({"compute_grad_norm": False}, "compute_grad_norm"),
         ({"offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}, "offload_optimizer.device"),
-        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio"),
     ],
 )
 def test_what_checkpoints_cannot_hold_is_refused(tmp_path: Path, zero: dict[str, Any], key: str) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2, **zero}}))
     with pytest.raises(UserError, match=rf"ds\.json sets zero_optimization\.{key}: .*; remove it there"):
+        deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, r"zero_optimization is null; give an object, or remove it"),
+        ([2], r"zero_optimization is \[2\]; give an object"),
+        ({"stage": 7}, r"zero_optimization\.stage: Input should be 0, 1, 2"),
+        ({"stage": 2, "reduce_bucket": 5}, r"zero_optimization\.reduce_bucket: Extra inputs are not permitted; change"),
+        ({"offload_optimizer": {"device": "gpu"}}, r"zero_optimization\.offload_optimizer\.device: Input should be"),
+    ],
+    ids=str,
+)
+def test_what_zero_cannot_be_told_is_named(tmp_path: Path, given: Any, message: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": given}))
+    with pytest.raises(UserError, match=rf"deepspeed: .*ds\.json: {message}"):
         deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
 
 
