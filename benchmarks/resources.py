@@ -42,7 +42,7 @@ from efficientclip.config import Config, load_config
 from efficientclip.data.store import Store, TextStore
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.run import read_metrics
-from efficientclip.planning.settings import DEVICES, GIB, Settings
+from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings
 from efficientclip.planning.work import measure_work, operations, picture_training_work
 
 DATA = Path("data/demo")
@@ -125,7 +125,7 @@ def counted(config: Config) -> tuple[float, int]:
 
 def given(images: int, caption_tokens: float) -> Settings:
     """Settings for the cost model; its machine does not matter to a count of operations."""
-    return Settings(images, images, caption_tokens, 0, DEVICES["h100"], 1)
+    return Settings(images, images, caption_tokens, 0, Machine(DEVICES["h100"], 1))
 
 
 def curve(run: Path) -> list[tuple[int, float]]:

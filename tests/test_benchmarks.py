@@ -190,6 +190,20 @@ def test_gpu_rehearsed_without_what_a_card_s_machine_lacks(tmp_path: Path) -> No
     assert ceilings.rates(rows) is not None and ceilings.rates(rows[1:]) is None
 
 
+def test_the_program_starts_from_a_checkout_alone(tmp_path: Path) -> None:
+    """`-S` leaves out what an editable installation adds: the package is found by the program itself, or not at all."""
+    path = os.pathsep.join(entry for entry in sys.path if entry.endswith("-packages"))
+    alone = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path}, "capture_output": True, "text": True}
+    absent = subprocess.run([sys.executable, "-S", "-c", "import torch, efficientclip"], **alone)
+    assert "No module named 'efficientclip'" in absent.stderr
+    file = tmp_path / "gpu.csv"
+    part = ["-m", "benchmarks.gpu", "--device", "cpu", "--part", "ceilings", "--results", str(file)]
+    ran = subprocess.run([sys.executable, "-S", *part], **alone)
+    assert ran.returncode == 0, ran.stderr
+    rows = Results(file, "", "").rows()
+    assert any(row["unit"] == "TFLOP/s" for row in rows) and not [row for row in rows if row["verdict"] in BAD]
+
+
 def test_a_part_that_fails_or_is_late_is_named_and_the_rest_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

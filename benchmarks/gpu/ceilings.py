@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.lab import Lab, Work
-from efficientclip.kernels.triton.tiles import add_library_product
 
 # Named here, read by what comes after.
 PRODUCTS, COPY = "mm bf16 8192 x 8192 x 8192", "copy, read and written"
@@ -45,6 +44,9 @@ def product(lab: Lab, what: str, rows: int, inner: int, columns: int, dtype: tor
 
 
 def panel(lab: Lab, what: str, rows: int, columns: int, transposed: bool) -> None:
+    # The program reads this file before the checkout is known and Triton is told where it runs.
+    from efficientclip.kernels.triton.tiles import add_library_product
+
     with lab.attempt(what):
         left = torch.randn(rows, columns, device=lab.device.type).bfloat16()
         left = left.T if transposed else left
