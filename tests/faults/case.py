@@ -22,7 +22,7 @@ from tests.faults.cases import (
     half_written,
 )
 from tests.faults.namespace import Namespace, SmallDisk
-from tests.faults.processes import PATIENCE, Ended, Tree, errors, send, tracebacks, until
+from tests.faults.processes import ENDLESS, PATIENCE, Ended, Tree, errors, send, tracebacks, until
 
 LOST, SILENT, SURVIVORS, TRACEBACK, LATE, END = (
     "lost or mixed files",
@@ -151,8 +151,10 @@ class Case:
         self.tell("first completed")
         self.observe(self.start().wait(), codes=(0,))
 
-    def observe(self, ended: Ended, codes: Sequence[int] | None = None, *, limit: float = PATIENCE) -> None:
-        """What no end may show: survivors, tracebacks, other exit codes than `codes`."""
+    def observe(self, ended: Ended, codes: Sequence[int] | None = None, *, limit: float | None = None) -> None:
+        """What no end may show: survivors, tracebacks, other exit codes than `codes`; a command that was disturbed, more
+        than `limit` seconds."""
+        limit = limit or (ENDLESS if codes == (0,) else PATIENCE)
         engine, launcher = tracebacks(ended.output)
         self.outcome.launchers_own += launcher
         if engine:
