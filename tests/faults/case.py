@@ -152,8 +152,8 @@ class Case:
         self.observe(self.start().wait(), codes=(0,))
 
     def observe(self, ended: Ended, codes: Sequence[int] | None = None, *, limit: float | None = None) -> None:
-        """What no end may show: survivors, tracebacks, other exit codes than `codes`; a command that was disturbed, more
-        than `limit` seconds."""
+        """What no end may show: survivors, tracebacks, other exit codes than `codes`, more than `limit` seconds; a
+        command that nothing disturbs may take its time."""
         limit = limit or (ENDLESS if codes == (0,) else PATIENCE)
         engine, launcher = tracebacks(ended.output)
         self.outcome.launchers_own += launcher
