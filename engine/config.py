@@ -29,8 +29,8 @@ PLACES = {
 # They may change while a run is under way.
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
-    "training.keep_checkpoints", "training.validate_every", "training.micro_batch_size",
-    "training.tokens_per_micro_batch", "training.recompute",
+    "training.keep_checkpoints", "training.validate_every", "training.validate_every_steps",
+    "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute",
 }  # fmt: skip
 
 
@@ -260,7 +260,12 @@ class Training(Section):
         False, description="backward computes each layer's activations again: memory of a layer for a third more work"
     )
     threads: int = Field(0, ge=0, le=2**16, description="CPU threads a rank; 0 keeps what the launcher set")
-    validate_every: int = Field(1, ge=1, le=COUNT, description="epochs between validations")
+    validate_every: int | None = Field(
+        None, ge=1, le=COUNT, description="epochs between validations; 1 without validate_every_steps"
+    )
+    validate_every_steps: int | None = Field(
+        None, ge=1, le=COUNT, description="steps between validations, instead of epochs"
+    )
     log_every: int = Field(10, ge=1, le=COUNT, description="steps between lines of metrics.jsonl")
     checkpoint_every: int = Field(200, ge=1, le=COUNT, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, le=COUNT)
@@ -287,6 +292,18 @@ class Training(Section):
                 " lower or remove it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_rhythm(self) -> Training:
+        if self.validate_every is not None and self.validate_every_steps is not None:
+            raise ValueError("set validate_every or validate_every_steps, not both; null takes one back")
+        return self
+
+    def validates(self, step: int, ended: int | None) -> bool:
+        """Whether a validation is due after `step` steps; `ended` epochs are over with it, None: none ends there."""
+        if self.validate_every_steps is not None:
+            return step % self.validate_every_steps == 0
+        return ended is not None and ended % (self.validate_every or 1) == 0
 
 
 class Data(Section):

@@ -88,6 +88,7 @@ BERT = "model.text_tower.architecture={model_type: bert, "
         ("training.max_caption_tokens=70000", ["training.max_caption_tokens: Input should be less than or equal to"]),
         ("training.grace_seconds=0", ["training.grace_seconds: Input should be greater than 0"]),
         ("training.grace_seconds=1e6", ["training.grace_seconds: Input should be less than or equal to 86400"]),
+        ("training.validate_every_steps=0", ["training.validate_every_steps: Input should be greater than or equal"]),
         ("training.final=worst", ["training.final", "'best' or 'last'", "got 'worst'"]),
         (
             "training.augmentation.rotation_degrees=181",
@@ -127,6 +128,21 @@ def test_sections_that_contradict_each_other(file: Path) -> None:
     refused(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4", "mlm.weight=0"], ["nothing is learned"])
     assert load_config(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4"]).mlm.texts_per_batch == 4
     assert load_config(file, [without, "objective.regression_weight=1"]).objective.contrastive_weight == 0
+
+
+def test_validations_are_by_epochs_or_by_steps(file: Path, tmp_path: Path) -> None:
+    by_epochs, by_steps = "training.validate_every=1", "training.validate_every_steps=50"
+    refused(file, [by_epochs, by_steps], ["\n  training: set validate_every or validate_every_steps, not both; null"])
+    steps = load_config(file, [by_steps])
+    save_config(steps, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == steps
+    assert load_config(file, [by_epochs, by_steps, "training.validate_every=null"]) == steps
+    # It changes nothing that is learned.
+    assert differing_keys(steps, load_config(file, [by_epochs])) == []
+    assert [step for step in range(1, 121) if steps.training.validates(step, None)] == [50, 100]
+    epochs = load_config(file, ["training.validate_every=2"]).training
+    assert [ended for ended in range(1, 6) if epochs.validates(7, ended)] == [2, 4] and not epochs.validates(2, None)
+    assert load_config(file).training.validates(7, 1)
 
 
 def test_threads_beyond_the_cores(file: Path) -> None:

@@ -244,14 +244,15 @@ def pauses(config: Config, pairs: int, steps: int) -> tuple[int, int]:
     """Validations of a run of `steps` steps, and checkpoints, if every validation is the best so far."""
     training, ecl, N = config.training, config.confidence, config.training.batch_size
     kept, epoch, drops, step = round(pairs * (1 - judged_wrong(config))), 0, 0, 0
-    validated = {steps}
+    every = training.validate_every_steps
+    validated = {steps} | (set(range(every, steps, every)) if every is not None else set())
     while True:
         auditions = min(round(N * ecl.reaudition_share), pairs - kept)
         length = kept // (N - auditions)
         if length == 0 or step + length >= steps:
             break
         step += length
-        if (epoch + 1) % training.validate_every == 0:
+        if training.validates(step, epoch + 1):
             validated.add(step)
         # How much a mixture drops, the scores alone tell.
         drop = ecl.selection == "published" or (ecl.selection == "schedule" and drops < ecl.drops)

@@ -160,14 +160,14 @@ class Trainer:
             )
             best = False
             last = self.step == self.total_steps
-            if stop or ended or last or self.step % training.checkpoint_every == 0:
+            due = last or training.validates(self.step, self.loader.epoch + 1 if ended else None)
+            if stop or ended or due or self.step % training.checkpoint_every == 0:
                 # Nothing is chosen or saved before this step's own figures are known.
                 stop = self._settle() or stop
             if ended:
                 with self.span("confidence"):
                     self._end_epoch()
             # Told to stop, the run saves first: validation may take longer than it is given.
-            due = last or (ended and self.loader.epoch % training.validate_every == 0)
             self.validation_due = due and bool(stop)
             if due and not stop:
                 with self.span("validation"):

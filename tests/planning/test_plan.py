@@ -196,6 +196,14 @@ def test_a_calibrated_run_has_the_epochs_of_what_it_keeps(tmp_path: Path) -> Non
     assert pauses(calibrated, 100_000, 977) == pauses(plain, 50_000, 977) != pauses(plain, 100_000, 977)
 
 
+def test_validations_by_steps_are_counted_as_they_fall(tmp_path: Path) -> None:
+    file = tiny.config(tmp_path, training__validate_every=None)
+    rhythms = ("validate_every=1", "validate_every_steps=6", "validate_every_steps=5")
+    configs = [load_config(file, [f"training.{rhythm}", "training.checkpoint_every=1000"]) for rhythm in rhythms]
+    # An epoch is 7 steps; the last step is validated, whatever the rhythm.
+    assert [pauses(config, 240, 20) for config in configs] == [(3, 3), (4, 4), (4, 4)]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

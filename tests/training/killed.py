@@ -1,12 +1,14 @@
-"""Worker: trains as usual, but kills itself before the step that KILLED_BEFORE names, counted from 0."""
+"""Worker: trains as usual, but sends itself the signal KILLED_BY, or kills itself, before the step that KILLED_BEFORE
+names, counted from 0."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 
-from efficientclip import train
+from efficientclip import stopping, train
 from efficientclip.data.batches import Batch
 from efficientclip.training.trainer import Trainer
 
@@ -15,7 +17,9 @@ step = Trainer.train_step
 
 def killed(self: Trainer, batch: Batch) -> None:
     if self.step == int(os.environ["KILLED_BEFORE"]):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(os.environ.get("KILLED_BY", signal.SIGKILL)))
+        while stopping.requested() is None:
+            time.sleep(0.001)
     step(self, batch)
 
 
