@@ -272,13 +272,17 @@ class TritonContrastive:
         # A bank, which has no column sums, is one panel.
         C = len(side.columns_CD) if side.bank else min(len(side.columns_CD), side.config.panel)
         grid = tuning.programs(side.config, len(self.text_MD), C)
-        shared = {"SMOOTH": self.options.smooth}
-        found = [(grid, {**self._tile(side, side.config.forward), **shared, "KEPT": side.config.kept})]
+
+        def arguments(config: Config, listed: bool) -> dict[str, Any]:
+            own = {"SMOOTH": self.options.smooth, "KEPT": config.kept, "maxnreg": config.registers}
+            return self._tile(side, config.forward, listed) | own
+
+        found = [(grid, arguments(side.config, False))]
         if side.masked is not None:
             listed = side.listed
             P = min(side.masked.words, listed.programs)
             grid = P, min(max(1, listed.programs // P), triton.cdiv(C, listed.forward.columns))
-            found.append((grid, {**self._tile(side, listed.forward, True), **shared, "KEPT": listed.kept}))
+            found.append((grid, arguments(listed, True)))
         return found
 
     def backward(

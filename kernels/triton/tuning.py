@@ -1,6 +1,6 @@
 """How each chip walks tiles: their sizes, warps and load stages, and why.
 
-The bits of a result depend on every figure but the stages; so they are constants, never tuned at run time.
+The bits of a result depend on every figure but stages and registers; so they are constants, never tuned at run time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Config:
-    """How one architecture walks the tiles. The bits of a result depend on every field but the stages."""
+    """How one architecture walks the tiles. The bits of a result depend on all but stages and registers."""
 
     forward: Launch
     rescue: Launch
@@ -82,6 +82,9 @@ class Config:
     """SMs of the full chip, likewise a constant: how products of few rows are cut."""
     products: Literal["triton", "library"] = "triton"
     """Whether logit gradients and features are multiplied by `product_kernel` or by cuBLAS."""
+    registers: int | None = None
+    """Of a forward thread at most; None leaves them to ptxas. Given where ptxas would spill to make room on an SM for
+    more programs than a forward grid has: all that one program alone can use."""
     panel: int = 32768
     """Columns whose sums are in memory at a time, a multiple of a forward tile's."""
 
@@ -95,17 +98,21 @@ def _config(
     programs: int,
     chunk: tuple[int, int],
     recompute: tuple[int, ...] | None = None,
+    registers: int | None = None,
 ) -> Config:
     again = Launch(*(recompute or forward))
     processors = programs if forward[3] == 8 else programs // 2
-    return Config(Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk, processors)
+    return Config(
+        Launch(*forward), again, again, Launch(*product), descriptors, kept, programs, chunk, processors,
+        registers=registers,
+    )  # fmt: skip
 
 
 # By architecture, in how many parts of 16 bits the texts are taken (0: they and the columns are fp32), and what else a
 # tile looks at: 0 nothing, 1 ids or all logits, 2 masked cells, or positives by ids beside all logits. Codes and masks
-# take the registers of half a tile, and so does each further sum on wide tiles. Under Triton 3.9 no row spills, of
-# sm_80 and sm_90 none under 3.6. That takes more registers: it decides kept = 8 on sm_90, the narrow recompute of fp32
-# there, and tiles of 32 and 16 columns on sm_100, where some kernels still hold up to 56 bytes of stack.
+# take the registers of half a tile, and so does each further sum on wide tiles. Under Triton 3.9 and 3.6 no row spills.
+# The latter takes more registers: it decides kept = 8 on sm_90 and the narrow recompute of fp32 there, tiles of 32 and
+# 16 columns on sm_100, and its `registers`.
 _TABLE: dict[tuple[int, int, int], Config] = {
     # mma.sync from 8 warps; shared memory stays under the 99 KB of sm_86, sm_89 and sm_120.
     (80, 1, 0): _config(
@@ -147,7 +154,8 @@ _TABLE: dict[tuple[int, int, int], Config] = {
     (90, 0, 2): _config(
         (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=132, chunk=(4096, 2048)
     ),
-    # A thread reads whole rows from tensor memory: no part of a column is a thread's own, hence kept = 1.
+    # A thread reads rows from tensor memory: no part of a column is a thread's own, hence kept = 1; and it holds the
+    # address of each column's code, of all in the tile with 4 warps, of half with 8.
     (100, 1, 0): _config(
         (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
         recompute=(128, 64, 64, 8, 4),
@@ -156,16 +164,19 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
     ),
     (100, 1, 2): _config(
-        (128, 16, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096)
+        (128, 16, 64, 8, 3), (128, 128, 64, 8, 4), descriptors=True, kept=1, programs=148, chunk=(4096, 4096),
+        registers=255,
     ),
     (100, 0, 0): _config(
         (128, 64, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 0, 1): _config(
-        (128, 32, 16, 4, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+        recompute=(128, 32, 16, 4, 4),
     ),
     (100, 0, 2): _config(
-        (128, 16, 16, 4, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+        recompute=(128, 16, 16, 4, 4), registers=255,
     ),
     # Texts in two parts of fp16, or three of bf16: two or three blocks of them beside one of the columns.
     (80, 2, 0): _config(
@@ -206,16 +217,19 @@ _TABLE: dict[tuple[int, int, int], Config] = {
         (128, 32, 64, 8, 3), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 2, 2): _config(
-        (128, 16, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+        registers=255,
     ),
     (100, 3, 0): _config(
-        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 64, 64, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+        registers=255,
     ),
     (100, 3, 1): _config(
         (128, 32, 32, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
     ),
     (100, 3, 2): _config(
-        (128, 16, 32, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048)
+        (128, 16, 32, 8, 2), (128, 128, 64, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
+        registers=255,
     ),
 }  # fmt: skip
 

@@ -104,7 +104,7 @@ def usage(kernel: Any, arguments: dict[str, Any], architecture: int, folder: Pat
         signature[parameter.name] = mangle_type(value)
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[at,] = [["tt.divisibility", 16]]
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments[name] for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
     return compiled(ASTSource(kernel, signature, constants, attributes), architecture, folder, **options)
 
 
