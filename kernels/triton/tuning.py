@@ -172,7 +172,7 @@ _TABLE: dict[tuple[int, int, int], Config] = {
     ),
     (100, 0, 1): _config(
         (128, 32, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
-        recompute=(128, 32, 16, 4, 4),
+        recompute=(128, 32, 16, 4, 4), registers=255,
     ),
     (100, 0, 2): _config(
         (128, 16, 16, 8, 4), (128, 128, 32, 8, 3), descriptors=True, kept=1, programs=148, chunk=(4096, 2048),
