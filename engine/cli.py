@@ -306,7 +306,7 @@ def _report(given: argparse.Namespace) -> None:
         tables[name] = Path(path)
     _silence_model_files()
     from .evaluation.report import write_report
-    from .evaluation.run import run_config
+    from .training.run_folder import run_config
 
     if not tables and (given.run / "config.yaml").is_file():
         tables = run_config(given.run).data.validation
@@ -330,8 +330,8 @@ def _audit(given: argparse.Namespace) -> None:
         if getattr(given, option) <= 0:
             raise UserError(f"--{option.replace('_', '-')} {getattr(given, option)}: give more than 0")
     from .evaluation.audit import claim_audit, open_audit, write_audit
-    from .evaluation.run import run_config
     from .evaluation.subset import claim_export, export_kept
+    from .training.run_folder import run_config
 
     out = given.out or given.run
     claim_audit(given.run, out, replace=given.replace)

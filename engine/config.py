@@ -137,7 +137,9 @@ class Model(Section):
     teacher: Teacher | None = None
     width: int = Field(512, ge=1, le=1024, description="width of the shared embedding space")
     start_from: Place | None = Field(None, description="run folder whose towers this run starts from")
-    logit_scale: float = Field(14.3, gt=0, description="initial multiplier of the cosine (CLIP: 1/0.07)")
+    logit_scale: float = Field(
+        14.3, gt=0, description="initial multiplier of the cosine (CLIP: 1/0.07); a start of both towers brings its own"
+    )
     logit_scale_max: float = Field(100.0, gt=0, le=10_000)
 
     @model_validator(mode="after")

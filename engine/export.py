@@ -27,7 +27,7 @@ from transformers import (
 from . import config as settings
 from . import stopping
 from .errors import UserError, reading, writing
-from .evaluation.run import RESTORE, Run, open_run, read_metrics
+from .evaluation.run import Run, open_run, read_metrics
 from .files import digests
 from .files.atomic import as_umask, put_in_place
 from .files.lock import NAME as LOCK
@@ -36,6 +36,7 @@ from .files.ownership import claim, kind_of, mark, marked
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
+from .training.run_folder import RESTORE
 
 TEXT_TYPES = ("bert", "chinese_clip_text_model")
 IMAGE_TYPES = ("clip_vision_model", "chinese_clip_vision_model")

@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from .data.store import Store, TextStore, read_manifest
 from .errors import UserError, message_of, reading, tell
-from .evaluation.run import pointed, read_metrics, run_config, run_identity
+from .evaluation.run import pointed, read_metrics
 from .files import digests
 from .files.lock import NAME as LOCK
 from .files.ownership import MARK, RESULTS, kind_of
 from .hardware import read_hardware
 from .noise.rate import FILE as CROSS_FIT
 from .noise.rate import read_cross_fit
+from .training.run_folder import run_config, run_identity
 
 WHOLE, NOT_COVERED = "whole", "not covered"
 RESTORE = "restore it from a copy, or make it anew"

@@ -25,10 +25,11 @@ from ..files.atomic import write_atomically, written_aside
 from ..files.ownership import MADE_BY, claim_file
 from ..hardware import in_words, machine_name, read_hardware
 from ..training.history import epoch_files, open_epoch
+from ..training.run_folder import run_config
 from .charts import histogram, sparkline
 from .gallery import Card, judged_card
 from .report import Chart, Figure, template
-from .run import run_config, trained_on
+from .run import trained_on
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 ROWS = 1 << 16

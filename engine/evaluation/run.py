@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..config import Config, load_config
+from ..config import Config
 from ..data.shards import BadSample, Sample
 from ..data.sources import Source
 from ..data.store import Store, Texts, TextStore
@@ -32,9 +32,9 @@ from ..model.encode import encode_store
 from ..model.frozen import FrozenImages, frozen_name, tower_difference
 from ..prepare.build import prepare
 from ..stopping import scratch
+from ..training.run_folder import RESTORE, run_config, run_identity
 
 TEXTS_AT_ONCE = 4096
-RESTORE = "restore it from a copy, or run the run's own `train` command again"
 
 
 @dataclass
@@ -98,28 +98,6 @@ class Run:
                     raise UserError(f"source {source.path}, {found.key}: {found.cause}; mend the sample or take it out")
                 yield found
                 bar.update()
-
-
-def run_config(folder: Path) -> Config:
-    """The config that a run was made with; UserError when the folder is no run."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
-    digests.check_written(folder, "config.yaml", remedy=RESTORE)
-    return load_config(folder / "config.yaml", saved=True)
-
-
-def run_identity(folder: Path) -> dict[str, Any] | None:
-    """What the run was trained on: identity.json; None for runs of earlier versions."""
-    file = folder / "identity.json"
-    digests.check_written(folder, file.name, remedy=RESTORE)
-    if not file.is_file():
-        return None
-    with reading("run", file, RESTORE):
-        identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for key in ("store", "tower", "tokenizer"):
-            if not isinstance(identity[key], str | None):
-                raise ValueError(f"{key} is no text")
-    return identity
 
 
 def open_run(folder: Path, store: Path | None = None) -> Run:

@@ -173,6 +173,7 @@ class EfficientCLIP(PreTrainedModel):
 def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, sides: Sequence[str]) -> EfficientCLIP:
     """The towers of `config` named in `sides` ("text", "image"): from hub, folder or run, or fresh by `seed`.
 
+    What `start_from` holds of them takes their place; where both sides train, its logit scale goes on, too.
     `vocabulary` is the size of the store's tokenizer; a pretrained text tower that has fewer rows is refused.
     """
     torch.manual_seed(seed)
@@ -236,6 +237,21 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
     if config.start_from is not None:
         start = load_model(config.start_from)
         _same_width(start, config.width, "model.start_from")
+        if start.text is not None and model.text is not None and start.text.pooling != model.text.pooling:
+            raise UserError(
+                f"model.text_tower.pooling: {model.text.pooling}, but model.start_from {config.start_from} was trained"
+                f" with {start.text.pooling}; set it to that"
+            )
+        if model.text is not None and model.image is not None:
+            drawn = image_run is None and image_projection is None and model.image.projection is not None
+            if start.image is None and drawn:
+                raise UserError(
+                    f"model.image_tower: {image.pretrained if image else None} has no projection, and that which"
+                    f" model.start_from {config.start_from} learned behind was drawn; start from a text run against a"
+                    " tower that has one: a CLIP, or an image run"
+                )
+            with torch.no_grad():
+                model.logit_scale.copy_(start.logit_scale)
         for side in sides:
             ours, theirs = getattr(model, side), getattr(start, side)
             if theirs is not None and ours is not None:
@@ -276,7 +292,10 @@ def _project(layer: nn.Linear | None, weight: torch.Tensor, field: str) -> None:
 
 def _same_width(model: EfficientCLIP, width: int, field: str) -> None:
     if model.config.width != width:
-        raise UserError(f"{field}: its embedding space has {model.config.width} dimensions, model.width is {width}")
+        raise UserError(
+            f"{field}: its embedding space has {model.config.width} dimensions, model.width is {width}; set it to"
+            f" {model.config.width}, or give another run"
+        )
 
 
 def _copy(source: nn.Module, target: nn.Module, name: str) -> None:

@@ -32,6 +32,7 @@ from ..files.ownership import LOGS, Kind, claim, kind_of, mark
 from .ranks import assembled, gathered, told
 
 SEEN_SECONDS = 6
+RESTORE = "restore it from a copy, or run the run's own `train` command again"
 ENDED = ("metrics.jsonl", "confidence.parquet", "hardware.json")
 
 
@@ -144,6 +145,28 @@ def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
             f"run {run}: was trained on other data than this config names ({', '.join(moved)} differ from its"
             f" identity.json); name the same, wherever it lies now, or {another}"
         )
+
+
+def run_config(folder: Path) -> Config:
+    """The config that a run was made with; UserError when the folder is no run."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run {folder}: no config.yaml; give the folder that `efficientclip train` wrote")
+    digests.check_written(folder, "config.yaml", remedy=RESTORE)
+    return load_config(folder / "config.yaml", saved=True)
+
+
+def run_identity(folder: Path) -> dict[str, Any] | None:
+    """What the run was trained on: identity.json; None for runs of earlier versions."""
+    file = folder / "identity.json"
+    digests.check_written(folder, file.name, remedy=RESTORE)
+    if not file.is_file():
+        return None
+    with reading("run", file, RESTORE):
+        identity: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("store", "tower", "tokenizer"):
+            if not isinstance(identity[key], str | None):
+                raise ValueError(f"{key} is no text")
+    return identity
 
 
 def keep_foreign(old: Path, new: Path) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from .. import stopping
-from ..config import Augmentation, Config
+from ..config import Augmentation, Config, ImageTower
 from ..data.image_pairs import HeldOutImages, ImagePairs
 from ..data.pairs import CaptionPairs, MaskedTexts, PairSource
 from ..data.pixels import PicturePairs, load_pictures
@@ -28,7 +28,7 @@ from ..files.digests import digest_of
 from ..hardware import compute_dtype, device_name
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
-from ..model.frozen import frozen_name, teacher_name, tower_difference
+from ..model.frozen import frozen_name, image_tower_name, teacher_name, tower_difference
 from ..model.teacher import Teacher
 from ..noise.rate import FILE as CROSS_FIT
 from ..noise.rate import read_cross_fit
@@ -36,7 +36,7 @@ from ..objectives.retrieval import retrieval_report
 from .deepspeed_json import deepspeed_digest
 from .distributed import process_group
 from .ranks import agree
-from .run_folder import describe, owned, proven
+from .run_folder import describe, owned, proven, run_config, run_identity
 from .trainer import Trainer, Validate
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
@@ -78,7 +78,7 @@ def told_to_stop(trainer: Trainer, signum: int) -> int:
 @contextmanager
 def set_up(config: Config, kind: Callable[..., AnyTrainer]) -> Iterator[AnyTrainer]:
     """A trainer of `config` in its own folder, within the process group of all ranks."""
-    starts = {"text": text_run, "image": _image_start, "both": _both_towers}
+    starts = {"text": text_run, "image": _image_start, "both": both_towers}
     with process_group(config), owned(config.run, "run", "training"):
         yield new_trainer(config, kind, starts[config.training.tower](config))
 
@@ -236,11 +236,13 @@ def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, An
     return retrieval_report(names_KD, images_ND, to_image, held.edges)
 
 
-def _both_towers(config: Config) -> Inputs:
+def both_towers(config: Config) -> Inputs:
     tower = config.model.image_tower
     if tower is None or config.model.text_tower is None:
         raise UserError("model: training.tower=both needs image_tower and text_tower")
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.start_from is not None:
+        _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
     held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -263,3 +265,36 @@ def _both_towers(config: Config) -> Inputs:
         "width": config.model.width,
     }
     return Inputs(ImagePairs(config.data.shards, tower, tokenizer), validate, identity, len(tokenizer), tokenizer)
+
+
+def _check_pair(start: Path, tower: ImageTower, tokenizer: str) -> None:
+    """UserError unless `start` holds both towers, or a text tower that learned from `tower`, and reads its `tokenizer`.
+
+    Chinese-CLIP's second stage (arXiv 2211.01335) trains on what fits together already.
+    """
+    run = start.parents[1] if start.parent.name == "checkpoints" else start
+    before, identity = run_config(run), run_identity(run)
+    if before.training.tower == "image":
+        raise UserError(
+            f"model.start_from {start}: holds no text tower; give it as model.image_tower.pretrained, and start from a"
+            " text run against it"
+        )
+    if identity is None:
+        raise UserError(
+            f"model.start_from {start}: is of an earlier version, which did not tell what a run was trained on; train"
+            " it anew"
+        )
+    if before.training.tower == "text":
+        if before.model.image_tower is None:
+            raise UserError(
+                f"model.start_from {start}: learned from a teacher's texts, and knows no pictures; start from a text"
+                " run against model.image_tower, which may start from this one"
+            )
+        name = "fresh" if tower.pretrained is None else image_tower_name(tower)
+        if (difference := tower_difference(identity["tower"], name)) is not None:
+            raise UserError(
+                f"model.start_from {start}: learned from {identity['tower']}, but model.image_tower is {name}:"
+                f" {difference}; give that of {run / 'config.yaml'}, or start from another run"
+            )
+    if identity["tokenizer"] != tokenizer:
+        raise UserError(f"data.tokenizer: not that of model.start_from {start}; give {run / 'tokenizer'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import shutil
@@ -26,6 +27,20 @@ from tests.training.launch import metrics, run
 
 COLOURS = {"红": (220, 30, 30), "蓝": (30, 30, 220), "绿": (30, 200, 30), "黄": (230, 220, 30)}
 SHAPES = {"大": 14, "小": 6}
+FRESH = {
+    "size": 16,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+    "architecture": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+}
 MOMENTUM = {"objective__momentum": 0.9, "objective__bank_size": 32}
 
 
@@ -71,20 +86,7 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
         "data__tokenizer": str(folder / "vocab.txt"),
         "data__validation": {"held": str(folder / "held.tar")},
         "model__teacher": None,
-        "model__image_tower": {
-            "size": 16,
-            "mean": [0.5, 0.5, 0.5],
-            "std": [0.25, 0.25, 0.25],
-            "architecture": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 64,
-                "image_size": 16,
-                "patch_size": 4,
-            },
-        },
+        "model__image_tower": copy.deepcopy(FRESH),
         "objective__contrastive_weight": 1.0,
         "objective__bank_size": 0,
         "mlm__texts_per_batch": 0,
