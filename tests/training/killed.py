@@ -1,5 +1,5 @@
 """Worker: trains as usual, but sends itself the signal KILLED_BY, or kills itself, before the step that KILLED_BEFORE
-names, counted from 0."""
+names, counted from 0; the checkpoint under way is there by then."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ step = Trainer.train_step
 
 def killed(self: Trainer, batch: Batch) -> None:
     if self.step == int(os.environ["KILLED_BEFORE"]):
+        self.checkpoints.finish()
         os.kill(os.getpid(), int(os.environ.get("KILLED_BY", signal.SIGKILL)))
         while stopping.requested() is None:
             time.sleep(0.001)
