@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +30,7 @@ PLACES = {
 # They may change while a run is under way.
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
-    "training.keep_checkpoints", "training.validate_every", "training.validate_every_steps",
+    "training.keep_checkpoints", "training.validate_every", "training.validate_every_steps", "training.report_to",
     "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute",
 }  # fmt: skip
 
@@ -65,6 +66,7 @@ Place = Annotated[Path, BeforeValidator(_nameable)]
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class Section(BaseModel):
@@ -269,6 +271,7 @@ class Training(Section):
         None, ge=1, le=COUNT, description="steps between validations, instead of epochs"
     )
     log_every: int = Field(10, ge=1, le=COUNT, description="steps between lines of metrics.jsonl")
+    report_to: list[Tracker] = Field(["tensorboard"], description="who shows what metrics.jsonl holds")
     checkpoint_every: int = Field(200, ge=1, le=COUNT, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, le=COUNT)
     final: Literal["best", "last"] = Field(
@@ -476,18 +479,19 @@ def save_config(config: Config, path: Path) -> None:
     write_atomically(path, content.encode())
 
 
+def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a tree of mappings, by dotted key."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
 def identity_keys(config: Config, *, aside: bool = False) -> dict[str, Any]:
     """Dotted keys and values of what a run is: no paths, nor, without `aside`, what changes nothing that is learned."""
-
-    def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        leaves: dict[str, Any] = {}
-        for key, value in tree.items():
-            leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        return leaves
-
     return {
         key: value
-        for key, value in flat(config.model_dump(mode="json", exclude={"data": {"validation"}})).items()
+        for key, value in dotted(config.model_dump(mode="json", exclude={"data": {"validation"}})).items()
         if key not in PLACES
         and (aside or key not in ASIDE)
         and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
@@ -515,9 +519,8 @@ def _explain(path: Path, error: ValidationError) -> str:
                 else f"unknown key. Keys here: {', '.join(known)}"
             )
         elif item["type"] == "literal_error":
-            near = difflib.get_close_matches(
-                str(item["input"]), item["ctx"]["expected"].replace("'", "").split(", "), n=1
-            )
+            choices = re.split(", | or ", item["ctx"]["expected"].replace("'", ""))
+            near = difflib.get_close_matches(str(item["input"]), choices, n=1)
             message += f", got {item['input']!r}" + (f"; did you mean `{near[0]}`?" if near else "")
         elif item["type"] != "missing" and not (item["type"] == "value_error" and isinstance(item["input"], dict)):
             message += f", got {item['input']!r}"

@@ -124,6 +124,13 @@ def leave_stopped(signum: int | None = None) -> NoReturn:
     leave(128 + found, None if _stop.quiet else f"stopped by {name_of(found)}; {GOES_ON}")
 
 
+def end_children() -> None:
+    """Kill the processes that this one started, and those that they started."""
+    with suppress(Exception):
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+
+
 _leaving = threading.Lock()
 
 
@@ -135,9 +142,7 @@ def leave(code: int, message: str | None = None) -> NoReturn:
     saying = threading.Thread(target=_say, args=(message,), daemon=True)
     saying.start()
     saying.join(1)
-    with suppress(Exception):
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
+    end_children()
     if _scratch:
         # The main thread may be writing there still, and `exec` ends it first.
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

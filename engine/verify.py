@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import get_args
 
 import torch
 from rich.table import Table
@@ -15,6 +17,7 @@ from rich.text import Text
 from safetensors import safe_open
 from tqdm import tqdm
 
+from .config import Tracker
 from .data.store import Store, TextStore, read_manifest
 from .errors import UserError, message_of, reading, tell
 from .evaluation.run import pointed, read_metrics
@@ -227,9 +230,15 @@ def _part(file: Path, root: Path, error: str | None, suffix: str = "", sound: st
 
 
 def _uncovered(folder: Path, covered: set[str], root: Path) -> Iterator[Part]:
-    for name in digests.files_in(folder):
-        if name not in covered and Path(name).name not in (MARK, LOCK):
-            yield _part(folder / name, root, None, sound=NOT_COVERED)
+    """Files without digests: those of a tracker, of which there may be hundreds, together."""
+    names = [name for name in digests.files_in(folder) if name not in covered and Path(name).name not in (MARK, LOCK)]
+    for first, group in groupby(names, lambda name: name.partition("/")[0]):
+        files = [folder / name for name in group]
+        if first in get_args(Tracker):
+            size = sum(file.stat().st_size for file in files)
+            yield Part(_shown(folder / first, root), len(files), size, NOT_COVERED)
+        else:
+            yield from (_part(file, root, None, sound=NOT_COVERED) for file in files)
 
 
 def _require_finite(file: Path) -> None:

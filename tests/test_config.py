@@ -89,6 +89,8 @@ BERT = "model.text_tower.architecture={model_type: bert, "
         ("training.grace_seconds=0", ["training.grace_seconds: Input should be greater than 0"]),
         ("training.grace_seconds=1e6", ["training.grace_seconds: Input should be less than or equal to 86400"]),
         ("training.validate_every_steps=0", ["training.validate_every_steps: Input should be greater than or equal"]),
+        ("training.report_to=[wanb]", ["training.report_to.0: Input should be", "did you mean `wandb`?"]),
+        ("training.report_to=wandb", ["training.report_to: Input should be a valid list, got 'wandb'"]),
         ("training.final=worst", ["training.final", "'best' or 'last'", "got 'worst'"]),
         (
             "training.augmentation.rotation_degrees=181",
@@ -137,8 +139,8 @@ def test_validations_are_by_epochs_or_by_steps(file: Path, tmp_path: Path) -> No
     save_config(steps, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == steps
     assert load_config(file, [by_epochs, by_steps, "training.validate_every=null"]) == steps
-    # It changes nothing that is learned.
-    assert differing_keys(steps, load_config(file, [by_epochs])) == []
+    # Neither rhythm nor trackers change what is learned.
+    assert differing_keys(steps, load_config(file, [by_epochs, "training.report_to=[mlflow]"])) == []
     assert [step for step in range(1, 121) if steps.training.validates(step, None)] == [50, 100]
     epochs = load_config(file, ["training.validate_every=2"]).training
     assert [ended for ended in range(1, 6) if epochs.validates(7, ended)] == [2, 4] and not epochs.validates(2, None)

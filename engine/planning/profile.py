@@ -234,8 +234,13 @@ def profile(
     trace = claim_file(output.with_suffix(".trace.json.gz"), "trace", replace=replace)
     started = time.perf_counter()
     make = partial(ProfiledTrainer, warm_up=warm_up, measured=measured, traced=traced, trace=trace)
+    # Steps that are thrown away are shown to nobody.
+    unseen = config.training.model_copy(update={"report_to": []})
     join_process_group()
-    with _scratch(config.run) as folder, set_up(config.model_copy(update={"run": folder}), make) as trainer:
+    with (
+        _scratch(config.run) as folder,
+        set_up(config.model_copy(update={"run": folder, "training": unseen}), make) as trainer,
+    ):
         start_seconds = time.perf_counter() - started
         base = _peak_bytes(trainer.device) - _known_bytes(trainer)
         with communication_in(trainer.recorder):

@@ -29,7 +29,9 @@ from .. import __version__
 from ..config import Config, identity_keys
 from ..errors import UserError
 from ..launchers import stand_alone
+from ..stopping import end_children
 from .ranks import agree, join
+from .trackers import require_installed
 
 
 @contextmanager
@@ -49,6 +51,8 @@ def process_group(config: Config) -> Iterator[int]:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     rank, _ = join_process_group()
     _require_agreement(config)
+    if rank == 0:
+        require_installed(config.training.report_to)
     yield rank
     # After an error the others are not there to take leave of, and the process ends anyway.
     dist.destroy_process_group()
@@ -148,7 +152,9 @@ def _forget_shared_memory() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """Leave at once: a gloo worker still dropping its last tensors would meet a Python half torn down, and abort."""
+    """Leave at once, with what this process started: a gloo worker still dropping its last tensors would meet a Python
+    half torn down, and abort."""
     sys.stdout.flush()
     sys.stderr.flush()
+    end_children()
     os._exit(code)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import UserError, reading, writing
 from ..files import digests
 from ..files.atomic import sync, write_atomically
+from .trackers import Board
 
 RESTORE = "restore it from a copy, or choose another run folder to begin anew"
 
@@ -51,17 +50,14 @@ class Written:
 
 
 class Metrics:
-    """metrics.jsonl and TensorBoard of one run; lines after a resumed step are cut off first."""
+    """metrics.jsonl of one run, and what shows it; lines after a resumed step are cut off first."""
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, boards: Sequence[Board]) -> None:
         self.file = run / "metrics.jsonl"
         if self.file.is_file():
             lines = [line for line in self.file.read_text(errors="replace").split("\n") if _step_of(line) <= step]
             write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
-        self.folder = run / "tensorboard"
-        with writing(self.folder):
-            self.board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
-        threading.excepthook = _told_by_main_thread
+        self.boards = boards
         self.pending: list[dict[str, float]] = []
 
     def add(self, values: dict[str, float]) -> None:
@@ -91,19 +87,12 @@ class Metrics:
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float)}
         for name, report in values.get("validation", {}).items():
             scalars |= {f"{name}/{direction} R@10": report[direction]["R@10"] for direction in ("t2i", "i2t")}
-        with writing(self.folder):
-            for name, value in scalars.items():
-                self.board.add_scalar(name, value, step)
+        for board in self.boards:
+            board.add(scalars, step)
 
-    def close(self) -> None:
-        with writing(self.folder):
-            self.board.close()
-
-
-def _told_by_main_thread(failed: threading.ExceptHookArgs) -> None:
-    """TensorBoard's thread prints what stopped it, although its next call raises that again."""
-    if not type(failed.thread).__module__.startswith("tensorboard."):
-        threading.__excepthook__(failed)
+    def close(self, finished: bool) -> None:
+        for board in self.boards:
+            board.close(finished)
 
 
 def _step_of(line: str) -> int:

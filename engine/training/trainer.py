@@ -46,6 +46,7 @@ from .ranks import all_rows, gathered, told
 from .records import Metrics, Written
 from .run_folder import keep_foreign, seal
 from .tally import FIGURES, Issued, Tally, of_all
+from .trackers import opened
 
 Validate = Callable[[torch.nn.Module], dict[str, dict[str, Any]]]
 
@@ -98,7 +99,7 @@ class Trainer:
             self._resume(checkpoint)
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
-        self.metrics = Metrics(self.run, self.step) if self.rank == 0 else None
+        self.metrics = Metrics(self.run, self.step, opened(config, self.step)) if self.rank == 0 else None
         # A finished run writes its last one again, in the place of what is there.
         if self.rank == 0 and self.step < self.total_steps:
             forget_from(self.run, self.loader.epoch)
@@ -119,7 +120,7 @@ class Trainer:
         finally:
             self.loader.close()
             if self.metrics is not None:
-                self.metrics.close()
+                self.metrics.close(finished=self.step == self.total_steps)
 
     def _train(self) -> int | None:
         training = self.config.training

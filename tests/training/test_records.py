@@ -10,6 +10,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from efficientclip.errors import UserError
 from efficientclip.training.records import Metrics
+from efficientclip.training.trackers import TensorBoard
 
 
 def test_a_full_disk_under_tensorboard_is_one_message(
@@ -19,7 +20,7 @@ def test_a_full_disk_under_tensorboard_is_one_message(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
-    metrics = Metrics(tmp_path, 0)
+    metrics = Metrics(tmp_path, 0, [TensorBoard(tmp_path, 0)])
     monkeypatch.setattr(RecordWriter, "write", full)
     with pytest.raises(UserError, match=r"tensorboard: No space left on device: free space and run the same command"):
         for step in range(100):
