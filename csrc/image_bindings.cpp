@@ -108,10 +108,10 @@ class BoundImageLoader {
 
 std::unique_ptr<BoundImageLoader> make_image_loader(
     std::vector<std::string> shards, int batch_size, int size, bool train, int threads, std::uint64_t seed,
-    std::uint32_t epoch, int rank, int world_size, const std::array<float, 3>& mean, const std::array<float, 3>& std,
-    const std::string& dtype, bool channels_last, const std::array<double, 2>& scale,
-    const std::array<double, 2>& ratio, bool flip, bool scaled_decoding, int shuffle_buffer, bool captions,
-    bool keep_encoded, bool drop_last, std::int64_t consumed) {
+    std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
+    const std::array<float, 3>& mean, const std::array<float, 3>& std, const std::string& dtype, bool channels_last,
+    const std::array<double, 2>& scale, const std::array<double, 2>& ratio, bool flip, bool scaled_decoding,
+    int shuffle_buffer, bool captions, bool keep_encoded, bool drop_last, std::int64_t consumed) {
     ImageOptions options;
     options.shards = std::move(shards);
     options.transform.size = size;
@@ -134,6 +134,7 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     options.epoch = epoch;
     options.rank = rank;
     options.world_size = world_size;
+    for (const auto& [skip, block, number, of] : shares) options.shares.push_back({skip, block, number, of});
     options.captions = captions;
     options.keep_encoded = keep_encoded;
     options.drop_last = drop_last;
@@ -148,9 +149,10 @@ void bind_images(py::module_& module) {
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
         .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("batch_size"), py::arg("size"),
              py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
-             py::arg("world_size"), py::arg("mean"), py::arg("std"), py::arg("dtype"), py::arg("channels_last"),
-             py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"), py::arg("shuffle_buffer"),
-             py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"), py::arg("consumed"))
+             py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
+             py::arg("channels_last"), py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"),
+             py::arg("shuffle_buffer"), py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"),
+             py::arg("consumed"))
         .def("supply", &BoundImageLoader::supply, py::arg("address"), py::arg("owner"),
              "Lend memory for one more batch of images.")
         .def("next", &BoundImageLoader::next,

@@ -139,25 +139,35 @@ void ImageLoader::read_shards() {
     Random draws(options_.seed, Purpose::shuffle_buffer, options_.epoch, static_cast<std::uint64_t>(options_.rank));
     std::vector<Sample> buffer;
     const auto capacity = static_cast<std::size_t>(options_.shuffle ? options_.shuffle_buffer : 0);
-    std::int64_t emitted = 0;
+    std::int64_t emitted = 0, passed = 0;
+    std::vector<std::int64_t> seen(options_.shares.size());
+    std::optional<ShardFile> again;
 
+    // Whether the next sample of the order is to be read.
+    const auto wanted = [&] {
+        for (std::size_t i = 0; i < seen.size(); ++i) {
+            const Share& share = options_.shares[i];
+            const std::int64_t at = seen[i]++ - share.skip;
+            if (at < 0 || at / share.block % share.of != share.number) return false;
+        }
+        return emitted++ >= options_.consumed;
+    };
     // Takes one sample on in the order; false when the pass is to stop.
     const auto take = [&](Sample&& sample, ShardFile* file) {
-        if (emitted++ < options_.consumed) return !(emitted % 1024 == 0 && must_stop());
+        if (!wanted()) return !(++passed % 1024 == 0 && must_stop());
+        if (!sample.loaded && file != nullptr) sample.load(*file);
         if (!sample.loaded) {
-            // Read past, before a restore: its shard may be closed by now.
-            if (file != nullptr) {
-                sample.load(*file);
-            } else {
-                ShardFile again(options_.shards[static_cast<std::size_t>(sample.shard)]);
-                sample.load(again);
-            }
+            // It waited in the buffer without its bytes: its shard may be closed by now.
+            const std::string& path = options_.shards[static_cast<std::size_t>(sample.shard)];
+            if (!again || again->path() != path) again.emplace(path);
+            sample.load(*again);
         }
         return emit(std::move(sample));
     };
     const auto shuffled = [&](Sample&& sample, ShardFile& file) {
         if (capacity == 0) return take(std::move(sample), &file);
-        if (emitted >= options_.consumed) sample.load(file);
+        // Which samples of a shared order are this reader's is known as they leave the buffer.
+        if (seen.empty() && emitted >= options_.consumed) sample.load(file);
         if (buffer.size() < capacity) {
             buffer.push_back(std::move(sample));
             return true;

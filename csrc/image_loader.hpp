@@ -1,6 +1,6 @@
 // One pass over image shards: a reader, decoding threads and batches in a fixed order. Plain C++17, no Python.
 //
-// The samples' order is a function of (shards, seed, epoch, rank, world size, shuffle buffer). Each sample has a place in
+// The samples' order is a function of (shards, seed, epoch, rank, world size, shuffle buffer, shares). Each has a place in
 // it; places in batches are given in that order, once all earlier samples are known to be good or bad. So neither the
 // number of threads nor their timing shows in the batches.
 #pragma once
@@ -24,6 +24,12 @@
 
 namespace efficientclip {
 
+// Behind the first `skip` samples of an order, each run of `block` samples goes to the next of `of` readers: this one
+// takes those of `number`.
+struct Share {
+    std::int64_t skip = 0, block = 1, number = 0, of = 1;
+};
+
 struct ImageOptions {
     std::vector<std::string> shards;
     TransformOptions transform;
@@ -35,10 +41,11 @@ struct ImageOptions {
     std::uint64_t seed = 0;
     std::uint32_t epoch = 0;
     int rank = 0, world_size = 1;
+    std::vector<Share> shares;  // of the rank's order, then of what is left of it, and so on
     bool captions = true;      // a sample without is a bad one
     bool keep_encoded = false;
     bool drop_last = false;
-    // Samples at the order's start, good or bad, that were consumed before: they are passed over without reading them.
+    // Samples at the start of all this, good or bad, that were consumed before: passed over without reading them.
     std::int64_t consumed = 0;
 };
 

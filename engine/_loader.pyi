@@ -67,6 +67,7 @@ class ImageLoader:
         epoch: int,
         rank: int,
         world_size: int,
+        shares: list[tuple[int, int, int, int]],
         mean: tuple[float, ...],
         std: tuple[float, ...],
         dtype: str,
@@ -81,7 +82,7 @@ class ImageLoader:
         drop_last: bool,
         consumed: int,
     ) -> None:
-        """`consumed` samples of the order, good or bad, are passed over; `dtype` is a name of torch's."""
+        """`consumed` samples of the order or share, good or bad, are passed over; `dtype` is a name of torch's."""
 
     def supply(self, address: int, owner: object) -> None:
         """Lend the memory at `address` for one more batch [batch_size, 3, size, size]; `owner` keeps it alive."""

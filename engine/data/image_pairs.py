@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +21,11 @@ from .images import ImageBatch, ImageLoader
 from .pairs import PairSource
 from .pictures import standardise
 from .pixels import augment
+from .shards import list_shards
 from .store import Texts, edges
+
+T = TypeVar("T")
+Share = tuple[int, int, int, int]
 
 
 class ImagePairs(PairSource):
@@ -42,36 +48,30 @@ class ImagePairs(PairSource):
 
 
 class ImagePairLoader:
-    """Batches of M = batch_size / world_size pairs of this rank, on ImageLoader's order.
+    """Batches of M = batch_size / world_size pairs of this rank, on ImageLoader's orders.
+
+    There are as many orders as ranks began the run, and each gives as many pairs to a global batch. Where ranks are
+    fewer now, one reads several orders; where they are more, several share one, in runs as long as what each gives to a
+    batch. So ranks may change and batches stay, but for a shared order's bad samples: each of its readers steps over
+    its own. No pair comes twice in an epoch.
 
     An image with several captions shows another one each epoch. Ranks may have different numbers of batches: the epoch
     is over when one of them has `ended`. So one batch is held ahead.
     """
 
     def __init__(self, source: ImagePairs, config: Config, rank: int, world_size: int) -> None:
-        training = config.training
         self.source, self.config, self.rank, self.world_size = source, config, rank, world_size
-        self.epoch = self.epoch_step = self.step = 0
+        self.epoch_step = self.step = 0
         self.kept_share = 1.0
         # The source has no rows, so none can be left out.
         self.kept = np.empty(0, np.bool_)
-        self.m = training.batch_size // world_size
-        self.images = ImageLoader(
-            list(source.shards),
-            batch_size=self.m,
-            size=source.tower.size,
-            # Cuts are made by `augment`, which also turns and colours.
-            scale=(1.0, 1.0),
-            ratio=(1.0, 1.0),
-            dtype=torch.uint8,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            drop_last=True,
-        )
-        self._ahead: ImageBatch | None = None
+        self.m = config.training.batch_size // world_size
+        self.shards = [tar for path in source.shards for tar in list_shards(path)]
+        self.orders = world_size
+        self._images: list[ImageLoader] = []
+        self._ahead: list[ImageBatch] = []
         self._over = False
-        self._consumed = 0
+        self._begin(0)
 
     @property
     def ended(self) -> bool:
@@ -80,16 +80,16 @@ class ImagePairLoader:
 
     def __next__(self) -> Batch:
         self._look_ahead()
-        images, self._ahead = self._ahead, None
-        if images is None:
+        if self._over:
             if self.epoch_step == 0:
                 raise UserError(
                     f"training.batch_size: {self.config.training.batch_size} pairs, but data.shards gives rank"
-                    f" {self.rank} fewer than {self.m}; lower it, or give more shards"
+                    f" {self.rank} too few for one; lower it, or give more shards"
                 )
             self.next_epoch()
             raise StopIteration
-        self._consumed = self.images.state()["consumed"]
+        images, self._ahead = self._ahead, []
+        self._consumed = [loader.state()["consumed"] for loader in self._images]
         batch = self._batch(images)
         self.epoch_step += 1
         self.step += 1
@@ -97,51 +97,101 @@ class ImagePairLoader:
 
     def next_epoch(self) -> None:
         """Go to the start of the next epoch, whatever this rank has left of this one."""
-        self._go_to(self.epoch + 1, 0, 0)
+        self._begin(self.epoch + 1)
 
     def state(self) -> dict[str, Any]:
         """Where all ranks are, each of which must call: a rank's samples count with its bad ones."""
-        consumed: list[int] = [self._consumed] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(consumed, self._consumed)
-        counters = {name: np.int64(getattr(self, name)) for name in ("epoch", "epoch_step", "step")}
-        return {**counters, "consumed": np.array(consumed, np.int64)}
+        counters = {name: np.int64(getattr(self, name)) for name in ("epoch", "epoch_step", "step", "orders")}
+        consumed = [count for counts in self._of_all(self._consumed) for count in counts]
+        shares = np.array(self._shares, np.int64).reshape(len(self._shares), -1, 4)
+        return {**counters, "shares": shares, "consumed": np.array(consumed, np.int64)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch that was consumed last when `state` was taken."""
-        if len(state["consumed"]) != self.world_size:
+        """Go on behind the batch that was consumed last when `state` was taken; every rank must call."""
+        if missing := {"epoch", "epoch_step", "step", "orders", "shares", "consumed"} - state.keys():
             raise UserError(
-                f"loader state: of {len(state['consumed'])} ranks, these are {self.world_size}; a run of both towers"
-                " goes on with as many ranks as it began with"
+                f"loader state: {', '.join(sorted(missing))} missing, so another version wrote it; start a new run"
             )
-        self.step = int(state["step"])
-        self._go_to(int(state["epoch"]), int(state["epoch_step"]), int(state["consumed"][self.rank]))
+        self.step, self.orders = int(state["step"]), int(state["orders"])
+        shares = [[tuple(share) for share in part] for part in state["shares"].tolist()]
+        self._go_to(int(state["epoch"]), int(state["epoch_step"]), shares, state["consumed"].tolist())
+        # What is left may make a batch for the ranks that there were, and none for these.
+        if any(self._of_all(self.ended)):
+            self.next_epoch()
 
     def close(self) -> None:
-        self.images.close()
+        for loader in self._images:
+            loader.close()
 
-    def _go_to(self, epoch: int, epoch_step: int, consumed: int) -> None:
-        self.epoch, self.epoch_step, self._consumed = epoch, epoch_step, consumed
-        self._ahead, self._over = None, False
-        self.images.restore({**self.images.state(), "epoch": epoch, "consumed": consumed, "bad": {}})
+    def _begin(self, epoch: int) -> None:
+        self._go_to(epoch, 0, [[] for _ in range(self.orders)], [0] * self.orders)
+
+    def _go_to(self, epoch: int, epoch_step: int, shares: list[list[Share]], consumed: list[int]) -> None:
+        """Read this rank's of the given parts of the orders behind what is consumed of each.
+
+        Where they do not go round, each is split into as many as do.
+        """
+        self.close()
+        times = math.lcm(len(shares), self.world_size) // len(shares)
+        pairs = self.config.training.batch_size // (len(shares) * times)
+        if times > 1:
+            behind = zip(shares, consumed, strict=True)
+            shares = [[*part, (skip, pairs, number, times)] for part, skip in behind for number in range(times)]
+            consumed = [0] * len(shares)
+        self.epoch, self.epoch_step, self._shares = epoch, epoch_step, shares
+        each = len(shares) // self.world_size
+        mine = range(self.rank * each, (self.rank + 1) * each)
+        self._consumed = [consumed[part] for part in mine]
+        self._ahead, self._over = [], False
+        self._images = [
+            ImageLoader(
+                self.shards,
+                batch_size=pairs,
+                size=self.source.tower.size,
+                # Cuts are made by `augment`, which also turns and colours.
+                scale=(1.0, 1.0),
+                ratio=(1.0, 1.0),
+                dtype=torch.uint8,
+                threads=max(1, len(os.sched_getaffinity(0)) // each),
+                seed=self.config.seed,
+                rank=part * self.orders // len(shares),
+                world_size=self.orders,
+                shares=shares[part],
+                drop_last=True,
+            )
+            for part in mine
+        ]
+        for loader, count in zip(self._images, self._consumed, strict=True):
+            loader.restore({**loader.state(), "epoch": epoch, "consumed": count})
+
+    def _of_all(self, word: T) -> list[T]:
+        words: list[Any] = [word] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(words, word)
+        return words
 
     def _look_ahead(self) -> None:
-        if self._ahead is None and not self._over:
-            self._ahead = next(self.images, None)
-            self._over = self._ahead is None
+        if not self._ahead and not self._over:
+            found = [next(loader, None) for loader in self._images]
+            self._ahead = [batch for batch in found if batch is not None]
+            self._over = len(self._ahead) < len(found)
 
-    def _batch(self, images: ImageBatch) -> Batch:
+    def _batch(self, images: list[ImageBatch]) -> Batch:
         m, training = self.m, self.config.training
-        captions = [texts[self.epoch % len(texts)] for texts in images.captions]
-        draws = torch.rand((m, 11), generator=torch.Generator().manual_seed(self._seed()))
-        views = augment(images.images.float() / 255, draws, training.augmentation)
+        first = self.rank * m
+        captions = [texts[self.epoch % len(texts)] for batch in images for texts in batch.captions]
+        generator = torch.Generator().manual_seed(((self.config.seed << 40) + self.step) % 2**63)
+        # Drawn for the whole batch, then sliced: the views do not depend on the world size.
+        draws = torch.rand((training.batch_size, 11), generator=generator)[first : first + m]
+        planes = torch.cat([batch.images for batch in images])
+        views = augment(planes.float() / 255, draws, training.augmentation)
         pixels = standardise(views, self.source.tower.mean, self.source.tower.std)
         texts = Texts.of(self.source.tokenizer(captions)["input_ids"])
         micro = training.micro_batch_size or m
         inputs, tokens = [], 0
-        for first in range(0, m, micro):
-            packed = pack(texts, np.arange(first, first + micro), training.max_caption_tokens)
-            inputs.append({"pixels": pixels[first : first + micro], **packed_inputs(packed)})
+        for start in range(0, m, micro):
+            packed = pack(texts, np.arange(start, start + micro), training.max_caption_tokens)
+            inputs.append({"pixels": pixels[start : start + micro], **packed_inputs(packed)})
             tokens += len(packed.input_ids)
         nothing = np.empty(0, np.int64)
         return Batch(
@@ -154,13 +204,10 @@ class ImagePairLoader:
             inputs=inputs,
             masked=0,
             tokens=tokens,
-            first=self.rank * m,
+            first=first,
             caption_ids_M=torch.tensor([_id(caption) for caption in captions]),
-            keys=images.keys,
+            keys=[key for batch in images for key in batch.keys],
         )
-
-    def _seed(self) -> int:
-        return ((self.config.seed << 40) + self.step * self.world_size + self.rank) % 2**63
 
 
 class HeldOutImages:

@@ -84,6 +84,9 @@ class ImageLoader(ThreadedLoader):
     seed, epoch, rank, world_size: the order depends on these and on the shards alone. Ranks share all samples out
         between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
         different numbers of batches.
+    shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after the
+        other, runs of `block` samples of what is left behind the first `skip` go round `of` loaders, of which this one
+        is `number`. All of them read every shard's headers, each only its own samples.
     mean, std: of each channel, for values in 0..1; not applied to uint8.
     dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
     flip: mirror one image in two.
@@ -112,6 +115,7 @@ class ImageLoader(ThreadedLoader):
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        shares: Sequence[tuple[int, int, int, int]] = (),
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
         dtype: torch.dtype = torch.float32,
@@ -134,6 +138,9 @@ class ImageLoader(ThreadedLoader):
         _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
         _check(0 <= seed < 2**64, f"seed: {seed}; give 0 to 2^64 - 1")
         _check(0 <= rank < world_size, f"rank: {rank} of world_size {world_size}; give 0 to {world_size - 1}")
+        for skip, block, number, of in shares:
+            held = skip >= 0 and block >= 1 and 0 <= number < of
+            _check(held, f"shares: {skip, block, number, of}; give a skip from 0, a block from 1, and number below of")
         _check(len(mean) == len(std) == 3 and min(std) > 0, f"mean, std: {mean}, {std}; give 3 numbers, std above 0")
         _check(dtype in DTYPES, f"dtype: {dtype}; give one of {', '.join(map(str, DTYPES))}")
         _check(0 < scale[0] <= scale[1] <= 1, f"scale: {scale}; give two ascending shares of an image, up to 1")
@@ -153,6 +160,7 @@ class ImageLoader(ThreadedLoader):
             "seed": seed,
             "rank": rank,
             "world_size": world_size,
+            "shares": list(shares),
             "mean": tuple(mean),
             "std": tuple(std),
             "dtype": DTYPES[dtype],
@@ -166,7 +174,7 @@ class ImageLoader(ThreadedLoader):
             "keep_encoded": keep_encoded,
             "drop_last": drop_last,
         }
-        order = [[shard.name for shard in self.shards], train, shuffle_buffer if train else 0]
+        order = [[shard.name for shard in self.shards], train, shuffle_buffer if train else 0, *shares]
         self._identity = {
             "shards": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
             "seed": seed,

@@ -399,6 +399,26 @@ void test_passes() {
         check(seen == std::multiset<std::string>(good.begin(), good.end()), "ranks share all samples out");
     }
 
+    // Behind a batch the rest is shared, and behind the first batch of a share its rest again: none twice, none lost.
+    for (const std::size_t most : {0, 1, 4}) {
+        const Found first = run(options, 2, most);
+        std::multiset<std::string> seen(first.keys.begin(), first.keys.end());
+        for (int number = 0; number < 3; ++number) {
+            ImageOptions part = options;
+            part.batch_size = 2;
+            part.shares = {{most == 0 ? 0 : first.consumed.back(), 2, number, 3}};
+            const Found some = run(part, 2, 1);
+            seen.insert(some.keys.begin(), some.keys.end());
+            for (int half = 0; half < 2; ++half) {
+                ImageOptions rest = part;
+                rest.shares.push_back({some.consumed.back(), 1, half, 2});
+                const Found found = run(rest, 2);
+                seen.insert(found.keys.begin(), found.keys.end());
+            }
+        }
+        check(seen == std::multiset<std::string>(good.begin(), good.end()), "readers of one order share it out");
+    }
+
     ImageOptions other = options;
     other.epoch = 1;
     check(run(other, 2).keys != whole.keys, "another epoch, another order");

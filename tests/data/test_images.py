@@ -451,6 +451,30 @@ def test_ranks_share_all_samples_out(shards: Path, world_size: int, train: bool)
     assert sorted(number for rank in ranks for number in rank) == list(range(150))
 
 
+def test_loaders_share_an_order_in_runs(shards: Path) -> None:
+    whole = dict(zip(numbers(loader(shards)), torch.cat([images for _, images in kept(loader(shards))]), strict=True))
+    order = list(whole)
+
+    def dealt(left: list[int], skip: int, block: int, number: int, of: int) -> list[int]:
+        return [sample for place, sample in enumerate(left[skip:]) if place // block % of == number]
+
+    for number in range(3):
+        first, second = (16, 4, number, 3), (8, 2, 1, 2)
+        once, twice = dealt(order, *first), dealt(dealt(order, *first), *second)
+        assert numbers(loader(shards, shares=[first])) == once
+        with loader(shards, shares=[first, second], batch_size=4) as batches:
+            found = [next(batches), next(batches)]
+            state = batches.state()
+        with loader(shards, shares=[first, second], batch_size=4) as batches:
+            batches.restore(state)
+            found += list(batches)
+        assert numbers(found) == twice
+        for batch in found:
+            assert all(torch.equal(image, whole[int(key)]) for key, image in zip(batch.keys, batch.images, strict=True))
+    with pytest.raises(UserError, match="loader state: shards"):
+        loader(shards).restore(state)
+
+
 def test_a_picture_is_cut_the_same_way_on_every_rank(shards: Path) -> None:
     def images(**options: Any) -> dict[str, torch.Tensor]:
         return {key: image for keys, images in kept(loader(shards, **options)) for key, image in zip(keys, images)}  # noqa: B905
@@ -692,6 +716,7 @@ def test_a_shard_that_is_cut_is_named_after_its_whole_samples(tmp_path: Path) ->
         ({"size": 0}, "size"),
         ({"threads": 0}, "threads"),
         ({"rank": 2, "world_size": 2}, "rank"),
+        ({"shares": [(0, 4, 2, 2)]}, "shares"),
         ({"dtype": torch.float16}, "dtype"),
         ({"std": (0, 1, 1)}, "std"),
         ({"scale": (0.9, 0.1)}, "scale"),

@@ -7,8 +7,13 @@ import io
 import json
 import shutil
 import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from efficientclip.config import Config, load_config
+from efficientclip.data.batches import BatchLoader
 from efficientclip.data.image_pairs import ImagePairs
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
@@ -44,7 +50,7 @@ FRESH = {
 MOMENTUM = {"objective__momentum": 0.9, "objective__bank_size": 32}
 
 
-def shard(path: Path, count: int, seed: int) -> Path:
+def shard(path: Path, count: int, seed: int, broken: int | None = 5) -> Path:
     """Pictures of a large or small square in one of four colours; some have two captions, one is broken."""
     random = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
@@ -56,10 +62,10 @@ def shard(path: Path, count: int, seed: int) -> Path:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
             captions = [f"{shape}{colour}"] + [f"{colour}{shape}"] * (number % 3 == 0)
-            image = b"no picture" if number == 5 else file.getvalue()
+            image = b"no picture" if number == broken else file.getvalue()
             for name, content in (
-                (f"{number:04d}.png", image),
-                (f"{number:04d}.json", json.dumps({"captions": [{"text": text} for text in captions]}).encode()),
+                (f"{seed}-{number:04d}.png", image),
+                (f"{seed}-{number:04d}.json", json.dumps({"captions": [{"text": text} for text in captions]}).encode()),
             ):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -72,8 +78,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("both")
     tiny.tokenizer(path)
     (path / "train").mkdir()
+    (path / "whole").mkdir()
     for number in range(2):
         shard(path / "train" / f"{number}.tar", 60, number)
+        shard(path / "whole" / f"{number}.tar", 60, number, broken=None)
     shard(path / "held.tar", 24, 9)
     return path
 
@@ -151,9 +159,122 @@ def test_every_sample_is_seen_once_an_epoch_by_two_ranks(folder: Path) -> None:
         while not loader.ended:
             batch = next(loader)
             assert len(batch.inputs[0]["pixels"]) == 8 and len(batch.keys) == 8
-            seen += [f"{rank}/{key}" for key in batch.keys]
+            seen += batch.keys
         loader.close()
     assert len(seen) == len(set(seen)) and len(seen) > 100
+
+
+def on_ranks(loaders: list[BatchLoader], work: Callable[[Any], Any]) -> Any:
+    """What `work` makes of the first loader, done with all at once: what they gather meets as among processes."""
+    meeting, words, here = threading.Barrier(len(loaders)), dict[int, Any](), threading.local()
+
+    def gather(found: list[Any], word: Any) -> None:
+        words[here.rank] = word
+        meeting.wait(60)
+        found[:] = [words[rank] for rank in range(len(loaders))]
+        meeting.wait(60)
+
+    def rank_of(rank: int) -> Any:
+        here.rank = rank
+        return work(loaders[rank])
+
+    with patch.object(torch.distributed, "all_gather_object", gather), ThreadPoolExecutor(len(loaders)) as threads:
+        made = list(threads.map(rank_of, range(len(loaders))))
+    return made[0]
+
+
+def two_epochs(given: Config, *worlds: int) -> list[tuple[int, list[str], torch.Tensor]]:
+    """Epoch, keys and pixels of each global batch; behind every second one, the run goes on with other ranks."""
+    found: list[tuple[int, list[str], torch.Tensor]] = []
+    state = None
+    for world in cycle(worlds):
+        loaders = [pairs(given).batches(given, rank, world) for rank in range(world)]
+        if state is not None:
+            on_ranks(loaders, lambda loader: loader.restore(state))  # noqa: B023
+        for _ in range(2):
+            epoch, batches = loaders[0].epoch, [next(loader) for loader in loaders]
+            if epoch == 2:
+                for loader in loaders:
+                    loader.close()
+                return found
+            keys = [key for batch in batches for key in batch.keys]
+            found.append((epoch, keys, torch.cat([part["pixels"] for batch in batches for part in batch.inputs])))
+            if any([loader.ended for loader in loaders]):
+                for loader in loaders:
+                    loader.next_epoch()
+        state = on_ranks(loaders, lambda loader: loader.state())
+        for loader in loaders:
+            loader.close()
+    return found
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (2, 3, 4), (4, 1, 3)])
+def test_batches_stay_when_ranks_change(folder: Path, worlds: tuple[int, ...]) -> None:
+    changes = {"data__shards": [str(folder / "whole")], "training__batch_size": 24}
+    given = load_config(config(folder, "stay", **changes, training__augmentation={"flip": True, "colour": 0.5}))
+    found, expected = two_epochs(given, *worlds), two_epochs(given, worlds[0])
+    assert [epoch for epoch, _, _ in found] == [0] * 5 + [1] * 5
+    for (_, keys, pixels), (_, other_keys, other_pixels) in zip(found, expected, strict=True):
+        assert keys == other_keys
+        assert torch.equal(pixels, other_pixels)
+    assert sorted(key for _, keys, _ in found[:5] for key in keys) == sorted(key for _, k, _ in found[5:] for key in k)
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (2, 3, 4), (4, 1, 3)])
+def test_no_pair_comes_twice_when_ranks_change_beside_a_broken_picture(folder: Path, worlds: tuple[int, ...]) -> None:
+    found = two_epochs(load_config(config(folder, "twice", training__batch_size=24)), *worlds)
+    assert [epoch for epoch, _, _ in found] == [0] * 4 + [1] * 4
+    for first in (0, 4):
+        seen = [key for _, keys, _ in found[first : first + 4] for key in keys]
+        assert len(seen) == len(set(seen)) == 96
+
+
+def test_what_makes_no_batch_for_other_ranks_ends_the_epoch(folder: Path, tmp_path: Path) -> None:
+    tar, epochs = shard(tmp_path / "17.tar", 17, 3), []
+    for seed in range(16):
+        given = load_config(config(folder, "odd", data__shards=[str(tar)], training__batch_size=8, seed=seed))
+        alone = pairs(given).batches(given, 0, 1)
+        next(alone)
+        assert not alone.ended
+        state = alone.state()
+        loaders = [pairs(given).batches(given, rank, 2) for rank in range(2)]
+        on_ranks(loaders, lambda loader: loader.restore(state))  # noqa: B023
+        first, second = (loader.epoch for loader in loaders)
+        assert first == second and not any([loader.ended for loader in loaders])
+        epochs.append(first)
+        for loader in (alone, *loaders):
+            loader.close()
+    # Where the second rank's run of four holds the broken one.
+    assert set(epochs) == {0, 1}
+
+
+def test_a_state_of_an_earlier_version_is_refused(folder: Path) -> None:
+    given = load_config(config(folder, "earlier"))
+    with pytest.raises(UserError, match="loader state: orders, shares missing, so another version wrote it"):
+        pairs(given).batches(given, 0, 1).restore(dict.fromkeys(("epoch", "epoch_step", "step", "consumed"), 0))
+
+
+@pytest.mark.parametrize(("ranks", "then", "objective"), [(1, 2, {}), (2, 1, MOMENTUM)], ids=["clip", "wenlan"])
+def test_a_run_goes_on_with_other_ranks(folder: Path, ranks: int, then: int, objective: dict[str, Any]) -> None:
+    def described(name: str, stage: int, **changes: Any) -> str:
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        settings = {"data__shards": [str(folder / "whole")], "deepspeed": str(folder / f"zero{stage}.json")}
+        settings |= {"training__keep_checkpoints": 9, "training__pair_visits": 16 * 25, **objective}
+        return str(config(folder, name, **(settings | changes)).rename(folder / f"{name}.yaml"))
+
+    name = f"from-{ranks}"
+    run(ranks, described(name, 0))
+    # In the middle of the first epoch of seven steps.
+    shutil.copytree(folder / name, folder / f"{name}-again")
+    shutil.rmtree(folder / f"{name}-again/model")
+    for checkpoint in (folder / f"{name}-again/checkpoints").glob("step-*"):
+        if checkpoint.name != "step-00000005":
+            shutil.rmtree(checkpoint)
+    micro = described(f"{name}-again", 1, training__micro_batch_size=4)
+    assert "at step 5 " in run(then, micro)
+    expected, found = losses(folder / name), losses(folder / f"{name}-again")
+    assert len(expected) == 25
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
