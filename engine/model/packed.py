@@ -6,6 +6,7 @@ travel through the model's keyword arguments, positions restart at each text.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,24 +36,27 @@ def packed_attention(
     The caller's `is_causal` goes before the module's: CLIP's layers are told by their encoder.
     """
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    q_THD, k_THD, v_THD = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     # Flash attention takes half precision alone.
     if query.is_cuda and query.dtype != torch.float32:
         from torch.nn.attention.varlen import varlen_attn
 
-        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        q, k, v = (x.contiguous() for x in (q_THD, k_THD, v_THD))
         cu, longest = segments.cu_seqlens, segments.longest
         window = (-1, 0) if causal else (-1, -1)
         on_gpu: Any = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=window)
         return on_gpu[None], None
-    heads, width = query.shape[1], query.shape[3]
+    # Split once: the gradient of a slice is as long as the row, and there are as many slices as lengths.
+    sizes = [texts * length for _, texts, length in segments.groups]
+    parts = zip(*(x.split(sizes) for x in (q_THD, k_THD, v_THD)), strict=True)
+    # On CPUs backward takes three to five times as long in half precision as in fp32, the casts included.
+    wide = torch.promote_types(query.dtype, torch.float32) if query.device.type == "cpu" else query.dtype
     pieces = []
-    for start, texts, length in segments.groups:
-        q, k, v = (
-            x[0, :, start : start + texts * length].reshape(heads, texts, length, width).transpose(0, 1)
-            for x in (query, key, value)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, dropout_p=dropout)
-        pieces.append(attended.transpose(1, 2).reshape(texts * length, heads, width))
+    with nullcontext() if wide == query.dtype else torch.autocast("cpu", enabled=False):
+        for (_start, texts, length), part in zip(segments.groups, parts, strict=True):
+            q, k, v = (x.unflatten(0, (texts, length)).transpose(1, 2).to(wide) for x in part)
+            attended = F.scaled_dot_product_attention(q, k, v, scale=scaling, is_causal=causal, dropout_p=dropout)
+            pieces.append(attended.transpose(1, 2).to(query.dtype).flatten(0, 1))
     return torch.cat(pieces)[None], None
 
 

@@ -145,7 +145,7 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
     compute = COMPUTED_IN[training.precision]
     if settings.profile is not None:
         compute = getattr(torch, settings.profile.autocast) if settings.profile.autocast else None
-    work = measure_work(config, settings.caption_tokens, autocast=compute)
+    work = measure_work(config, settings.caption_tokens, autocast=compute, on_cpu=settings.on_cpu)
     N, Q, D = training.batch_size, config.objective.bank_size, config.model.width
     visits, steps = training.pair_visits, -(-training.pair_visits // training.batch_size)
     texts = config.mlm.texts_per_batch / N

@@ -63,10 +63,13 @@ def measure_work(
     caption_tokens: float,
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
+    *,
+    on_cpu: bool = False,
 ) -> Work:
     """Count the towers' work: nothing is downloaded but their configs, no weight is held.
 
-    `dtype` is that of the weights, `autocast` what products are computed in where it is another.
+    `dtype` is that of the weights, `autocast` what products are computed in where it is another. Attention is in fp32
+    `on_cpu`.
     """
     if config.model.text_tower is None:
         raise UserError("model.text_tower: not set; a plan is made for a run that trains a text tower")
@@ -83,8 +86,9 @@ def measure_work(
         # Meta tensors know no autocast, fake ones not all operations of attention.
         with FakeTensorMode(), torch.autocast("cpu", dtype=autocast):
             fake = TextTower(described, config.model.width, "cls")
-            _, few = _counted(fake, lambda: _states(fake, 16, length))
-            _, many = _counted(fake, lambda: _states(fake, 32, length))
+            attention = None if on_cpu else autocast
+            _, few = _counted(fake, lambda: _states(fake, 16, length), attention)
+            _, many = _counted(fake, lambda: _states(fake, 32, length), attention)
     hidden, vocabulary = described.hidden_size, described.vocab_size
     both = config.training.tower == "both"
     picture = _picture_work(config, dtype, training=both)
@@ -192,8 +196,13 @@ def _described(field: str, tower: Tower) -> PreTrainedConfig:
     return described
 
 
-def _counted(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, float]:
-    """Operations of `run`, and the bytes it keeps for backward beside the module's parameters."""
+def _counted(
+    module: torch.nn.Module, run: Callable[[], Any], attention: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Operations of `run`, and the bytes it keeps for backward beside the module's parameters.
+
+    `attention`: what a text tower's keeps it in, where it runs on no CPU.
+    """
     owned = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     # The tensors are held, so that no storage's address is given twice.
     kept: dict[int, torch.Tensor] = {}
@@ -205,7 +214,10 @@ def _counted(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[float, fl
 
     with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    return counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    # Of a text tower, attention alone keeps tensors of four dimensions.
+    narrower = {4: attention.itemsize / 4} if attention else {}
+    held = sum(tensor.untyped_storage().nbytes() * narrower.get(tensor.ndim, 1) for tensor in kept.values())
+    return counter.get_total_flops(), held
 
 
 def positive(parts: dict[str, float]) -> dict[str, float]:

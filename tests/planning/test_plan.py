@@ -70,6 +70,9 @@ def test_operations_of_a_token_are_those_of_its_products() -> None:
     assert cast.kept_by_token < work.kept_by_token
     # Backward needs the narrow copy of each product's weights.
     assert cast.kept_once == LAYERS * (4 * HIDDEN * HIDDEN + 2 * HIDDEN * INNER) * 2
+    # There what attention takes and gives is kept in fp32.
+    on_cpu = measure_work(config(), LENGTH, torch.float32, torch.bfloat16, on_cpu=True)
+    assert on_cpu.kept_by_token - cast.kept_by_token == LAYERS * 4 * HIDDEN * 2 and on_cpu.token == cast.token
 
 
 def test_a_store_tells_the_vocabulary_that_the_config_leaves_open(tmp_path: Path) -> None:
