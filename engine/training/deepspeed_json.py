@@ -98,7 +98,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # With a token budget the number differs from step to step: the trainer marks the last micro-batch. DeepSpeed
         # must know only that gradients accumulate.
         "gradient_accumulation_steps": 2 if config.training.tokens_per_micro_batch else local // micro,
-        "gradient_clipping": config.optimizer.clip,
+        # Without ZeRO the trainer clips, by the norm that it takes anyway.
+        "gradient_clipping": config.optimizer.clip if zero.stage else 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

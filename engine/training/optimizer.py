@@ -48,6 +48,19 @@ def build_optimizer(module: nn.Module, config: Optimizer, zero_stage: int) -> to
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
+def clip(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], norm: torch.Tensor, most: float) -> None:
+    """Have the next step of `optimizer` take `gradients` of total `norm`, 0-dim, at a norm of `most`, if it is above.
+
+    No device is waited for.
+    """
+    over = ((norm + 1e-6) / most).clamp(min=1)
+    if optimizer.defaults.get("fused"):
+        # Divided by in the pass that the update takes anyway.
+        optimizer.grad_scale = over  # type: ignore[attr-defined]
+    else:
+        torch._foreach_div_(gradients, over)
+
+
 def _apex_optimizers(name: str) -> Any:
     if importlib.util.find_spec("apex") is None:
         raise UserError(

@@ -41,7 +41,7 @@ from .deepspeed_json import deepspeed_config, zero_settings
 from .history import forget_from, write_epoch
 from .loss_scale import LossScale
 from .momentum import MomentumCopies
-from .optimizer import build_optimizer, learning_rate
+from .optimizer import build_optimizer, clip, learning_rate
 from .ranks import all_rows, gathered, told
 from .records import Metrics, Written
 from .run_folder import keep_foreign, seal
@@ -284,7 +284,7 @@ class Trainer:
             self._step()
 
     def _step(self) -> None:
-        """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken here.
+        """DeepSpeed's step; without ZeRO it does not tell the gradient norm, so it is taken, and clipped by, here.
 
         Gradients of fp16 that overflow are dropped, by ZeRO itself or here.
         """
@@ -293,9 +293,10 @@ class Trainer:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             if self.loss_scale is not None:
                 self.loss_scale.unscale(gradients)
-            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-            if self.loss_scale is not None:
-                self.grad_norm = float(self.grad_norm)
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.config.optimizer.clip:
+                clip(self.engine.optimizer, gradients, norm, self.config.optimizer.clip)
+            self.grad_norm = norm if self.loss_scale is None else float(norm)
         if self.loss_scale is not None and last and not sharded and not math.isfinite(self.grad_norm):
             self.engine.optimizer.zero_grad()
         else:

@@ -1,0 +1,33 @@
+"""Gradients are clipped as torch clips them, whichever pass over memory does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efficientclip.config import Optimizer
+from efficientclip.training.optimizer import build_optimizer, clip
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("most", [0.1, 1e3])
+def test_steps_are_those_of_clipped_gradients(fused: bool, most: float) -> None:
+    one, other = (torch.nn.Linear(5, 3) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    optimizers = [
+        build_optimizer(module, Optimizer(lr=0.1), 0) if fused else torch.optim.SGD(module.parameters(), lr=0.1)
+        for module in (one, other)
+    ]
+    for seed in range(3):
+        for module in (one, other):
+            inputs = torch.randn(7, 5, generator=torch.Generator().manual_seed(seed))
+            module(inputs * 10**seed).square().sum().backward()
+        gradients = [parameter.grad for parameter in one.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        clip(optimizers[0], gradients, norm, most)
+        assert torch.nn.utils.clip_grad_norm_(other.parameters(), most) == norm
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
