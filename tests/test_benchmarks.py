@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import subprocess
 import sys
 import tarfile
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, ecl, measuring, mlm, peers, resources
+from benchmarks import contrastive, ecl, lit, measuring, mlm, peers, resources
 from benchmarks.contrastive import COLUMNS, KEY, draw, measure
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import ceilings, values
@@ -25,8 +27,10 @@ from benchmarks.gpu.lab import BAD, Results
 from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.peers import Case, Inputs
 from benchmarks.resources import Recipe, Spent
+from efficientclip.config import load_config
 from efficientclip.demo.concepts import Concept, Picture
 from efficientclip.demo.pictures import write_shard
+from efficientclip.model.efficientclip import build_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -315,6 +319,45 @@ def test_the_share_recovered_lies_between_none_and_oracle() -> None:
     assert 40 < low < share < high < 60 and abs(share - 50) < 3
     assert "oracle_gain_recovered" not in ecl.compared(hits | {"oracle": hits["none"]})["calibrated"]
     assert found["oracle"]["over_calibrated"].startswith("+1") and "oracle_gain_recovered" not in found["oracle"]
+
+
+LOCKED = lit.Size(2, 64, 2, 200, image_layers=1, image_width=64, pixels=64, pairs=96, bank=64, batch=16, context=24)
+
+
+def test_locked_towers_take_turns(tmp_path: Path) -> None:
+    """open_clip where it is installed; where it is not, its row says so."""
+    lit.make(tmp_path, LOCKED)
+    works = {name: lit.WORKS[name] for name in (lit.OURS, lit.OPEN_CLIP, lit.FEATURES)}
+    rows, _ = lit.measure(LOCKED, "bf16", 2, tmp_path, works)
+    found = {row["what"]: row for row in rows}
+    assert [*found] == [lit.OURS, lit.OPEN_CLIP, lit.FEATURES, lit.SPREAD]
+    ours, peer, spread = (found[name] for name in (lit.OURS, lit.OPEN_CLIP, lit.SPREAD))
+    assert 0 < float(spread["pairs_per_s"]) < float(ours["pairs_per_s"])
+    assert float(ours["peak_mib"]) > float(ours["step_mib"]) > 0
+    if find_spec("open_clip_train"):
+        assert peer["over_open_clip"] == "1.00" and float(ours["over_open_clip"]) > float(spread["over_open_clip"])
+    else:
+        assert peer["note"].startswith("not installed")
+        assert "pairs_per_s" not in peer and "over_open_clip" not in ours
+    assert {key for row in rows for key in row} <= {*lit.COLUMNS}
+
+
+@pytest.mark.skipif(find_spec("open_clip") is None, reason="pip install open_clip_torch")
+def test_locked_towers_are_open_clips_own(tmp_path: Path) -> None:
+    """ViT-B-32 of its list, and as many trained parameters as ours."""
+    import open_clip
+
+    assert lit.described(lit.Size()) == open_clip.get_model_config("ViT-B-32")
+    (tmp_path / "locked.json").write_text(json.dumps(lit.described(LOCKED)))
+    open_clip.add_model_config(tmp_path / "locked.json")
+    theirs = open_clip.create_model("locked")
+    theirs.lock_image_tower()
+    model = load_config(lit.make(tmp_path, LOCKED)).model
+    ours = build_model(model, seed=0, vocabulary=LOCKED.vocabulary, sides=("text",))
+    # The head of MLM, which stands beside ours, does not train here; types of tokens and projections' biases differ.
+    one = sum(value.numel() for name, value in ours.named_parameters() if not name.startswith("text.mlm_head"))
+    other = sum(value.numel() for value in theirs.parameters() if value.requires_grad)
+    assert one == pytest.approx(other, rel=0.01)
 
 
 def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:

@@ -118,12 +118,15 @@ class EfficientCLIP(PreTrainedModel):
                     return {"features": images_MD, "logit_scale": scale}
             if self.text is None or input_ids is None or position_ids is None or segments is None or texts is None:
                 raise UserError("model: a text batch needs text_tower, input_ids, position_ids, segments and texts")
-            states_TH = self.text.states(input_ids, position_ids, segments)
-            output = {"features": self.text.pool(states_TH, segments, texts), "logit_scale": scale}
+            places = self.text.places(len(input_ids), segments, texts)
+            masked = places[:0] if masked_positions is None else masked_positions
+            states_KH = self.text.states(input_ids, position_ids, segments, torch.cat([places, masked]))
+            pooled_KH, masked_KH = states_KH.split([len(places), len(masked)])
+            output = {"features": self.text.pool(pooled_KH, segments, texts), "logit_scale": scale}
             if pixels is not None:
                 output["image_features"] = images_MD
             if masked_positions is not None and masked_labels is not None:
-                logits = self.text.vocabulary_logits(states_TH, masked_positions)
+                logits = self.text.vocabulary_logits(masked_KH)
                 output["mlm_loss_sum"] = F.cross_entropy(logits.float(), masked_labels, reduction="sum")
             return output
 

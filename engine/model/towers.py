@@ -21,7 +21,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.bert.modeling_bert import BertLMPredictionHead
+from transformers.models.bert.modeling_bert import BertLMPredictionHead, BertSelfOutput
+from transformers.models.chinese_clip.modeling_chinese_clip import ChineseCLIPTextSelfOutput
+from transformers.models.roberta.modeling_roberta import RobertaSelfOutput
+from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfOutput
 
 from ..data.batches import Segments
 from ..errors import UserError
@@ -32,6 +35,9 @@ from .published import EfficientCLIPTextConfig, EfficientCLIPTextModel
 AutoModel.register(ChineseCLIPTextConfig, ChineseCLIPTextModel, exist_ok=True)
 AutoConfig.register(EfficientCLIPTextConfig.model_type, EfficientCLIPTextConfig)
 AutoModel.register(EfficientCLIPTextConfig, EfficientCLIPTextModel)
+
+# What follows attention in a BERT's layer: from there on each token is computed by itself.
+BEHIND_ATTENTION = (BertSelfOutput, RobertaSelfOutput, XLMRobertaSelfOutput, ChineseCLIPTextSelfOutput)
 
 
 class ImageTower(nn.Module):
@@ -69,7 +75,10 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Packed tokens to L2-normalised text features [texts, width] and vocabulary logits at chosen positions."""
+    """Packed tokens to L2-normalised text features [texts, width] and vocabulary logits at chosen positions.
+
+    Where the last layer is a BERT's, it computes the states that are read, and no others, from its attention on.
+    """
 
     def __init__(
         self,
@@ -85,6 +94,7 @@ class TextTower(nn.Module):
         if not backbone._supports_attention_backend:
             raise UserError(f"model.text_tower: a {config.model_type} cannot attend within packed texts; choose a BERT")
         self.backbone = backbone
+        self.narrowing = _narrow(backbone)
         self.pooling = pooling
         self.projection = nn.Linear(config.hidden_size, width, bias=False)
         self.mlm_head = BertLMPredictionHead(config)
@@ -101,35 +111,68 @@ class TextTower(nn.Module):
             table.num_embeddings - self.first_position if isinstance(table, nn.Embedding) else None
         )
 
-    def states(self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """Hidden states [T, hidden] of one packed row."""
+    def states(
+        self,
+        input_ids_T: torch.Tensor,
+        position_ids_T: torch.Tensor,
+        segments: Segments,
+        places_K: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states [K, hidden] of one packed row at the tokens `places_K`, int64; None: of all [T, hidden]."""
         output = self.backbone(
             input_ids=input_ids_T[None],
             position_ids=position_ids_T[None] + self.first_position,
             token_type_ids=torch.zeros_like(input_ids_T)[None],
             segments=segments,
+            places_K=places_K,
         )
-        states_TH: torch.Tensor = output.last_hidden_state[0]
-        return states_TH
+        states_KH: torch.Tensor = output.last_hidden_state.squeeze(0)
+        return states_KH if self.narrowing or places_K is None else F.embedding(places_K, states_KH)
 
-    def pool(self, states_TH: torch.Tensor, segments: Segments, texts: torch.Tensor) -> torch.Tensor:
-        """Features [len(texts), width] of the texts at the given segment numbers."""
+    def places(self, tokens: int, segments: Segments, texts: torch.Tensor) -> torch.Tensor:
+        """The tokens of a row from whose states `pool` makes the features of these texts, int64: all for a mean."""
         starts, ends = segments.cu_seqlens[:-1].long(), segments.cu_seqlens[1:].long()
-        if self.pooling == "cls":
-            pooled = F.embedding(starts[texts], states_TH)
-        elif self.pooling == "last":
-            pooled = F.embedding(ends[texts] - 1, states_TH)
-        else:
-            lengths = ends - starts
-            owner = torch.repeat_interleave(torch.arange(len(lengths), device=starts.device), lengths)
-            sums = states_TH.new_zeros(len(lengths), states_TH.shape[1]).index_add(0, owner, states_TH)
+        if self.pooling == "mean":
+            return torch.arange(tokens, device=starts.device)
+        return starts[texts] if self.pooling == "cls" else ends[texts] - 1
+
+    def pool(self, states_KH: torch.Tensor, segments: Segments, texts: torch.Tensor) -> torch.Tensor:
+        """Features [len(texts), width] of the texts at the given segment numbers, from the states at their places."""
+        pooled = states_KH
+        if self.pooling == "mean":
+            lengths = segments.cu_seqlens.diff().long()
+            owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+            sums = states_KH.new_zeros(len(lengths), states_KH.shape[1]).index_add(0, owner, states_KH)
             pooled = F.embedding(texts, sums / lengths[:, None])
         return F.normalize(self.projection(pooled).float(), dim=-1)
 
-    def vocabulary_logits(self, states_TH: torch.Tensor, positions_K: torch.Tensor) -> torch.Tensor:
-        """Logits [K, vocabulary] at the masked positions alone."""
-        logits: torch.Tensor = self.mlm_head(F.embedding(positions_K, states_TH))
+    def vocabulary_logits(self, states_KH: torch.Tensor) -> torch.Tensor:
+        """Logits [K, vocabulary] of the states at masked positions."""
+        logits: torch.Tensor = self.mlm_head(states_KH)
         return logits
+
+
+def _narrow(backbone: Any) -> bool:
+    """Have the last layer of `backbone` go on behind its attention at `places_K` alone; False: it is no BERT's."""
+    layers: Any = getattr(getattr(backbone, "encoder", None), "layer", None)
+    attention: Any = getattr(layers[-1], "attention", None) if layers else None
+    if not isinstance(getattr(attention, "output", None), BEHIND_ATTENTION):
+        return False
+    # Hooks are copied with their modules and run again where activations are computed again.
+    attention.register_forward_pre_hook(_note_places, with_kwargs=True)
+    attention.output.register_forward_pre_hook(_at_places)
+    return True
+
+
+def _note_places(attention: Any, _: Any, options: dict[str, Any]) -> None:
+    attention.output.places_K = options.get("places_K")
+
+
+def _at_places(output: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Attended states and those they are added to, [1, T, hidden]: the rows [1, K, hidden] at the noted places."""
+    if output.places_K is None:
+        return given
+    return tuple(F.embedding(output.places_K, states_1TH.squeeze(0))[None] for states_1TH in given)
 
 
 def without_dropout(config: PreTrainedConfig) -> None:

@@ -288,27 +288,32 @@ class Trainer:
 
         Gradients of fp16 that overflow are dropped, by ZeRO itself or here.
         """
-        last, sharded = self.engine.is_gradient_accumulation_boundary(), self.engine.zero_optimization_stage() > 0
-        if last and not sharded:
-            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-            if self.loss_scale is not None:
-                self.loss_scale.unscale(gradients)
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if self.config.optimizer.clip:
-                clip(self.engine.optimizer, gradients, norm, self.config.optimizer.clip)
-            self.grad_norm = norm if self.loss_scale is None else float(norm)
-        if self.loss_scale is not None and last and not sharded and not math.isfinite(self.grad_norm):
-            self.engine.optimizer.zero_grad()
-        else:
+        if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
-        if last and sharded:
+            return
+        if self.engine.zero_optimization_stage() > 0:
+            self.engine.step()
             norm = self.engine.get_global_grad_norm()
             self.grad_norm = 0.0 if norm is None else norm
-        if last and self.loss_scale is not None:
+        else:
+            self._clip()
+            if self.loss_scale is None or math.isfinite(self.grad_norm):
+                self.engine.step()
+            else:
+                self.engine.optimizer.zero_grad()
+        if self.loss_scale is not None:
             self.grad_norm = float(self.grad_norm)
             overflowed = not math.isfinite(self.grad_norm)
             self.loss_scale.update(overflowed)
             self.grad_norm = 0.0 if overflowed else self.grad_norm
+
+    def _clip(self) -> None:
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        if self.loss_scale is not None:
+            self.loss_scale.unscale(gradients)
+        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.optimizer.clip:
+            clip(self.engine.optimizer, gradients, self.grad_norm, self.config.optimizer.clip)
 
     def _figures(
         self, losses: Losses, scale: torch.Tensor, inputs: list[dict[str, Any]], batch: Batch, mlm: torch.Tensor

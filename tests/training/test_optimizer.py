@@ -25,9 +25,9 @@ def test_steps_are_those_of_clipped_gradients(fused: bool, most: float) -> None:
         gradients = [parameter.grad for parameter in one.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         clip(optimizers[0], gradients, norm, most)
-        assert torch.nn.utils.clip_grad_norm_(other.parameters(), most) == norm
+        torch.testing.assert_close(torch.nn.utils.clip_grad_norm_(other.parameters(), most), norm)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
