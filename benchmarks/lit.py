@@ -87,10 +87,13 @@ class Size:
 
 
 class Turns:
-    """A process's place among the others: called before each step, it waits where a turn ends until the next begins."""
+    """A process's place among the others: called before each step, it waits where a turn ends until the next begins.
+
+    A turn's first step is not timed: memory of a process that was idle for seconds is slow at first.
+    """
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.memory, self.left = pipe, Memory("cpu"), 0
+        self.pipe, self.memory, self.left, self.timed = pipe, Memory("cpu"), 0, 0
 
     def begin(self) -> None:
         """What is held from now on counts."""
@@ -101,11 +104,13 @@ class Turns:
         if self.left == 0:
             self.pipe.send((time.perf_counter() - self.began, self.memory.peak()))
             try:
-                self.left, anew = self.pipe.recv()
+                self.timed, anew = self.pipe.recv()
             except EOFError:
                 sys.exit()
+            self.left = self.timed + 1
             if anew:
                 self.memory.start()
+        elif self.left == self.timed:
             self.began = time.perf_counter()
         self.left -= 1
 
