@@ -49,7 +49,7 @@ soak: .venv/.ready ## kills, signals, full disks and damaged files at random for
 	python -m tests.faults.soak --minutes $(MINUTES) $(ARGS)
 
 SECONDS ?= 600
-FUZZED := $(addprefix csrc/,tar.cpp captions.cpp picture.cpp resize.cpp transform.cpp) tests/csrc/image_fuzz.cpp
+FUZZED := $(addprefix csrc/,file.cpp tar.cpp listing.cpp captions.cpp picture.cpp resize.cpp transform.cpp) tests/csrc/image_fuzz.cpp
 FUZZER := clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
 fuzz: .venv/.ready ## hostile shards and pictures for SECONDS=600; needs clang
 	@missing=; echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' \

@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
@@ -6,15 +7,20 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "bindings.hpp"
+#include "captions.hpp"
 #include "image_loader.hpp"
+#include "listing.hpp"
+#include "transform.hpp"
 
 namespace py = pybind11;
 
@@ -24,22 +30,107 @@ using efficientclip::ImageBatch;
 using efficientclip::ImageLoader;
 using efficientclip::ImageOptions;
 
-// Names in a tar are bytes; those that are no UTF-8 become what os.fsdecode makes of them.
+// Names in a tar are bytes; what is no UTF-8 in them becomes \xNN, which every file format can hold.
 py::str text(const std::string& bytes) {
-    PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "surrogateescape");
+    PyObject* decoded = PyUnicode_DecodeUTF8(bytes.data(), static_cast<py::ssize_t>(bytes.size()), "backslashreplace");
     if (decoded == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::str>(decoded);
 }
 
-py::object optional_bytes(const std::optional<std::string>& bytes) {
-    return bytes ? py::object(py::bytes(*bytes)) : py::none();
+py::bytes bytes_of(const efficientclip::Blob& blob) { return {blob.data.get(), blob.size}; }
+
+// (texts, what is known of each being wrong, source, English texts)
+py::tuple captions_of(const efficientclip::Captions& captions) {
+    py::list texts, noise, english;
+    for (const efficientclip::Caption& caption : captions.texts) {
+        texts.append(text(caption.text));
+        noise.append(caption.noise);
+    }
+    for (const std::string& caption : captions.english) english.append(text(caption));
+    return py::make_tuple(texts, noise, text(captions.source), english);
 }
 
-// The loader and the memory that its threads write to.
+py::tuple read_captions(const std::optional<std::string>& txt, const std::optional<std::string>& json) {
+    efficientclip::Captions captions;
+    if (const char* cause = efficientclip::read_captions(txt, json, captions)) throw py::value_error(cause);
+    return captions_of(captions);
+}
+
+py::bytes read_picture(const std::string& path, std::int64_t offset, std::int64_t size, bool base64) {
+    efficientclip::Extent extent{offset, size};
+    try {
+        return bytes_of(efficientclip::PictureReader().read(path, extent, base64));
+    } catch (const efficientclip::BadPicture& bad) {
+        throw py::value_error(bad.cause);
+    }
+}
+
+py::array_t<std::uint8_t> decode_square(const std::string_view& encoded, int size) {
+    efficientclip::TransformOptions options;
+    options.size = size;
+    options.random_crop = false;
+    efficientclip::PixelFormat format;
+    format.type = efficientclip::PixelType::uint8;
+    format.channels_last = true;
+    py::array_t<std::uint8_t> square(std::vector<py::ssize_t>{size, size, 3});
+    auto* out = reinterpret_cast<std::byte*>(square.mutable_data());
+    std::string cause;
+    {
+        const py::gil_scoped_release release;
+        try {
+            efficientclip::Transform transform(options);
+            efficientclip::Tile tile;
+            const auto* data = reinterpret_cast<const std::uint8_t*>(encoded.data());
+            const efficientclip::Turn turn =
+                transform.apply(data, encoded.size(), {0, efficientclip::Purpose::crops, 0, 0}, tile);
+            efficientclip::store_tile(tile, turn, format, out);
+        } catch (const efficientclip::BadPicture& bad) {
+            cause = bad.cause;
+        }
+    }
+    if (!cause.empty()) throw py::value_error(cause);
+    return square;
+}
+
+efficientclip::Strings strings(const py::handle& pair, const char* name) {
+    const auto [bytes, ends] = pair.cast<std::pair<py::array, py::array>>();
+    return {view<std::uint8_t>(bytes, name), view<std::int64_t>(ends, name)};
+}
+
+efficientclip::Listing listing_of(const py::dict& columns) {
+    efficientclip::Listing listing;
+    listing.files = strings(columns["files"], "files");
+    listing.file = view<std::int32_t>(columns["file"], "file");
+    listing.offset = view<std::int64_t>(columns["offset"], "offset");
+    listing.length = view<std::int64_t>(columns["length"], "length");
+    listing.base64 = columns["base64"].cast<bool>();
+    listing.keys = strings(columns["keys"], "keys");
+    listing.captions = strings(columns["captions"], "captions");
+    listing.caption_ends = view<std::int64_t>(columns["caption_ends"], "caption_ends");
+    const std::int64_t n = listing.size();
+    if (listing.offset.size != n || listing.length.size != n || listing.keys.ends.size != n + 1 ||
+        listing.caption_ends.size != n + 1) {
+        throw py::value_error("a listing's columns are of different lengths");
+    }
+    return listing;
+}
+
+// The loader, the columns that its threads read and the memory that they write to.
 class BoundImageLoader {
   public:
-    explicit BoundImageLoader(const ImageOptions& options)
-        : keep_encoded_(options.keep_encoded), pid_(getpid()), loader_(std::make_unique<ImageLoader>(options)) {}
+    // A shard is the tar of that path, unless it has columns.
+    BoundImageLoader(ImageOptions options, const std::vector<std::string>& shards,
+                     std::vector<std::optional<py::dict>> listings)
+        : keep_encoded_(options.keep_encoded), pid_(getpid()), columns_(std::move(listings)) {
+        listings_.reserve(columns_.size());
+        for (std::size_t i = 0; i < shards.size(); ++i) {
+            options.shards.push_back({shards[i], nullptr});
+            if (!columns_.at(i)) continue;
+            listings_.push_back(listing_of(*columns_[i]));
+            options.shards.back().listing = &listings_.back();
+        }
+        loader_ = std::make_unique<ImageLoader>(options);
+    }
 
     ~BoundImageLoader() { close(); }
 
@@ -69,11 +160,16 @@ class BoundImageLoader {
         }
         py::list records, bad;
         for (const auto& record : batch.records) {
-            records.append(py::make_tuple(text(record.key), record.shard, record.extent.offset, record.extent.size,
-                                          optional_bytes(record.text), optional_bytes(record.json),
-                                          keep_encoded_ ? py::object(py::bytes(record.encoded.data.get(), record.encoded.size)) : py::none()));
+            const py::tuple captions = captions_of(record.captions);
+            records.append(py::make_tuple(
+                text(record.key), record.shard, record.ordinal, record.extent.offset, record.extent.size, captions[0],
+                captions[1], captions[2], captions[3], record.without,
+                record.json ? py::object(py::bytes(*record.json)) : py::none(),
+                keep_encoded_ ? py::object(bytes_of(record.encoded)) : py::none()));
         }
-        for (const auto& sample : batch.bad) bad.append(py::make_tuple(sample.shard, text(sample.key), sample.cause));
+        for (const auto& sample : batch.bad) {
+            bad.append(py::make_tuple(sample.shard, text(sample.key), text(sample.cause)));
+        }
         return py::make_tuple(images, records, bad, batch.consumed);
     }
 
@@ -102,18 +198,19 @@ class BoundImageLoader {
 
     bool keep_encoded_;
     pid_t pid_;
+    std::vector<std::optional<py::dict>> columns_;
+    std::vector<efficientclip::Listing> listings_;
     std::deque<py::object> lent_;
     std::unique_ptr<ImageLoader> loader_;  // ends before what it writes to
 };
 
 std::unique_ptr<BoundImageLoader> make_image_loader(
-    std::vector<std::string> shards, int batch_size, int size, bool train, int threads, std::uint64_t seed,
+    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings, int batch_size, int size, bool train, int threads, std::uint64_t seed,
     std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
     const std::array<float, 3>& mean, const std::array<float, 3>& std, const std::string& dtype, bool channels_last,
     const std::array<double, 2>& scale, const std::array<double, 2>& ratio, bool flip, bool scaled_decoding,
     int shuffle_buffer, bool captions, bool keep_encoded, bool drop_last, std::int64_t consumed) {
     ImageOptions options;
-    options.shards = std::move(shards);
     options.transform.size = size;
     options.transform.random_crop = train;
     options.transform.scale = scale;
@@ -139,16 +236,21 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     options.keep_encoded = keep_encoded;
     options.drop_last = drop_last;
     options.consumed = consumed;
-    return std::make_unique<BoundImageLoader>(options);
+    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings));
 }
 
 }  // namespace
 
 void bind_images(py::module_& module) {
     py::register_exception<efficientclip::ShardError>(module, "ShardError");
+    module.attr("IMAGE_SUFFIXES") = py::cast(std::vector<std::string>(std::begin(efficientclip::kImageSuffixes),
+                                                                      std::end(efficientclip::kImageSuffixes)));
+    module.def("read_captions", &read_captions, py::arg("txt"), py::arg("json"));
+    module.def("read_picture", &read_picture, py::arg("path"), py::arg("offset"), py::arg("size"), py::arg("base64"));
+    module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"));
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
-        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("batch_size"), py::arg("size"),
-             py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
+        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("batch_size"),
+             py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
              py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
              py::arg("channels_last"), py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"),
              py::arg("shuffle_buffer"), py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"),

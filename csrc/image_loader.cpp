@@ -5,36 +5,36 @@
 
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
+#include <string_view>
 #include <utility>
-
-#include "captions.hpp"
 
 namespace efficientclip {
 namespace {
 
 constexpr const char* kNoImage = "caption without image";
-// A picture of kMaxPixels that needs more bytes than this is none.
-constexpr std::int64_t kLargestMember = 512 * 1024 * 1024;
+// Of what is said of a picture.
+constexpr std::int64_t kLargestText = 16 * 1024 * 1024;
 
 }  // namespace
 
 struct ImageLoader::Sample {
-    TarSample where;
     int shard = 0;
-    bool loaded = false;
+    bool loaded = false;  // as far as it lies in a tar
+    TarSample where;
     Blob image;
     std::optional<std::string> text, json;
+    Captions captions;
+    const char* without = nullptr;
 
     // Reads the members' bytes from the shard.
     void load(ShardFile& file) {
         loaded = true;
-        if (where.image && where.image->size <= kLargestMember) {
+        if (where.image && where.image->size <= kLargestPicture) {
             image = Blob(where.image->size);
             file.read(*where.image, image.data.get());
         }
-        if (where.text && where.text->size <= kLargestMember) text = file.read_text(*where.text);
-        if (where.json && where.json->size <= kLargestMember) json = file.read_text(*where.json);
+        if (where.text && where.text->size <= kLargestText) text = file.read_text(*where.text);
+        if (where.json && where.json->size <= kLargestText) json = file.read_text(*where.json);
     }
 };
 
@@ -50,7 +50,7 @@ struct ImageLoader::Pending {
 struct ImageLoader::Place {
     enum class State { free, read, decoding, good, bad, placed } state = State::free;
     Sample sample;
-    const char* cause = nullptr;
+    std::string cause;
     Tile tile;
     Turn turn;
     std::shared_ptr<Pending> batch;
@@ -153,21 +153,21 @@ void ImageLoader::read_shards() {
         return emitted++ >= options_.consumed;
     };
     // Takes one sample on in the order; false when the pass is to stop.
-    const auto take = [&](Sample&& sample, ShardFile* file) {
+    const auto take = [&](Sample&& sample, ShardFile* tar) {
         if (!wanted()) return !(++passed % 1024 == 0 && must_stop());
-        if (!sample.loaded && file != nullptr) sample.load(*file);
+        if (!sample.loaded && tar != nullptr) sample.load(*tar);
         if (!sample.loaded) {
             // It waited in the buffer without its bytes: its shard may be closed by now.
-            const std::string& path = options_.shards[static_cast<std::size_t>(sample.shard)];
+            const std::string& path = options_.shards[static_cast<std::size_t>(sample.shard)].path;
             if (!again || again->path() != path) again.emplace(path);
             sample.load(*again);
         }
         return emit(std::move(sample));
     };
-    const auto shuffled = [&](Sample&& sample, ShardFile& file) {
-        if (capacity == 0) return take(std::move(sample), &file);
+    const auto shuffled = [&](Sample&& sample, ShardFile* tar) {
+        if (capacity == 0) return take(std::move(sample), tar);
         // Which samples of a shared order are this reader's is known as they leave the buffer.
-        if (seen.empty() && emitted >= options_.consumed) sample.load(file);
+        if (tar != nullptr && seen.empty() && emitted >= options_.consumed) sample.load(*tar);
         if (buffer.size() < capacity) {
             buffer.push_back(std::move(sample));
             return true;
@@ -192,13 +192,26 @@ void ImageLoader::read_shards() {
         for (int i = 0; i < n; ++i) {
             if (i < dealt && i % options_.world_size != options_.rank) continue;
             const int shard = order[static_cast<std::size_t>(i)];
-            ShardFile file(options_.shards[static_cast<std::size_t>(shard)]);
-            SampleReader samples(file);
+            const auto mine = [&] { return i < dealt || shared++ % options_.world_size == options_.rank; };
+            const auto& [path, listing] = options_.shards[static_cast<std::size_t>(shard)];
+            if (listing != nullptr) {
+                for (std::int64_t ordinal = 0; ordinal < listing->size(); ++ordinal) {
+                    if (!mine()) continue;
+                    Sample sample;
+                    sample.shard = shard;
+                    sample.loaded = true;
+                    sample.where.ordinal = ordinal;
+                    if (!shuffled(std::move(sample), nullptr)) return;
+                }
+                continue;
+            }
+            ShardFile tar(path);
+            SampleReader samples(tar);
             Sample sample;
             sample.shard = shard;
             while (samples.next(sample.where)) {
-                if (i >= dealt && shared++ % options_.world_size != options_.rank) continue;
-                if (!shuffled(std::move(sample), file)) return;
+                if (!mine()) continue;
+                if (!shuffled(std::move(sample), &tar)) return;
                 sample = {};
                 sample.shard = shard;
             }
@@ -224,6 +237,7 @@ bool ImageLoader::emit(Sample&& sample) {
 }
 
 void ImageLoader::work() {
+    PictureReader reader;
     Transform transform(options_.transform);
     const std::size_t image_bytes = options_.format.image_bytes(options_.transform.size);
     std::unique_lock lock(mutex_);
@@ -245,25 +259,40 @@ void ImageLoader::work() {
         Place& place = places_[static_cast<std::size_t>(taken_++) % places_.size()];
         place.state = Place::State::decoding;
         lock.unlock();
-        const Sample& sample = place.sample;
-        const char* cause = sample.where.image ? nullptr : kNoImage;
-        if (cause == nullptr && options_.captions) cause = captions_missing(sample.text, sample.json);
-        if (cause == nullptr) {
-            // By shard and place in it: the same picture is cut the same way whatever the number of ranks.
-            const auto item = static_cast<std::uint64_t>(sample.shard) << 32 |
-                              static_cast<std::uint64_t>(sample.where.ordinal);
-            try {
-                place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()),
-                                             sample.image.size,
-                                             Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
-            } catch (const BadPicture& bad) {
-                cause = bad.cause;
+        make(place, reader, transform);
+        lock.lock();
+        place.state = place.cause.empty() ? Place::State::good : Place::State::bad;
+        give_places();
+    }
+}
+
+// Makes of a sample its captions and its tile, or tells why it is bad.
+void ImageLoader::make(Place& place, PictureReader& reader, Transform& transform) const {
+    Sample& sample = place.sample;
+    TarSample& where = sample.where;
+    const Listing* listing = options_.shards[static_cast<std::size_t>(sample.shard)].listing;
+    place.cause.clear();
+    try {
+        if (listing != nullptr) {
+            where.key = listing->keys[where.ordinal];
+            if (listing->file[where.ordinal] >= 0) {
+                where.image = Extent{listing->offset[where.ordinal], listing->length[where.ordinal]};
             }
         }
-        lock.lock();
-        place.cause = cause;
-        place.state = cause == nullptr ? Place::State::good : Place::State::bad;
-        give_places();
+        if (!where.image) throw BadPicture{kNoImage};
+        sample.without = listing != nullptr ? read_captions(listing->captions_of(where.ordinal), sample.captions)
+                                            : read_captions(sample.text, sample.json, sample.captions);
+        if (options_.captions && sample.without != nullptr) throw BadPicture{sample.without};
+        if (where.image->size > kLargestPicture) throw BadPicture{kTooLarge};
+        if (listing != nullptr) {
+            sample.image = reader.read(listing->files[listing->file[where.ordinal]], *where.image, listing->base64);
+        }
+        // By shard and place in it: the same picture is cut the same way whatever the number of ranks.
+        const auto item = static_cast<std::uint64_t>(sample.shard) << 32 | static_cast<std::uint64_t>(where.ordinal);
+        place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()), sample.image.size,
+                                     Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
+    } catch (const BadPicture& bad) {
+        place.cause = bad.cause;
     }
 }
 
@@ -280,7 +309,7 @@ void ImageLoader::give_places() {
         const std::size_t at = static_cast<std::size_t>(placed_) % places_.size();
         Place& place = places_[at];
         if (place.state == State::bad) {
-            bad_.push_back({place.sample.shard, std::move(place.sample.where.key), place.cause});
+            bad_.push_back({place.sample.shard, std::move(place.sample.where.key), std::move(place.cause)});
             place.sample = {};
             place.state = State::free;
             space_.notify_one();
@@ -298,8 +327,9 @@ void ImageLoader::give_places() {
         place.batch = batches_.back();
         place.slot = pending.batch.records.size();
         Sample& sample = place.sample;
-        pending.batch.records.push_back({sample.shard, std::move(sample.where.key), *sample.where.image,
-                                         std::move(sample.text), std::move(sample.json),
+        pending.batch.records.push_back({sample.shard, sample.where.ordinal, std::move(sample.where.key),
+                                         *sample.where.image, std::move(sample.captions), sample.without,
+                                         std::move(sample.json),
                                          options_.keep_encoded ? std::move(sample.image) : Blob()});
         sample = {};
         ++pending.unwritten;

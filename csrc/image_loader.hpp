@@ -1,5 +1,8 @@
 // One pass over image shards: a reader, decoding threads and batches in a fixed order. Plain C++17, no Python.
 //
+// A shard is a tar or a listing. The reader reads a tar's samples, since they lie in a row; what a listing names
+// may lie anywhere, and is read by the decoding threads.
+//
 // The samples' order is a function of (shards, seed, epoch, rank, world size, shuffle buffer, shares). Each has a place in
 // it; places in batches are given in that order, once all earlier samples are known to be good or bad. So neither the
 // number of threads nor their timing shows in the batches.
@@ -18,6 +21,8 @@
 #include <thread>
 #include <vector>
 
+#include "captions.hpp"
+#include "listing.hpp"
 #include "resize.hpp"
 #include "tar.hpp"
 #include "transform.hpp"
@@ -30,8 +35,14 @@ struct Share {
     std::int64_t skip = 0, block = 1, number = 0, of = 1;
 };
 
+// A listing, which is borrowed, or else the tar at `path`.
+struct Shard {
+    std::string path;
+    const Listing* listing = nullptr;
+};
+
 struct ImageOptions {
-    std::vector<std::string> shards;
+    std::vector<Shard> shards;
     TransformOptions transform;
     PixelFormat format;
     int batch_size = 1;
@@ -42,7 +53,7 @@ struct ImageOptions {
     std::uint32_t epoch = 0;
     int rank = 0, world_size = 1;
     std::vector<Share> shares;  // of the rank's order, then of what is left of it, and so on
-    bool captions = true;      // a sample without is a bad one
+    bool captions = true;       // a sample without is a bad one
     bool keep_encoded = false;
     bool drop_last = false;
     // Samples at the start of all this, good or bad, that were consumed before: passed over without reading them.
@@ -51,16 +62,19 @@ struct ImageOptions {
 
 struct ImageRecord {
     int shard = 0;
+    std::int64_t ordinal = 0;  // its place among the shard's samples
     std::string key;
-    Extent extent;  // of the encoded image in the shard
-    std::optional<std::string> text, json;
-    Blob encoded;  // empty unless kept
+    Extent extent;  // of the encoded image in its file
+    Captions captions;
+    const char* without = nullptr;    // why it has no captions
+    std::optional<std::string> json;  // a tar's member
+    Blob encoded;                     // empty unless kept
 };
 
 struct BadImage {
     int shard;
     std::string key;
-    const char* cause;
+    std::string cause;
 };
 
 struct ImageBatch {
@@ -95,6 +109,7 @@ class ImageLoader {
     void read_shards();
     bool emit(Sample&& sample);
     void work();
+    void make(Place& place, PictureReader& reader, Transform& transform) const;
     void give_places();
     void seal();
     void start(void (ImageLoader::*task)());

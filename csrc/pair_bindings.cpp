@@ -20,25 +20,6 @@ using efficientclip::View;
 
 namespace {
 
-constexpr int kAligned = py::detail::npy_api::NPY_ARRAY_ALIGNED_;
-
-std::string described(const py::array& array) {
-    return std::to_string(array.ndim()) + "-D " + py::str(array.dtype()).cast<std::string>() +
-           ((array.flags() & py::array::c_style) != 0 ? "" : ", not contiguous") +
-           ((array.flags() & kAligned) != 0 ? "" : ", not aligned");
-}
-
-template <class T>
-View<T> view(const py::array& array, const char* name) {
-    constexpr int kPlain = py::array::c_style | kAligned;
-    if (!py::isinstance<py::array_t<T>>(array) || array.ndim() != 1 || (array.flags() & kPlain) != kPlain) {
-        const std::string dtype = py::str(py::dtype::of<T>()).cast<std::string>();
-        throw py::type_error(std::string(name) + " must be a contiguous 1-D " + dtype + " array, not " +
-                             described(array) + ": np.require(" + name + ", np." + dtype + ", \"CA\") makes one");
-    }
-    return {static_cast<const T*>(array.data()), array.size()};
-}
-
 template <class T>
 py::array_t<T> owning_array(std::vector<T>&& values) {
     auto owner = std::make_unique<std::vector<T>>(std::move(values));

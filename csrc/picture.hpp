@@ -4,18 +4,21 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 
 namespace efficientclip {
 
 // Why a picture cannot be used; the causes are few, so that they can be counted.
 struct BadPicture {
-    const char* cause;
+    std::string cause;
 };
 
 constexpr const char* kTooLarge = "image too large";
 
 // Larger pictures are refused: a few kilobytes can claim gigabytes of pixels.
-constexpr std::int64_t kMaxPixels = 100'000'000;  // as in engine/data/pictures.py
+constexpr std::int64_t kMaxPixels = 100'000'000;
+// A picture of kMaxPixels that needs more bytes than this is none.
+constexpr std::int64_t kLargestPicture = 512 * 1024 * 1024;
 
 struct PictureInfo {
     int width, height;  // as stored, before `orientation` is applied

@@ -1,14 +1,11 @@
 #include "tar.hpp"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 namespace efficientclip {
@@ -124,22 +121,18 @@ std::string lowered(std::string_view text) {
 }
 
 bool names_image(const std::string& suffix) {
-    return suffix == "jpg" || suffix == "jpeg" || suffix == "png" || suffix == "webp";
+    return std::find(std::begin(kImageSuffixes), std::end(kImageSuffixes), suffix) != std::end(kImageSuffixes);
 }
 
 }  // namespace
 
-ShardFile::ShardFile(std::string path) : path_(std::move(path)), descriptor_(open(path_.c_str(), O_RDONLY | O_CLOEXEC)) {
-    struct stat status {};
-    if (descriptor_ < 0 || fstat(descriptor_, &status) != 0) {
-        const std::string cause = std::strerror(errno);
-        if (descriptor_ >= 0) close(descriptor_);
-        throw ShardError("shard " + path_ + ": " + cause + "; put it back, or leave it out of `shards`");
+ShardFile::ShardFile(std::string path) : path_(std::move(path)) {
+    try {
+        file_.emplace(path_);
+    } catch (const std::system_error& error) {
+        throw ShardError("shard " + path_ + ": " + error.code().message() + "; put it back, or leave it out of `shards`");
     }
-    size_ = status.st_size;
 }
-
-ShardFile::~ShardFile() { close(descriptor_); }
 
 void ShardFile::fail(const std::string& cause, std::int64_t offset) const {
     throw ShardError("shard " + path_ + ": not a whole tar file (" + cause + " at byte " + std::to_string(offset) +
@@ -147,17 +140,11 @@ void ShardFile::fail(const std::string& cause, std::int64_t offset) const {
 }
 
 std::size_t ShardFile::read_at(std::int64_t offset, char* out, std::size_t wanted) const {
-    std::size_t done = 0;
-    while (done < wanted) {
-        const ssize_t count = pread(descriptor_, out + done, wanted - done, offset + static_cast<std::int64_t>(done));
-        if (count == 0) break;
-        if (count > 0) {
-            done += static_cast<std::size_t>(count);
-        } else if (errno != EINTR) {
-            throw ShardError("shard " + path_ + ": " + std::strerror(errno) + "; copy or download it again");
-        }
+    try {
+        return file_->read(offset, out, wanted);
+    } catch (const std::system_error& error) {
+        throw ShardError("shard " + path_ + ": " + error.code().message() + "; copy or download it again");
     }
-    return done;
 }
 
 void ShardFile::read(Extent extent, char* out) {
@@ -172,7 +159,7 @@ void ShardFile::read(Extent extent, char* out) {
             size -= count;
         } else if (size >= static_cast<std::int64_t>(kBlock)) {
             if (read_at(offset, out, static_cast<std::size_t>(size)) < static_cast<std::size_t>(size)) {
-                fail("it ends early", size_);
+                fail("it ends early", this->size());
             }
             return;
         } else {
@@ -180,7 +167,7 @@ void ShardFile::read(Extent extent, char* out) {
             block_size_ = 0;
             block_offset_ = offset;
             block_size_ = read_at(offset, block_.data(), kBlock);
-            if (block_size_ == 0) fail("it ends early", size_);
+            if (block_size_ == 0) fail("it ends early", this->size());
         }
     }
 }

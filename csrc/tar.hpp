@@ -3,11 +3,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "file.hpp"
 
 namespace efficientclip {
 
@@ -16,34 +17,15 @@ struct ShardError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// Where a file's bytes lie in a tar.
-struct Extent {
-    std::int64_t offset = 0;
-    std::int64_t size = 0;
-};
-
-// Bytes that are not zeroed first, as a string's are.
-struct Blob {
-    std::unique_ptr<char[]> data;
-    std::size_t size = 0;
-
-    Blob() = default;
-    explicit Blob(std::int64_t bytes)
-        : data(new char[static_cast<std::size_t>(bytes)]), size(static_cast<std::size_t>(bytes)) {}
-};
-
-// A file opened for reading at any place. The first bytes of a span are served from a block that is kept, because a
-// tar's headers and small members lie together.
+// A tar opened for reading at any place. The first bytes of a span are served from a block that is kept, because headers
+// and small members lie together.
 class ShardFile {
   public:
     // Throws ShardError if it cannot be opened.
     explicit ShardFile(std::string path);
-    ~ShardFile();
-    ShardFile(const ShardFile&) = delete;
-    ShardFile& operator=(const ShardFile&) = delete;
 
     const std::string& path() const { return path_; }
-    std::int64_t size() const { return size_; }
+    std::int64_t size() const { return file_->size(); }
 
     // Throws ShardError if the file ends before the extent does, or cannot be read.
     void read(Extent extent, char* out);
@@ -56,8 +38,7 @@ class ShardFile {
     std::size_t read_at(std::int64_t offset, char* out, std::size_t wanted) const;
 
     std::string path_;
-    int descriptor_;
-    std::int64_t size_;
+    std::optional<File> file_;
     std::vector<char> block_;
     std::int64_t block_offset_ = 0;
     std::size_t block_size_ = 0;
@@ -87,6 +68,9 @@ struct TarSample {
     std::int64_t ordinal = 0;  // its place among the shard's samples
     std::optional<Extent> image, text, json;
 };
+
+// What a picture's file may be called.
+constexpr const char* kImageSuffixes[] = {"jpg", "jpeg", "png", "webp"};
 
 // A tar's samples in order: the runs of members that share a name up to the first dot of the last part.
 class SampleReader {

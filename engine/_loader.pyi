@@ -46,6 +46,21 @@ def linked_pairs(
     ValueError if it is no longer than `columns`; longer ones are searched, not read through.
     """
 
+IMAGE_SUFFIXES: list[str]
+"""What a picture's file may be called, in lower case and without the dot."""
+
+def read_captions(txt: bytes | None, json: bytes | None) -> tuple[list[str], list[bool | None], str, list[str]]:
+    """What a tar's sample with these members says: captions, whether each is wrong, source, English captions.
+
+    ValueError with the cause where it has no captions that can be used.
+    """
+
+def read_picture(path: bytes, offset: int, size: int, base64: bool) -> bytes:
+    """The encoded picture that lies there, or whose base64 does; size -1: the whole file. ValueError with the cause."""
+
+def decode_square(encoded: bytes, size: int) -> NDArray[np.uint8]:
+    """RGB [size, size, 3], the middle of the picture after its short side is resized. ValueError with the cause."""
+
 class ShardError(Exception):
     """A shard that cannot be opened or is no whole tar: which, where it breaks, and the remedy."""
 
@@ -58,7 +73,8 @@ class ImageLoader:
     def __init__(
         self,
         *,
-        shards: list[str],
+        shards: list[bytes],
+        listings: list[dict[str, Any] | None],
         batch_size: int,
         size: int,
         train: bool,
@@ -82,7 +98,10 @@ class ImageLoader:
         drop_last: bool,
         consumed: int,
     ) -> None:
-        """`consumed` samples of the order or share, good or bad, are passed over; `dtype` is a name of torch's."""
+        """A shard is the tar at that path, unless it has a listing, the columns of `efficientclip.data.listing`.
+
+        `consumed` samples of the order or share, good or bad, are passed over; `dtype` is a name of torch's.
+        """
 
     def supply(self, address: int, owner: object) -> None:
         """Lend the memory at `address` for one more batch [batch_size, 3, size, size]; `owner` keeps it alive."""
@@ -91,15 +110,16 @@ class ImageLoader:
         self,
     ) -> tuple[
         object | None,
-        list[tuple[str, int, int, int, bytes | None, bytes | None, bytes | None]],
+        list[tuple[Any, ...]],
         list[tuple[int, str, str]],
         int,
     ]:
         """The next batch: (owner, samples, bad samples, samples of the order consumed up to here).
 
         Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
-        shard, byte offset and length of its image, .txt, .json, the image's file if kept); a bad one (shard, key,
-        cause). Raises ShardError after all whole samples before a shard's end.
+        shard, its place in it, byte offset and length of its image, then as `read_captions` has it captions, noise,
+        source and English captions, why it has no captions or None, .json, the image's file if kept); a bad one (shard,
+        key, cause). Raises ShardError after all whole samples before a shard's end.
         """
 
     def close(self) -> None:

@@ -313,7 +313,9 @@ class Training(Section):
 
 class Data(Section):
     store: Place | None = Field(None, description="pair store made by `efficientclip prepare`")
-    shards: list[Place] = Field(default_factory=list, description="tars of pictures, read by the image start")
+    shards: list[Place] = Field(
+        default_factory=list, description="pictures that an image tower or both towers train on: what `prepare` takes"
+    )
     validation: dict[Name, Place] = Field(default_factory=dict, description="name: labelled store or tar")
     tokenizer: Name | None = Field(None, description="hub id, folder, or a BERT vocab.txt")
     max_text_tokens: int = Field(

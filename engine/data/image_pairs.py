@@ -1,4 +1,4 @@
-"""Images and captions that both train, from tar shards: tokens are made as batches come, no store is needed."""
+"""Images and captions that both train, from any source of them: tokens are made as batches come, no store is needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .images import ImageBatch, ImageLoader
 from .pairs import PairSource
 from .pictures import standardise
 from .pixels import augment
-from .shards import list_shards
+from .sources import Source
 from .store import Texts, edges
 
 T = TypeVar("T")
@@ -29,9 +29,9 @@ Share = tuple[int, int, int, int]
 
 
 class ImagePairs(PairSource):
-    """Captioned images of `shards`. It has no rows: nothing is known of a pair before it is read."""
+    """Captioned images of `sources`. It has no rows: nothing is known of a pair before it is read."""
 
-    def __init__(self, shards: Sequence[Path], tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, sources: Sequence[Source], tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
         nothing = np.empty(0, np.int32)
         super().__init__(
             trained_ids=nothing,
@@ -39,9 +39,9 @@ class ImagePairs(PairSource):
             features=np.empty((0, 1), np.float16),
             edges=edges(nothing, nothing, 0),
         )
-        if not shards:
-            raise UserError("data.shards: not set; training.tower=both reads images and captions from tars")
-        self.shards, self.tower, self.tokenizer = shards, tower, tokenizer
+        if not sources:
+            raise UserError("data.shards: not set; training.tower=both reads images and captions from there")
+        self.sources, self.tower, self.tokenizer = sources, tower, tokenizer
 
     def batches(self, config: Config, rank: int, world_size: int) -> BatchLoader:
         return ImagePairLoader(self, config, rank, world_size)
@@ -66,7 +66,6 @@ class ImagePairLoader:
         # The source has no rows, so none can be left out.
         self.kept = np.empty(0, np.bool_)
         self.m = config.training.batch_size // world_size
-        self.shards = [tar for path in source.shards for tar in list_shards(path)]
         self.orders = world_size
         self._images: list[ImageLoader] = []
         self._ahead: list[ImageBatch] = []
@@ -145,7 +144,7 @@ class ImagePairLoader:
         self._ahead, self._over = [], False
         self._images = [
             ImageLoader(
-                self.shards,
+                self.source.sources,
                 batch_size=pairs,
                 size=self.source.tower.size,
                 # Cuts are made by `augment`, which also turns and colours.
@@ -211,7 +210,7 @@ class ImagePairLoader:
 
 
 class HeldOutImages:
-    """All images of a tar or a folder of them, uint8 [n, S, S, 3], and their distinct captions, for validation."""
+    """All images of a source, uint8 [n, S, S, 3], and their distinct captions, for validation."""
 
     def __init__(self, path: Path, tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
         loader = ImageLoader(path, batch_size=256, size=tower.size, train=False, dtype=torch.uint8, channels_last=True)

@@ -1,4 +1,4 @@
-"""Images of webdataset and img2dataset shards as batches for a tower: read, decoded and resized by C++ threads."""
+"""Images of any source as batches for a tower: read, decoded and resized by C++ threads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import os
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ import torch
 
 from .. import _loader
 from ..errors import UserError
-from .shards import BadSample, caption_entries, list_shards, read_record
+from .shards import BadSample
+from .sources import Source, open_source
 from .threaded import ThreadedLoader
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -27,43 +27,34 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
 
 
+NO_CAPTION = "image without caption"
+
+
 @dataclass(frozen=True)
 class ImageBatch:
-    """Images of one batch and what the shards say of them; entry i of each list belongs to image i."""
+    """Images of one batch and what their source says of them; entry i of each list belongs to image i."""
 
     images: torch.Tensor  # [images, 3, size, size]; the loader's memory, which returns to it when the last view dies
     keys: list[str]
-    shards: list[str]
-    offsets: list[int]  # of the encoded image in its shard, in bytes
+    shards: list[str]  # names of the tar or table
+    files: list[str]  # paths of the files that hold the encoded images
+    offsets: list[int]  # of the encoded image in its file, in bytes
     lengths: list[int]
-    texts: list[bytes | None]  # the .txt members
+    captions: list[list[str]]  # at least one each; none where `captions=False` let an image without pass
+    noise: list[list[bool | None]]  # of each caption: whether it is wrong, where the source tells
+    text_ids: list[list[str]]  # of each caption, none where the source has none
+    sources: list[str]  # the .json members' "source", empty without one
+    captions_en: list[list[str]]  # and their "captions_en"
+    uncaptioned: list[str | None]  # why an image has no captions
     json: list[bytes | None]  # the .json members
     encoded: list[bytes | None]  # with `keep_encoded`
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    @cached_property
-    def records(self) -> list[dict[str, Any] | None]:
-        """What the .json members hold, empty without one; None where `captions=False` let a broken one pass."""
-        return [_or_none(read_record, member) for member in self.json]
-
-    @cached_property
-    def captions(self) -> list[list[str]]:
-        """All captions of each image, at least one; none where `captions=False` let an image without pass."""
-        return [[str(entry["text"]).strip() for entry in entries] for entries in self.entries]
-
-    @cached_property
-    def entries(self) -> list[list[dict[str, Any]]]:
-        """The captions as they are written, each under "text", with what stands beside it."""
-        return [
-            [] if record is None else _or_none(caption_entries, text, record) or []
-            for text, record in zip(self.texts, self.records, strict=True)
-        ]
-
 
 class ImageLoader(ThreadedLoader):
-    """Batches of images from tar shards, cut, resized and normalised as CLIP is trained, by C++ threads.
+    """Batches of images from any source, cut, resized and normalised as CLIP is trained, by C++ threads.
 
         with ImageLoader("shards/", batch_size=256, seed=1) as loader:
             for epoch in range(10):
@@ -74,14 +65,15 @@ class ImageLoader(ThreadedLoader):
     `epoch` starts that one. A batch counts as consumed when it is handed out: `state()` is the position behind it,
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
-    shards: a tar, a folder of tars, or a list of tars. A sample is a run of members with one name up to the first dot:
-        an image (JPEG, PNG or WebP) with captions in .txt or .json.
+    source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
+        name up to the first dot: an image (JPEG, PNG or WebP) with captions in .txt or .json. Of the others, each
+        4,096 images in the order of the source count as a shard.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
         by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
         shards' own order.
     threads: decoding threads, by default one for each core this process may use. Batches are the same for any number.
-    seed, epoch, rank, world_size: the order depends on these and on the shards alone. Ranks share all samples out
+    seed, epoch, rank, world_size: the order depends on these and on the source alone. Ranks share all samples out
         between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
         different numbers of batches.
     shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after the
@@ -105,7 +97,7 @@ class ImageLoader(ThreadedLoader):
 
     def __init__(
         self,
-        shards: str | Path | Sequence[str | Path],
+        source: str | Path | Source | Sequence[str | Path | Source],
         *,
         batch_size: int,
         size: int = 224,
@@ -131,8 +123,9 @@ class ImageLoader(ThreadedLoader):
         prefetch: int = 2,
     ) -> None:
         super().__init__()
-        given = [shards] if isinstance(shards, str | Path) else shards
-        self.shards = [tar for source in given for tar in list_shards(Path(source))]
+        given = [source] if isinstance(source, str | Path | Source) else source
+        opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
+        self._parts = [part for one in opened for part in one.parts]
         _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
         _check(1 <= size <= 4096, f"size: {size}; give 1 to 4096 pixels")
         _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
@@ -151,8 +144,10 @@ class ImageLoader(ThreadedLoader):
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
         self.bad_samples: list[BadSample] = []
+        listings = [part.listing for part in self._parts]
         self._settings: dict[str, Any] = {
-            "shards": [str(shard) for shard in self.shards],
+            "shards": [os.fsencode(part.path) for part in self._parts],
+            "listings": [None if listing is None else listing.columns() for listing in listings],
             "batch_size": batch_size,
             "size": size,
             "train": train,
@@ -174,7 +169,8 @@ class ImageLoader(ThreadedLoader):
             "keep_encoded": keep_encoded,
             "drop_last": drop_last,
         }
-        order = [[shard.name for shard in self.shards], train, shuffle_buffer if train else 0, *shares]
+        names = [part.path.name if part.listing is None else [part.path.name, part.pictures] for part in self._parts]
+        order = [names, train, shuffle_buffer if train else 0, *shares]
         self._identity = {
             "shards": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
             "seed": seed,
@@ -231,7 +227,7 @@ class ImageLoader(ThreadedLoader):
             if images is not None:
                 self._lend()
                 batch = self._batch(images, records)
-            self.bad_samples += [BadSample(self.shards[shard].name, key, cause) for shard, key, cause in bad]
+            self.bad_samples += [BadSample(self._parts[shard].path.name, key, cause) for shard, key, cause in bad]
             self._consumed = consumed
         except _loader.ShardError as error:
             self._stop()
@@ -283,24 +279,26 @@ class ImageLoader(ThreadedLoader):
         self._threads.supply(memory.data_ptr(), images)
 
     def _batch(self, images: torch.Tensor, records: list[tuple[Any, ...]]) -> ImageBatch:
-        keys, shards, offsets, lengths, texts, jsons, encoded = (list(column) for column in zip(*records, strict=True))
+        (
+            keys, shards, places, offsets, lengths, captions, noise, sources, captions_en, uncaptioned, jsons, encoded
+        ) = (list(column) for column in zip(*records, strict=True))  # fmt: skip
+        parts = [self._parts[shard] for shard in shards]
         return ImageBatch(
             images=images[: len(records)],
             keys=keys,
-            shards=[self.shards[shard].name for shard in shards],
+            shards=[part.path.name for part in parts],
+            files=[part.file_of(place) for part, place in zip(parts, places, strict=True)],
             offsets=offsets,
             lengths=lengths,
-            texts=texts,
+            captions=captions,
+            noise=noise,
+            text_ids=[part.text_ids_of(place) for part, place in zip(parts, places, strict=True)],
+            sources=sources,
+            captions_en=captions_en,
+            uncaptioned=uncaptioned,
             json=jsons,
             encoded=encoded,
         )
-
-
-def _or_none(read: Callable[..., Any], *given: Any) -> Any:
-    try:
-        return read(*given)
-    except ValueError:
-        return None
 
 
 def _check(held: bool, message: str) -> None:

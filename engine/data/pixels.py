@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from .. import config as settings
 from ..errors import UserError
 from .batches import IntArray
+from .images import ImageLoader
 from .pairs import PairSource
-from .pictures import decode_square, standardise
-from .shards import Sample, list_shards, read_shard
+from .pictures import standardise
+from .sources import Source
 from .store import edges
 
 
@@ -31,21 +31,26 @@ class Pictures:
     captions: list[list[str]]
 
 
-def load_pictures(sources: Sequence[Path], size: int) -> Pictures:
-    """All pictures of the shards that carry `captions_en`."""
-    pixels, keys, captions = [], [], []
-    for shard in [tar for source in sources for tar in list_shards(source)]:
-        for sample in read_shard(shard):
-            if isinstance(sample, Sample) and sample.captions_en:
-                try:
-                    pixels.append(torch.from_numpy(decode_square(sample.image, size).copy()))
-                except (OSError, ValueError) as error:
-                    raise UserError(f"shard {shard}: picture {sample.key} cannot be decoded ({error})") from error
-                keys.append(sample.key)
-                captions.append(sample.captions_en)
-    if not pixels:
-        raise UserError(f"data.shards: no picture with `captions_en` in {', '.join(map(str, sources)) or 'no shard'}")
-    return Pictures(torch.stack(pixels), keys, captions)
+def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
+    """All pictures of the sources that carry `captions_en`, which tars' .json members do."""
+    pixels: list[torch.Tensor] = []
+    keys: list[str] = []
+    captions: list[list[str]] = []
+    with ImageLoader(
+        sources, batch_size=256, size=size, train=False, dtype=torch.uint8, channels_last=True, captions=False
+    ) as loader:
+        for batch in loader:
+            chosen = [at for at, english in enumerate(batch.captions_en) if english]
+            pixels.append(batch.images.permute(0, 2, 3, 1)[chosen])
+            keys += [batch.keys[at] for at in chosen]
+            captions += [batch.captions_en[at] for at in chosen]
+        if loader.bad_samples:
+            bad = loader.bad_samples[0]
+            raise UserError(f"shard {bad.shard}, {bad.key}: {bad.cause}; mend the sample or take it out")
+    if not keys:
+        paths = ", ".join(str(source.path) for source in sources) or "no shard"
+        raise UserError(f"data.shards: no picture with `captions_en` in {paths}")
+    return Pictures(torch.cat(pixels), keys, captions)
 
 
 class PicturePairs(PairSource):

@@ -1,64 +1,30 @@
-"""Shards: webdataset and img2dataset tars, read sequentially into samples; bad samples are named, not raised."""
+"""Shards: webdataset and img2dataset tars, and the pictures in them that a store points to."""
 
 from __future__ import annotations
 
-import base64
-import json
+import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from .. import _loader
 from ..errors import UserError
 
-IMAGE_SUFFIXES = {"png", "jpg", "jpeg", "webp"}
+IMAGE_SUFFIXES = frozenset(_loader.IMAGE_SUFFIXES)
+# How the causes begin that tell of a picture's file, and not of the picture.
+UNREADABLE = "picture file: "
 # Content and its first byte in the tar, by suffix.
 Members = dict[str, tuple[bytes, int]]
-# Old data sets' base64 is of the alphabet for URLs.
-PLAIN_BASE64 = bytes.maketrans(b"-_", b"+/")
-
-
-@dataclass
-class Sample:
-    """One picture with its captions; it lies at `offset` of `shard`, `length` bytes long, in a .tsv as base64.
-
-    `text_ids`, as long as `captions` or empty, tell equal captions apart where the source has ids for them.
-    """
-
-    key: str
-    image: bytes
-    shard: Path
-    offset: int
-    length: int
-    captions: list[str]
-    captions_en: list[str] = field(default_factory=list)
-    noise: list[bool | None] = field(default_factory=list)
-    source: str = ""
-    text_ids: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class BadSample:
+    """One that cannot be used: the name of its tar or table, its key there, and why."""
+
     shard: str
     key: str
     cause: str
-
-
-def list_shards(source: Path) -> list[Path]:
-    """The tars of `source` (one tar, or a folder of them), sorted by name."""
-    if not source.exists():
-        raise UserError(f"source {source}: no such file or folder; give a .tar or a folder of .tar files")
-    shards = [source] if source.is_file() else sorted(source.glob("*.tar"))
-    if not shards:
-        raise UserError(f"source {source}: holds no .tar file; give a folder of webdataset or img2dataset shards")
-    return shards
-
-
-def read_shard(shard: Path) -> Iterator[Sample | BadSample]:
-    """Samples of one tar in order."""
-    for key, members in read_members(shard):
-        yield _sample(shard, key, members)
 
 
 def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
@@ -87,76 +53,15 @@ def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
 
 
 def read_picture(shard: Path, offset: int, length: int) -> bytes:
-    """The encoded picture that a store row points to."""
+    """The encoded picture that a store row points to; in a .tsv it stands as base64."""
     try:
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return decoded(shard, file.read(length))
-    except OSError as error:
-        raise UserError(
-            f"shard {shard}: {error.strerror}; the store points to it, put it back or prepare anew"
-        ) from error
+        return _loader.read_picture(os.fsencode(shard), offset, length, base64=shard.suffix == ".tsv")
     except ValueError as error:
+        cause = str(error)
+        if cause.startswith(UNREADABLE):
+            raise UserError(
+                f"shard {shard}: {cause.removeprefix(UNREADABLE)}; the store points to it, put it back or prepare anew"
+            ) from error
         raise UserError(
-            f"shard {shard}: no picture at byte {offset} ({error}); the shard changed, prepare the store anew"
+            f"shard {shard}: no picture at byte {offset} ({cause}); the shard changed, prepare the store anew"
         ) from error
-
-
-def decoded(shard: Path, stored: bytes) -> bytes:
-    """The picture's file that `stored` bytes of `shard` stand for. ValueError where a .tsv holds no base64."""
-    return base64.b64decode(stored.translate(PLAIN_BASE64), validate=True) if shard.suffix == ".tsv" else stored
-
-
-def _sample(shard: Path, key: str, members: Members) -> Sample | BadSample:
-    suffix = next((name for name in members if name in IMAGE_SUFFIXES), None)
-    if suffix is None:
-        return BadSample(shard.name, key, "caption without image")
-    image, offset = members[suffix]
-    try:
-        record = read_record(members["json"][0] if "json" in members else None)
-        entries = caption_entries(members["txt"][0] if "txt" in members else None, record)
-    except UnicodeDecodeError:
-        return BadSample(shard.name, key, "caption is not UTF-8")
-    except ValueError:
-        return BadSample(shard.name, key, "json is malformed")
-    if not entries:
-        return BadSample(shard.name, key, "image without caption")
-    captions = [str(entry["text"]).strip() for entry in entries]
-    if not all(captions):
-        return BadSample(shard.name, key, "empty caption")
-    return Sample(
-        key=key,
-        image=image,
-        shard=shard,
-        offset=offset,
-        length=len(image),
-        captions=captions,
-        captions_en=[str(caption) for caption in record.get("captions_en", [])],
-        noise=[entry.get("noise") for entry in entries],
-        source=str(record.get("source", "")),
-    )
-
-
-def read_record(encoded: bytes | None) -> dict[str, Any]:
-    """A .json member; empty if there is none. ValueError if it holds no object, UnicodeDecodeError if no text."""
-    if encoded is None:
-        return {}
-    try:
-        record = json.loads(encoded)
-    except RecursionError as error:
-        raise ValueError("json is nested too deep") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"json holds {type(record).__name__}, not an object")
-    return record
-
-
-def caption_entries(encoded: bytes | None, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Captions of a sample with this .txt and this record, each under "text"; csrc/captions.cpp has the same rule."""
-    text = None if encoded is None else encoded.decode("utf-8").strip()
-    captions = record.get("captions")
-    if isinstance(captions, list):
-        return [entry if isinstance(entry, dict) and "text" in entry else {"text": entry} for entry in captions]
-    if text is not None:
-        return [{"text": text}]
-    caption = record.get("caption")
-    return [] if caption is None else [{"text": caption}]

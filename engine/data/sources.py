@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from ..errors import UserError, reading
-from .shards import IMAGE_SUFFIXES, BadSample, Sample, decoded, list_shards, read_shard
+from .listing import Listing, Strings, ends_of
+from .shards import IMAGE_SUFFIXES
 
 PART = 4096
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
@@ -33,7 +35,7 @@ BASE64_WORD = re.compile(r"[A-Za-z0-9+/_=-]{200,}")
 
 @dataclass(frozen=True)
 class Source:
-    """Samples in the order of the source, anew in each iteration, whole or part by part.
+    """Pictures with captions, to be read by `ImageLoader`: the tars `files`, or else what `listing` names.
 
     A picture without captions stands in it only to be mistaken for another. `files` are those whose change makes it
     another source; `pictures` is their number, None where only reading tells.
@@ -41,11 +43,27 @@ class Source:
 
     path: Path
     files: Sequence[Path]
-    parts: Sequence[Callable[[], Iterator[Sample | BadSample]]]
-    pictures: int | None
+    listing: Listing | None = None
 
-    def __iter__(self) -> Iterator[Sample | BadSample]:
-        return chain.from_iterable(part() for part in self.parts)
+    @property
+    def pictures(self) -> int | None:
+        return None if self.listing is None else len(self.listing)
+
+    @property
+    def parts(self) -> list[Source]:
+        """The source in pieces, in order: a tar each, or PART pictures."""
+        if self.listing is None:
+            return [Source(tar, [tar]) for tar in self.files]
+        starts = range(0, len(self.listing), PART)
+        return [Source(self.path, self.files, self.listing.part(start, start + PART)) for start in starts]
+
+    def file_of(self, picture: int) -> str:
+        """The path of the file in which a picture of this part lies."""
+        return str(self.path) if self.listing is None else os.fsdecode(self.listing.file_of(picture))
+
+    def text_ids_of(self, picture: int) -> list[str]:
+        """The ids of a picture's captions; none where the source has none."""
+        return [] if self.listing is None else self.listing.text_ids_of(picture)
 
 
 @dataclass
@@ -78,8 +96,7 @@ def open_source(path: Path, images: Path | None = None) -> Source:
     in_itself = is_tars(path) or path.name.endswith((IMAGES, TEXTS))
     check_folder(images, path, unused=in_itself)
     if is_tars(path):
-        tars = list_shards(path)
-        return Source(path, tars, [partial(read_shard, tar) for tar in tars], None)
+        return Source(path, [path] if path.is_file() else sorted(path.glob("*.tar")))
     if path.name.endswith((IMAGES, TEXTS)):
         return _base64_source(path.with_name(path.name.removesuffix(TEXTS).removesuffix(IMAGES)))
     if path.suffix == ".json":
@@ -238,7 +255,7 @@ def _base64_source(stem: Path) -> Source:
                 raise UserError(f"{place}: image_ids names {image}, which {images} lacks; the files do not match")
             entries[image].captions.append(record["text"].strip())
             entries[image].text_ids.append(text_id)
-    return _source(images, [images, texts], entries.values())
+    return _source(images, [images, texts], entries.values(), base64=True)
 
 
 def _json_entries(file: Path, images: Path | None) -> Iterable[_Entry]:
@@ -321,33 +338,22 @@ def _record(record: Any, place: str, **fields: type | tuple[type, ...]) -> dict[
     return record
 
 
-def _source(path: Path, files: list[Path], entries: Iterable[_Entry]) -> Source:
+def _source(path: Path, files: list[Path], entries: Iterable[_Entry], *, base64: bool = False) -> Source:
     listed = list(entries)
     if not listed:
         raise UserError(f"source {path}: no picture in it")
-    parts = [partial(_samples, path.name, listed[start : start + PART]) for start in range(0, len(listed), PART)]
-    return Source(path, files, parts, len(listed))
-
-
-def _samples(name: str, entries: list[_Entry]) -> Iterator[Sample | BadSample]:
-    for entry in entries:
-        try:
-            with entry.file.open("rb") as file:
-                file.seek(entry.offset)
-                stored = file.read(entry.length)
-            image = decoded(entry.file, stored)
-        except OSError as error:
-            yield BadSample(name, entry.key, f"picture file: {error.strerror}")
-        except ValueError:
-            yield BadSample(name, entry.key, "picture is not base64")
-        else:
-            yield Sample(
-                key=entry.key,
-                image=image,
-                shard=entry.file,
-                offset=entry.offset,
-                length=len(stored),
-                captions=entry.captions,
-                noise=[None] * len(entry.captions),
-                text_ids=entry.text_ids,
-            )
+    number_of: dict[Path, int] = {}
+    file = np.array([number_of.setdefault(entry.file, len(number_of)) for entry in listed], np.int32)
+    text_ids = [text_id.encode("utf-8", "surrogatepass") for entry in listed for text_id in entry.text_ids]
+    listing = Listing(
+        files=Strings.of(map(os.fsencode, number_of)),
+        file=file,
+        offset=np.array([entry.offset for entry in listed], np.int64),
+        length=np.array([entry.length for entry in listed], np.int64),
+        base64=base64,
+        keys=Strings.of(entry.key.encode("utf-8", "surrogatepass") for entry in listed),
+        captions=Strings.of(caption.encode("utf-8", "surrogatepass") for entry in listed for caption in entry.captions),
+        caption_ends=ends_of(len(entry.captions) for entry in listed),
+        text_ids=Strings.of(text_ids) if text_ids else None,
+    )
+    return Source(path, files, listing)

@@ -56,20 +56,23 @@ def measure(run: Run, store: Store) -> dict[str, Any]:
 
 def _measure_source(run: Run, source: Source) -> dict[str, Any]:
     texts: dict[str, tuple[int, str]] = {}
-    text_ids, image_ids, rows = [], [], []
-    for image, (sample, feature_D) in enumerate(run.encode_source(source)):
-        rows.append(feature_D)
-        for name, caption in zip(sample.text_ids or sample.captions, sample.captions, strict=True):
-            text_ids.append(texts.setdefault(name, (len(texts), caption))[0])
-            image_ids.append(image)
+    text_ids, image_ids, features = [], [], []
+    images = 0
+    for batch, features_MD in run.encode_source(source):
+        features.append(features_MD)
+        for image, (captions, ids) in enumerate(zip(batch.captions, batch.text_ids, strict=True), images):
+            for name, caption in zip(ids or captions, captions, strict=True):
+                text_ids.append(texts.setdefault(name, (len(texts), caption))[0])
+                image_ids.append(image)
+        images += len(batch)
     if not texts:
         raise UserError(f"source {source.path}: no picture has a caption; give labelled data")
     text_E, image_E = np.array(text_ids, np.int64), np.array(image_ids, np.int64)
     return retrieval_report(
         run.encode_texts([caption for _, caption in texts.values()], progress=True),
-        np.stack(rows),
+        np.concatenate(features),
         edges(text_E, image_E, len(texts)),
-        edges(image_E, text_E, len(rows)),
+        edges(image_E, text_E, images),
     )
 
 

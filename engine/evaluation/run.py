@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
-from ..data.shards import BadSample, Sample
+from ..data.images import NO_CAPTION, ImageBatch, ImageLoader
 from ..data.sources import Source
 from ..data.store import Store, Texts, TextStore
 from ..data.tokenizer import fingerprint, load_tokenizer
@@ -35,6 +35,7 @@ from ..stopping import scratch
 from ..training.run_folder import RESTORE, run_config, run_identity
 
 TEXTS_AT_ONCE = 4096
+PICTURES_AT_ONCE = 256
 
 
 @dataclass
@@ -87,17 +88,40 @@ class Run:
                 bar.update(len(features[-1]))
         return np.concatenate(features)
 
-    def encode_source(self, source: Source) -> Iterator[tuple[Sample, npt.NDArray[np.float32]]]:
-        """Each sample with the L2-normalised feature float32 [D] of its picture, under a bar with the rate.
+    def encode_source(self, source: Source) -> Iterator[tuple[ImageBatch, npt.NDArray[np.float32]]]:
+        """Batches of pictures, each with L2-normalised features float32 [pictures, D], under a bar with the rate.
 
-        UserError at the first sample that is bad: a result over part of a data set would pass for one over all of it.
+        A picture without captions passes. UserError at the first sample that is bad: a result over part of a data set
+        would pass for one over all of it.
         """
-        with tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
-            for found in self.frozen.encode_samples(source):
-                if isinstance(found, BadSample):
-                    raise UserError(f"source {source.path}, {found.key}: {found.cause}; mend the sample or take it out")
-                yield found
-                bar.update()
+        tower = self.frozen.tower
+        loader = ImageLoader(
+            source,
+            batch_size=PICTURES_AT_ONCE,
+            size=tower.size,
+            train=False,
+            mean=tower.mean,
+            std=tower.std,
+            captions=False,
+        )
+        with loader, tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
+            for batch in loader:
+                _require_good(source, loader, batch)
+                yield batch, self.frozen.encode_pixels(batch.images)
+                bar.update(len(batch))
+            _require_good(source, loader)
+
+
+def _require_good(source: Source, loader: ImageLoader, batch: ImageBatch | None = None) -> None:
+    wrong = [(sample.key, sample.cause) for sample in loader.bad_samples]
+    if batch is not None:
+        wrong += [
+            (key, cause)
+            for key, cause in zip(batch.keys, batch.uncaptioned, strict=True)
+            if cause is not None and cause != NO_CAPTION
+        ]
+    if wrong:
+        raise UserError(f"source {source.path}, {wrong[0][0]}: {wrong[0][1]}; mend the sample or take it out")
 
 
 def open_run(folder: Path, store: Path | None = None) -> Run:

@@ -98,7 +98,7 @@ def square_picture(pair: dict[str, Any], size: int) -> npt.NDArray[np.uint8]:
     encoded = read_picture(Path(pair["shard"]), pair["offset"], pair["length"])
     try:
         return decode_square(encoded, size)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(
             f"shard {pair['shard']}: no picture at byte {pair['offset']} ({error}); the shard changed,"
             " prepare the store anew"

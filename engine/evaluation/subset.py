@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from ..data.shards import Members, caption_entries, read_members, read_record
+from .. import _loader
+from ..data.shards import Members, read_members
 from ..data.store import Store
 from ..errors import UserError, reading
 from ..files import digests
@@ -211,17 +212,17 @@ def _by_shard(audit: Audit, start: int) -> Iterator[KeptPairs]:
 def _without_dropped(members: Members, captions: set[str]) -> dict[str, bytes]:
     """The members of a sample with `captions` alone; where one caption stands for all, a kept one takes its place."""
     left = {suffix: content for suffix, (content, _) in members.items()}
-    record = read_record(left.get("json"))
-    if not isinstance(record.get("captions"), list):
+    record = json.loads(left.get("json", b"{}"))
+    field = "caption" if record.get("captions") is None and "txt" not in left else "captions"
+    if not isinstance(record.get(field), list):
         # Its only caption, or it would not be here.
         return left
-    entries = caption_entries(None, record)
-    keeps = [str(entry["text"]).strip() in captions for entry in entries]
-    record["captions"] = [entry for entry, keep in zip(record["captions"], keeps, strict=True) if keep]
-    first = next(str(entry["text"]).strip() for entry, keep in zip(entries, keeps, strict=True) if keep)
-    if "caption" in record and str(record["caption"]).strip() not in captions:
+    texts, *_ = _loader.read_captions(left.get("txt"), left.get("json"))
+    record[field] = [entry for entry, text in zip(record[field], texts, strict=True) if text in captions]
+    first = next(text for text in texts if text in captions)
+    if field == "captions" and "caption" in record and str(record["caption"]).strip() not in captions:
         record["caption"] = first
-    if "txt" in left and left["txt"].decode().strip() not in captions:
+    if "txt" in left and left["txt"].decode("utf-8-sig", "replace").strip() not in captions:
         left["txt"] = first.encode()
-    left["json"] = json.dumps(record, ensure_ascii=False).encode()
+    left["json"] = json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return left

@@ -45,22 +45,24 @@ def classify(
     """
     named = read_classes(classes)
     opened = open_run(run, store)
-    labels, rows = [], []
-    for sample, feature_D in opened.encode_source(open_labelled(data, images)):
-        if len(set(sample.captions)) != 1:
-            raise UserError(f"source {data}, {sample.key}: has the labels {', '.join(sample.captions)}; leave it one")
-        labels.append(sample.captions[0])
-        rows.append(feature_D)
+    labels, features = [], []
+    for batch, features_MD in opened.encode_source(open_labelled(data, images)):
+        for key, captions in zip(batch.keys, batch.captions, strict=True):
+            if len(set(captions)) != 1:
+                raise UserError(f"source {data}, {key}: has the labels {', '.join(captions)}; leave it one")
+            labels.append(captions[0])
+        features.append(features_MD)
     number = class_numbers(labels, named, classes)
     right_N = np.array([number[label] for label in labels], np.int32)
     names = [name for _, name in named]
-    ranks_N = best_ranks(np.stack(rows), _class_features(opened, names), (np.arange(len(rows) + 1), right_N))
+    image_ND = np.concatenate(features)
+    ranks_N = best_ranks(image_ND, _class_features(opened, names), (np.arange(len(labels) + 1), right_N))
     top1 = {names[k]: ranks_N[right_N == k] <= 1 for k in np.unique(right_N).tolist()}
     return {
         "top1": _percent(ranks_N <= 1),
         "top5": _percent(ranks_N <= 5),
         "mean_per_class": round(float(np.mean([hits.mean() for hits in top1.values()])) * 100, 2),
-        "images": len(rows),
+        "images": len(labels),
         "classes": {name: {"top1": _percent(hits), "images": len(hits)} for name, hits in top1.items()},
         "templates": list(TEMPLATES),
     }

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import islice
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +14,12 @@ import numpy.typing as npt
 import torch
 
 from .. import config as settings
-from ..data.pictures import decode_square, normalise
-from ..data.shards import BadSample, Sample
+from ..data.pictures import normalise
 from ..errors import UserError, reading
 from ..files import digests
 from ..hardware import compute_dtype
 from .efficientclip import build_model
 
-PICTURES_AT_ONCE = 256
 # What a tower is called: its folder and weights, or hub id and revision, then what else tells its features.
 TOWER = re.compile(
     r"(?P<weights>.*@(?P<digest>[0-9a-f]{16})|.*?)(?P<pixels>, pixels [0-9a-f]{8})?(?P<mean> less [0-9a-f]{16})?"
@@ -34,8 +29,7 @@ TOWER = re.compile(
 class FrozenImages:
     """`encode` maps square pictures uint8 [M, S, S, 3] to L2-normalised float32 [M, width].
 
-    `model` is the tower, `description` the Hugging Face config it is built from, `waited_seconds` the time that
-    `encode_samples` waited for pictures.
+    `model` is the tower, `description` the Hugging Face config it is built from.
     """
 
     def __init__(self, config: settings.Config) -> None:
@@ -43,7 +37,6 @@ class FrozenImages:
             raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
         self.tower = config.model.image_tower
         self.name = image_tower_name(self.tower)
-        self.waited_seconds = 0.0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compute = compute_dtype(config.training.precision)
         settings_without_start = config.model.model_copy(update={"start_from": None})
@@ -55,50 +48,12 @@ class FrozenImages:
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         return self.encode_pixels(normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std))
 
-    def encode_samples(
-        self, samples: Iterable[Sample | BadSample]
-    ) -> Iterator[tuple[Sample, npt.NDArray[np.float32]] | BadSample]:
-        """Each sample, in order, with the L2-normalised feature float32 [width] of its picture; bad ones as they are.
-
-        Threads read and decode pictures while the tower is at those before; one that cannot be decoded is bad.
-        """
-        waiting = iter(samples)
-        decode = partial(_decoded, size=self.tower.size)
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor() as decoders:
-
-            def read() -> list[tuple[Sample, npt.NDArray[np.uint8]] | BadSample]:
-                return list(decoders.map(decode, islice(waiting, PICTURES_AT_ONCE)))
-
-            ahead = reader.submit(read)
-            while True:
-                started = time.perf_counter()
-                batch = ahead.result()
-                self.waited_seconds += time.perf_counter() - started
-                if not batch:
-                    return
-                ahead = reader.submit(read)
-                pixels = [found[1] for found in batch if not isinstance(found, BadSample)]
-                rows = iter(self.encode(pixels) if pixels else ())
-                for found in batch:
-                    yield found if isinstance(found, BadSample) else (found[0], next(rows))
-
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
         """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
         with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
             features: npt.NDArray[np.float32] = self.model(pixels.to(self.device, non_blocking=True)).cpu().numpy()
         return features
-
-
-def _decoded(sample: Sample | BadSample, *, size: int) -> tuple[Sample, npt.NDArray[np.uint8]] | BadSample:
-    if isinstance(sample, BadSample):
-        return sample
-    try:
-        return sample, decode_square(sample.image, size)
-    except (OSError, ValueError) as error:
-        # The image loader's words for both.
-        cause = "truncated image" if "truncated" in str(error).lower() else "undecodable image"
-        return BadSample(sample.shard.name, sample.key, cause)
 
 
 def image_tower_name(tower: settings.ImageTower) -> str:

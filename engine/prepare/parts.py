@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
 
-from ..data.shards import BadSample
+from ..data.shards import UNREADABLE, BadSample
 from ..errors import reading
 from ..files.atomic import write_atomically
 from ..files.digests import digest_of
@@ -91,7 +91,7 @@ def kept_part(folder: Path, name: str) -> Path | None:
     """
     for file in folder.glob(f"part-{name}-*.parquet"):
         whole = file.stem.endswith(digest_of(file))
-        if whole and not any(entry["cause"].startswith("picture file") for entry in bad_of(file)):
+        if whole and not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file)):
             return file
     return None
 

@@ -12,8 +12,7 @@ from typing import Any
 from ..config import Config
 from ..data import sources
 from ..data.images import ImageBatch, ImageLoader
-from ..data.shards import BadSample, Sample
-from ..data.sources import is_tars, open_source
+from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..model.frozen import FrozenImages, image_tower_name
 from .parts import Item, Made, digest
@@ -30,83 +29,41 @@ def picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
     # Loaded when the first part is to be made, if one is.
     encoder = cache(lambda: FrozenImages(config))
     opened = open_source(source, images)
-    if is_tars(source):
-        parts = [Part([name, described(tar)], partial(_shard_part, encoder, tar)) for tar in opened.files]
-    else:
-        of = [name, *map(described, opened.files), None if images is None else os.path.realpath(images)]
-        parts = [
-            Part([*of, sources.PART, number], partial(_source_part, encoder, part))
-            for number, part in enumerate(opened.parts)
-        ]
-    return Recipe(opened.files, name, parts, opened.pictures, outside=not is_tars(source))
+    of = [name, *map(described, opened.files), None if images is None else os.path.realpath(images), sources.PART]
+    parts = [
+        Part([name, described(part.path)] if part.listing is None else [*of, number], partial(_made, encoder, part))
+        for number, part in enumerate(opened.parts)
+    ]
+    return Recipe(opened.files, name, parts, opened.pictures, outside=opened.listing is not None)
 
 
-def _shard_part(load: Callable[[], FrozenImages], shard: Path, bar: Any) -> Made:
+def _made(load: Callable[[], FrozenImages], part: Source, bar: Any) -> Made:
     items: list[Item] = []
     encoder = load()
     tower, started = encoder.tower, time.perf_counter()
     with ImageLoader(
-        shard, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
+        part, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
     ) as loader:
         for batch in loader:
             rows = encoder.encode_pixels(batch.images)
-            features = fp16_rows(rows, [f"shard {shard}, sample {key}" for key in batch.keys])
-            items += map(_item, _samples(shard, batch), features)
+            places = [f"picture {key} of {file}" for key, file in zip(batch.keys, batch.files, strict=True)]
+            items += _items(batch, fp16_rows(rows, places))
             bar.update(len(batch))
-            _show_wait(bar, loader.waited_seconds, started)
+            share = loader.waited_seconds / max(time.perf_counter() - started, 1e-9)
+            bar.set_postfix(waited_for_data=f"{share:.0%}", refresh=False)
         return items, loader.bad_samples
 
 
-def _samples(shard: Path, batch: ImageBatch) -> Iterator[Sample]:
-    for at, key in enumerate(batch.keys):
-        yield Sample(
-            key=key,
-            image=batch.encoded[at] or b"",
-            shard=shard,
+def _items(batch: ImageBatch, features: list[bytes]) -> Iterator[Item]:
+    for at, feature in enumerate(features):
+        yield Item(
+            hash=digest(batch.encoded[at] or b""),
+            feature=feature,
+            key=batch.keys[at],
+            source=batch.sources[at],
+            shard=os.path.realpath(batch.files[at]),
             offset=batch.offsets[at],
             length=batch.lengths[at],
             captions=batch.captions[at],
-            noise=[entry.get("noise") for entry in batch.entries[at]],
-            source=str((batch.records[at] or {}).get("source", "")),
+            noise=batch.noise[at],
         )
-
-
-def _source_part(load: Callable[[], FrozenImages], part: Callable[[], Iterator[Sample | BadSample]], bar: Any) -> Made:
-    encoder = load()
-    items: list[Item] = []
-    bad: list[BadSample] = []
-    started, waited = time.perf_counter(), encoder.waited_seconds
-    for found in encoder.encode_samples(map(_captioned, part())):
-        if isinstance(found, BadSample):
-            bad.append(found)
-        else:
-            sample, feature_D = found
-            items += [_item(sample, *fp16_rows(feature_D[None], [f"picture {sample.key} of {sample.shard}"]))]
-        bar.update()
-        _show_wait(bar, encoder.waited_seconds - waited, started)
-    return items, bad
-
-
-def _captioned(sample: Sample | BadSample) -> Sample | BadSample:
-    if isinstance(sample, Sample) and not sample.captions:
-        return BadSample(sample.shard.name, sample.key, "image without caption")
-    return sample
-
-
-def _item(sample: Sample, feature: bytes) -> Item:
-    return Item(
-        hash=digest(sample.image),
-        feature=feature,
-        key=sample.key,
-        source=sample.source,
-        shard=str(sample.shard.resolve()),
-        offset=sample.offset,
-        length=sample.length,
-        captions=sample.captions,
-        noise=sample.noise,
-    )
-
-
-def _show_wait(bar: Any, waited_seconds: float, started: float) -> None:
-    share = waited_seconds / max(time.perf_counter() - started, 1e-9)
-    bar.set_postfix(waited_for_data=f"{share:.0%}", refresh=False)

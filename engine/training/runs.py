@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..config import Augmentation, Config, ImageTower
 from ..data.image_pairs import HeldOutImages, ImagePairs
 from ..data.pairs import CaptionPairs, MaskedTexts, PairSource
 from ..data.pixels import PicturePairs, load_pictures
+from ..data.sources import Source, open_source
 from ..data.store import Store, TextStore, edges
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
@@ -205,12 +206,13 @@ def _image_start(config: Config) -> Inputs:
     if tower is None or config.model.teacher is None:
         raise UserError("model: training.tower=image needs image_tower (what trains) and teacher (what it learns from)")
     teacher = Teacher(config.model.teacher)
+    sources = [open_source(path) for path in config.data.shards]
     source = PicturePairs(
-        load_pictures(config.data.shards, tower.size), teacher.encode, tower, config.training.augmentation, config.seed
+        load_pictures(sources, tower.size), teacher.encode, tower, config.training.augmentation, config.seed
     )
     held_out = {}
     for name, path in config.data.validation.items():
-        pictures = load_pictures([path], tower.size)
+        pictures = load_pictures([open_source(path)], tower.size)
         names = [captions[:1] for captions in pictures.captions]
         held_out[name] = PicturePairs(
             replace(pictures, captions=names), teacher.encode, tower, Augmentation(), config.seed
@@ -219,14 +221,13 @@ def _image_start(config: Config) -> Inputs:
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {name: _picture_report(module, held) for name, held in held_out.items()}
 
-    identity = {"store": None, "tower": None, "tokenizer": None, "pictures": _listed(config)}
+    identity = {"store": None, "tower": None, "tokenizer": None, "pictures": _listed(sources)}
     return Inputs(source, validate, identity | {"teacher": teacher_name(config.model.teacher)})
 
 
-def _listed(config: Config) -> list[list[Any]]:
-    """Names and sizes of the shards: their bytes are read by every epoch, and too many to be read before."""
-    files = [file for path in config.data.shards for file in (sorted(path.glob("*.tar")) if path.is_dir() else [path])]
-    return [[file.name, file.stat().st_size] for file in files]
+def _listed(sources: Sequence[Source]) -> list[list[Any]]:
+    """Names and sizes of the files: their bytes are read by every epoch, and too many to be read before."""
+    return [[file.name, file.stat().st_size] for source in sources for file in source.files]
 
 
 def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, Any]:
@@ -243,6 +244,7 @@ def both_towers(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.start_from is not None:
         _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
+    sources = [open_source(path) for path in config.data.shards]
     held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
@@ -259,12 +261,12 @@ def both_towers(config: Config) -> Inputs:
     identity = {
         "store": None,
         "tower": None,
-        "pictures": _listed(config),
+        "pictures": _listed(sources),
         "tokenizer": fingerprint(tokenizer),
         "vocabulary": len(tokenizer),
         "width": config.model.width,
     }
-    return Inputs(ImagePairs(config.data.shards, tower, tokenizer), validate, identity, len(tokenizer), tokenizer)
+    return Inputs(ImagePairs(sources, tower, tokenizer), validate, identity, len(tokenizer), tokenizer)
 
 
 def _check_pair(start: Path, tower: ImageTower, tokenizer: str) -> None:

@@ -76,7 +76,8 @@ void read_shard(std::string tar) {
             std::optional<std::string> text, json;
             if (sample.text && sample.text->size < shard.size()) text = shard.read_text(*sample.text);
             if (sample.json && sample.json->size < shard.size()) json = shard.read_text(*sample.json);
-            captions_missing(text, json);
+            Captions captions;
+            read_captions(text, json, captions);
             if (sample.image && sample.image->size < shard.size()) look_at(shard.read_text(*sample.image));
         }
     } catch (const ShardError&) {

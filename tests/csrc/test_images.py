@@ -13,7 +13,7 @@ import pytest
 from .sanitized import ROOT, compile_sanitized, output
 from .seeds import write_seeds
 
-PARTS = ["tar", "captions", "picture", "resize", "transform", "image_loader"]
+PARTS = ["file", "tar", "listing", "captions", "picture", "resize", "transform", "image_loader"]
 LIBRARIES = ["libjpeg", "libpng", "libwebp", "libwebpdemux"]
 # Each with another of the resampling's three codes, which must give the same bits.
 SANITIZERS = {
@@ -50,8 +50,9 @@ def build(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.parametrize("sanitizers", SANITIZERS)
-def test_the_core_runs_clean_under_the_sanitizers(build, sanitizers: str, tmp_path: Path) -> None:
-    assert output(build("image_test", sanitizers), tmp_path) == "all passed\n"
+@pytest.mark.parametrize("test", ["image_test", "pass_test"])
+def test_the_core_runs_clean_under_the_sanitizers(build, test: str, sanitizers: str, tmp_path: Path) -> None:
+    assert output(build(test, sanitizers), tmp_path) == "all passed\n"
 
 
 def test_vectorised_and_portable_code_give_the_same_bits(build) -> None:

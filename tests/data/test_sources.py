@@ -6,15 +6,20 @@ import base64
 import io
 import json
 import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from efficientclip import ImageLoader
 from efficientclip.data import sources
-from efficientclip.data.shards import BadSample, Sample
+from efficientclip.data.images import ImageBatch
+from efficientclip.data.shards import BadSample
 from efficientclip.data.sources import open_labelled, open_source, read_table
 from efficientclip.errors import UserError
 from tests.formats import chinese_clip, files, picture
@@ -23,15 +28,40 @@ PICTURES = {number: picture(number) for number in range(3)}
 CAT, DOG, BOTH = "一只“猫”, 在睡", "狗", "两只\t动物"
 
 
-def read(source: sources.Source) -> list[Sample]:
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    image: bytes
+    captions: list[str]
+    text_ids: list[str]
+
+
+def opened(source: sources.Source | Path, **options: Any) -> ImageLoader:
+    given: dict[str, Any] = {"batch_size": 2, "size": 8, "train": False, "captions": False, "keep_encoded": True}
+    return ImageLoader(source, **(given | options))
+
+
+def read(source: sources.Source | Path) -> list[Sample]:
     """Samples, each found at the place it says."""
-    samples = list(source)
-    for sample in samples:
-        assert isinstance(sample, Sample)
-        stored = sample.shard.read_bytes()[sample.offset : sample.offset + sample.length]
-        assert sample.image == (base64.b64decode(stored) if sample.shard.suffix == ".tsv" else stored)
-        assert len(sample.noise) == len(sample.captions)
-    return [sample for sample in samples if isinstance(sample, Sample)]
+    samples = []
+    with opened(source) as loader:
+        for batch in loader:
+            for at, image in enumerate(batch.encoded):
+                file = Path(batch.files[at])
+                stored = file.read_bytes()[batch.offsets[at] : batch.offsets[at] + batch.lengths[at]]
+                plain = stored.translate(bytes.maketrans(b"-_", b"+/"))
+                assert image == (base64.b64decode(plain) if file.suffix == ".tsv" else stored)
+                assert batch.noise[at] == [None] * len(batch.captions[at])
+                samples.append(Sample(batch.keys[at], image or b"", batch.captions[at], batch.text_ids[at]))
+        assert loader.bad_samples == []
+    return samples
+
+
+def bad(source: sources.Source | Path) -> list[BadSample]:
+    with opened(source) as loader:
+        for _ in loader:
+            pass
+        return loader.bad_samples
 
 
 def captions(samples: list[Sample]) -> dict[str, list[str]]:
@@ -62,7 +92,7 @@ def test_base64_may_be_of_the_url_alphabet_and_lines_may_end_in_crlf(tmp_path: P
     plain = images.read_bytes()
     assert b"+" in plain and b"/" in plain
     images.write_bytes(plain.translate(bytes.maketrans(b"+/", b"-_")).replace(b"\n", b"\r\n"))
-    assert [sample.image for sample in open_source(images) if isinstance(sample, Sample)] == [*PICTURES.values()]
+    assert [sample.image for sample in read(images)] == [*PICTURES.values()]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
@@ -120,16 +150,13 @@ def test_tars_are_read_as_ever(tmp_path: Path) -> None:
                 tar.addfile(member, io.BytesIO(content))
     source = open_source(tmp_path)
     assert [(sample.image, sample.captions) for sample in read(source)] == [(PICTURES[n], [DOG]) for n in range(2)]
-    assert len(source.parts) == len(source.files) == 2
+    assert len(source.parts) == len(source.files) == 2 and source.pictures is None
 
 
 def test_parts_make_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PART", 2)
     source = open_source(chinese_clip(tmp_path, "t", PICTURES, texts()))
-    assert [[sample.key for sample in part() if isinstance(sample, Sample)] for part in source.parts] == [
-        ["0", "1"],
-        ["2"],
-    ]
+    assert [[sample.key for sample in read(part)] for part in source.parts] == [["0", "1"], ["2"]]
     assert [sample.key for sample in read(source)] == ["0", "1", "2"] == [sample.key for sample in read(source)]
 
 
@@ -137,11 +164,92 @@ def test_pictures_that_cannot_be_read_are_bad_samples(tmp_path: Path) -> None:
     images = chinese_clip(tmp_path, "t", PICTURES, texts())
     lines = images.read_bytes().split(b"\n")
     images.write_bytes(b"\n".join([lines[0], b"1\t!?", lines[2]]))
-    assert list(open_source(images))[1] == BadSample("t_imgs.tsv", "1", "picture is not base64")
+    assert bad(images)[0] == BadSample("t_imgs.tsv", "1", "picture is not base64")
     files(tmp_path, {"0.png": PICTURES[0]})
     table = tmp_path / "t.csv"
     table.write_text(f"image,caption\n0.png,{DOG}\nnone.png,{DOG}\n")
-    assert list(open_source(table))[1] == BadSample("t.csv", "none.png", "picture file: No such file or directory")
+    assert bad(table)[0] == BadSample("t.csv", "none.png", "picture file: No such file or directory")
+
+
+def in_tars(folder: Path, pictures: dict[int, bytes], per_shard: int) -> Path:
+    """Tars of the pictures, with the captions of `in_table`; every fifth has none."""
+    folder.mkdir()
+    for first in range(0, len(pictures), per_shard):
+        with tarfile.open(folder / f"{first:03d}.tar", "w") as tar:
+            for number in range(first, min(first + per_shard, len(pictures))):
+                record = {"captions": [] if number % 5 == 4 else [f"图{number}", f"画{number}"]}
+                for name, content in (
+                    (f"{number}.png", pictures[number]),
+                    (f"{number}.json", json.dumps(record).encode()),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
+def as_coco(folder: Path, pictures: dict[int, bytes]) -> Path:
+    """COCO's JSON: a table has no pictures without captions."""
+    files(folder, {f"{number}.png": content for number, content in pictures.items()})
+    notes = [{"image_id": n, "caption": f"{prefix}{n}"} for n in pictures if n % 5 != 4 for prefix in "图画"]
+    images = [{"id": n, "file_name": f"{n}.png"} for n in pictures]
+    (folder / "coco.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    return folder / "coco.json"
+
+
+def as_base64(folder: Path, pictures: dict[int, bytes]) -> Path:
+    of = [n for n in pictures if n % 5 != 4]
+    lines = [{"text_id": f"{prefix}{n}", "text": f"{prefix}{n}", "image_ids": [n]} for n in of for prefix in "图画"]
+    return chinese_clip(folder, "t", pictures, lines)
+
+
+def passed(source: Any, **options: Any) -> list[tuple[list[str], list[list[str]], torch.Tensor]]:
+    with opened(source, captions=True, dtype=torch.uint8, seed=3, **options) as loader:
+        return [(batch.keys, batch.captions, batch.images.clone()) for batch in loader]
+
+
+@pytest.mark.parametrize("written", [as_coco, as_base64])
+def test_every_source_gives_the_batches_of_the_same_tars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: Any
+) -> None:
+    monkeypatch.setattr(sources, "PART", 7)
+    pictures = {number: picture(number) for number in range(30)} | {12: b"no picture"}
+    tars, source = in_tars(tmp_path / "tars", pictures, 7), open_source(written(tmp_path, pictures))
+    for options in (
+        {},
+        {"train": True, "shuffle_buffer": 5},
+        {"train": True, "shuffle_buffer": 5, "rank": 1, "world_size": 2, "epoch": 3},
+        {"train": True, "shuffle_buffer": 5, "shares": [(4, 3, 1, 2)]},
+    ):
+        expected, found = passed(tars, **options), passed(source, **options)
+        for (keys, texts, images), (other_keys, other_texts, other_images) in zip(expected, found, strict=True):
+            assert keys == other_keys and texts == other_texts
+            assert torch.equal(images, other_images)
+    both = passed([tars, source, tars])
+    assert [key for keys, _, _ in both for key in keys] == [key for keys, _, _ in passed(tars) for key in keys] * 3
+
+
+def test_a_source_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PART", 7)
+    source = open_source(as_base64(tmp_path, {number: picture(number) for number in range(30)}))
+    options: dict[str, Any] = {"train": True, "shuffle_buffer": 5, "captions": True}
+
+    def keys(batches: Iterable[ImageBatch]) -> list[str]:
+        return [key for batch in batches for key in batch.keys]
+
+    with opened(source, **options) as loader:
+        whole = keys(loader)
+    with opened(source, **options) as loader:
+        found = keys(batch for _, batch in zip(range(5), loader, strict=False))
+        state = loader.state()
+    with opened(source, **options) as loader:
+        loader.restore(state)
+        found += keys(loader)
+        assert loader.bad_counts == {"image without caption": 6}
+    assert found == whole
+    monkeypatch.setattr(sources, "PART", 8)
+    with opened(source, **options) as loader, pytest.raises(UserError, match="loader state: shards"):
+        loader.restore(state)
 
 
 def test_labels_come_from_folders_or_a_column(tmp_path: Path) -> None:

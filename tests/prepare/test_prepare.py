@@ -100,11 +100,11 @@ def test_interrupted_call_keeps_its_finished_parts(
         write_tar(shards / f"{number}.tar", good(2 * number) | good(2 * number + 1))
     real, read = pictures.ImageLoader, []
 
-    def failing(shard: Path, **settings: Any) -> Any:
-        read.append(shard.name)
+    def failing(part: sources.Source, **settings: Any) -> Any:
+        read.append(part.path.name)
         if len(read) == 2:
             raise KeyboardInterrupt
-        return real(shard, **settings)
+        return real(part, **settings)
 
     monkeypatch.setattr(pictures, "ImageLoader", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -179,10 +179,8 @@ def test_every_format_gives_the_store_of_the_same_tar(tmp_path: Path, config: Co
     made = prepare(written(tmp_path, pictures), tmp_path / "made", config)
     expected, found = Store(tmp_path / "expected"), Store(tmp_path / "made")
     assert {name: made[name] for name in ("pairs", "images", "captions")} == {"pairs": 4, "images": 3, "captions": 3}
-    for name in set(PAIR_FILES) - {"features.bin", "pairs.parquet"}:
+    for name in set(PAIR_FILES) - {"pairs.parquet"}:
         assert (found.path / name).read_bytes() == (expected.path / name).read_bytes(), name
-    # Pictures are decoded by Pillow here, and by the loader there.
-    np.testing.assert_allclose(found.features.astype(np.float32), expected.features.astype(np.float32), atol=2e-3)
     columns = ["caption", "source", "image_id", "caption_id", "noise"]
     assert found.pairs().select(columns).to_pylist() == expected.pairs().select(columns).to_pylist()
     for row in found.pairs().to_pylist():
@@ -224,15 +222,15 @@ def test_interrupted_call_over_another_source_goes_on(
 ) -> None:
     monkeypatch.setattr(sources, "PART", 1)
     images = as_chinese_clip(tmp_path, {number: png(number) for number in CAPTIONS})
-    real, encoded = pictures.FrozenImages.encode, []
+    real, encoded = pictures.FrozenImages.encode_pixels, []
 
-    def failing(self: Any, pictures: Any) -> Any:
-        encoded.append(len(pictures))
+    def failing(self: Any, pixels: Any) -> Any:
+        encoded.append(len(pixels))
         if len(encoded) == 2:
             raise KeyboardInterrupt
-        return real(self, pictures)
+        return real(self, pixels)
 
-    monkeypatch.setattr(pictures.FrozenImages, "encode", failing)
+    monkeypatch.setattr(pictures.FrozenImages, "encode_pixels", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(images, tmp_path / "made", config)
     assert not (tmp_path / "made").exists()

@@ -42,9 +42,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that were encoded."""
     real, names = pictures.ImageLoader, []
 
-    def noted(shard: Path, **settings: Any) -> Any:
-        names.append(shard.name)
-        return real(shard, **settings)
+    def noted(part: sources.Source, **settings: Any) -> Any:
+        names.append(part.path.name)
+        return real(part, **settings)
 
     monkeypatch.setattr(pictures, "ImageLoader", noted)
     return names
@@ -200,7 +200,7 @@ def test_a_row_that_is_not_finite_is_named(
     if source == "shards":
         path, message = (
             write_shards(tmp_path / "shards", 1),
-            r"shard .*/0\.tar, sample 001: the frozen tower .*weights$",
+            r"picture 001 of .*/0\.tar: the frozen tower .*weights$",
         )
     elif source == "table":
         table = as_table(tmp_path, {number: png(number) for number in CAPTIONS})

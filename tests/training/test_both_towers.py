@@ -24,6 +24,7 @@ from PIL import Image
 from efficientclip.config import Config, load_config
 from efficientclip.data.batches import BatchLoader
 from efficientclip.data.image_pairs import ImagePairs
+from efficientclip.data.sources import open_source
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
 from efficientclip.evaluation.evaluate import evaluate
@@ -109,7 +110,8 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
 def pairs(given: Config) -> ImagePairs:
     tower = given.model.image_tower
     assert tower is not None
-    return ImagePairs(given.data.shards, tower, load_tokenizer(given.data.tokenizer))
+    sources = [open_source(path) for path in given.data.shards]
+    return ImagePairs(sources, tower, load_tokenizer(given.data.tokenizer))
 
 
 def losses(folder: Path) -> list[float]:
