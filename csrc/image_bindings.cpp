@@ -1,9 +1,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pthread.h>
 #include <unistd.h>
 
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <deque>
@@ -13,6 +15,8 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -65,7 +69,39 @@ py::bytes read_picture(const std::string& path, std::int64_t offset, std::int64_
     }
 }
 
-py::array_t<std::uint8_t> decode_square(const std::string_view& encoded, int size) {
+// Threads that ask for the interpreter once it ends wait for ever, or are killed: from then on they do not ask.
+std::atomic<bool> ending = false;
+std::atomic<int> asking = 0;
+
+void stop_asking() {
+    ending = true;
+    const py::gil_scoped_release release;
+    while (asking > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+struct Asking {
+    Asking() { ++asking; }
+    ~Asking() { --asking; }
+};
+
+// `decode` is borrowed: the threads that hold the result have no right to let go of an object.
+efficientclip::OtherDecoder other_decoder(py::handle decode) {
+    return [decode](const std::uint8_t* encoded, std::size_t size) -> efficientclip::Pixels {
+        const Asking asked;
+        if (ending) throw efficientclip::BadPicture{"undecodable image"};
+        const py::gil_scoped_acquire acquire;
+        try {
+            const py::object found = decode(py::bytes(reinterpret_cast<const char*>(encoded), size));
+            if (py::isinstance<py::str>(found)) throw efficientclip::BadPicture{found.cast<std::string>()};
+            auto [width, height, rgba] = found.cast<std::tuple<int, int, std::string>>();
+            return {width, height, std::move(rgba)};
+        } catch (const py::error_already_set& error) {
+            throw std::runtime_error(error.what());
+        }
+    };
+}
+
+py::array_t<std::uint8_t> decode_square(const std::string_view& encoded, int size, const py::function& other) {
     efficientclip::TransformOptions options;
     options.size = size;
     options.random_crop = false;
@@ -78,7 +114,7 @@ py::array_t<std::uint8_t> decode_square(const std::string_view& encoded, int siz
     {
         const py::gil_scoped_release release;
         try {
-            efficientclip::Transform transform(options);
+            efficientclip::Transform transform(options, other_decoder(other));
             efficientclip::Tile tile;
             const auto* data = reinterpret_cast<const std::uint8_t*>(encoded.data());
             const efficientclip::Turn turn =
@@ -120,8 +156,9 @@ class BoundImageLoader {
   public:
     // A shard is the tar of that path, unless it has columns.
     BoundImageLoader(ImageOptions options, const std::vector<std::string>& shards,
-                     std::vector<std::optional<py::dict>> listings)
-        : keep_encoded_(options.keep_encoded), pid_(getpid()), columns_(std::move(listings)) {
+                     std::vector<std::optional<py::dict>> listings, py::function other)
+        : keep_encoded_(options.keep_encoded), pid_(getpid()), columns_(std::move(listings)), other_(std::move(other)) {
+        options.other = other_decoder(other_);
         listings_.reserve(columns_.size());
         for (std::size_t i = 0; i < shards.size(); ++i) {
             options.shards.push_back({shards[i], nullptr});
@@ -170,7 +207,7 @@ class BoundImageLoader {
         for (const auto& sample : batch.bad) {
             bad.append(py::make_tuple(sample.shard, text(sample.key), text(sample.cause)));
         }
-        return py::make_tuple(images, records, bad, batch.consumed);
+        return py::make_tuple(images, records, bad, batch.consumed, batch.by_other);
     }
 
     void close() {
@@ -200,12 +237,14 @@ class BoundImageLoader {
     pid_t pid_;
     std::vector<std::optional<py::dict>> columns_;
     std::vector<efficientclip::Listing> listings_;
+    py::function other_;
     std::deque<py::object> lent_;
     std::unique_ptr<ImageLoader> loader_;  // ends before what it writes to
 };
 
 std::unique_ptr<BoundImageLoader> make_image_loader(
-    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings, int batch_size, int size, bool train, int threads, std::uint64_t seed,
+    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings, py::function other,
+    int batch_size, int size, bool train, int threads, std::uint64_t seed,
     std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
     const std::array<float, 3>& mean, const std::array<float, 3>& std, const std::string& dtype, bool channels_last,
     const std::array<double, 2>& scale, const std::array<double, 2>& ratio, bool flip, bool scaled_decoding,
@@ -236,7 +275,7 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     options.keep_encoded = keep_encoded;
     options.drop_last = drop_last;
     options.consumed = consumed;
-    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings));
+    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings), std::move(other));
 }
 
 }  // namespace
@@ -247,10 +286,14 @@ void bind_images(py::module_& module) {
                                                                       std::end(efficientclip::kImageSuffixes)));
     module.def("read_captions", &read_captions, py::arg("txt"), py::arg("json"));
     module.def("read_picture", &read_picture, py::arg("path"), py::arg("offset"), py::arg("size"), py::arg("base64"));
-    module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"));
+    module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"),
+               py::arg("other"));
+    // A forked child has none of these threads.
+    pthread_atfork(nullptr, nullptr, [] { asking = 0; });
+    py::module_::import("atexit").attr("register")(py::cpp_function(&stop_asking));
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
-        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("batch_size"),
-             py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
+        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("other"),
+             py::arg("batch_size"), py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
              py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
              py::arg("channels_last"), py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"),
              py::arg("shuffle_buffer"), py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"),
@@ -258,6 +301,6 @@ void bind_images(py::module_& module) {
         .def("supply", &BoundImageLoader::supply, py::arg("address"), py::arg("owner"),
              "Lend memory for one more batch of images.")
         .def("next", &BoundImageLoader::next,
-             "(owner of the memory or None at the end, records, bad samples, samples consumed).")
+             "(owner of the memory or None at the end, records, bad samples, samples consumed, pictures by `other`).")
         .def("close", &BoundImageLoader::close, "End the threads.");
 }

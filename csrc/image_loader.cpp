@@ -51,6 +51,7 @@ struct ImageLoader::Place {
     enum class State { free, read, decoding, good, bad, placed } state = State::free;
     Sample sample;
     std::string cause;
+    bool by_other = false;
     Tile tile;
     Turn turn;
     std::shared_ptr<Pending> batch;
@@ -238,7 +239,7 @@ bool ImageLoader::emit(Sample&& sample) {
 
 void ImageLoader::work() {
     PictureReader reader;
-    Transform transform(options_.transform);
+    Transform transform(options_.transform, options_.other);
     const std::size_t image_bytes = options_.format.image_bytes(options_.transform.size);
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -291,6 +292,7 @@ void ImageLoader::make(Place& place, PictureReader& reader, Transform& transform
         const auto item = static_cast<std::uint64_t>(sample.shard) << 32 | static_cast<std::uint64_t>(where.ordinal);
         place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()), sample.image.size,
                                      Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
+        place.by_other = transform.by_other();
     } catch (const BadPicture& bad) {
         place.cause = bad.cause;
     }
@@ -332,6 +334,7 @@ void ImageLoader::give_places() {
                                          std::move(sample.json),
                                          options_.keep_encoded ? std::move(sample.image) : Blob()});
         sample = {};
+        pending.batch.by_other += place.by_other ? 1 : 0;
         ++pending.unwritten;
         place.state = State::placed;
         to_store_.push_back(at);
@@ -375,7 +378,7 @@ ImageLoader::Outcome ImageLoader::next(ImageBatch& batch, std::chrono::milliseco
     }
     if (!exhausted()) return Outcome::waiting;
     if (error_) std::rethrow_exception(error_);
-    batch = {{}, std::exchange(bad_, {}), options_.consumed + placed_};
+    batch = {{}, std::exchange(bad_, {}), 0, options_.consumed + placed_};
     return Outcome::finished;
 }
 

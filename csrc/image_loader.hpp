@@ -44,6 +44,7 @@ struct Shard {
 struct ImageOptions {
     std::vector<Shard> shards;
     TransformOptions transform;
+    OtherDecoder other;
     PixelFormat format;
     int batch_size = 1;
     int threads = 1;
@@ -80,6 +81,7 @@ struct BadImage {
 struct ImageBatch {
     std::vector<ImageRecord> records;
     std::vector<BadImage> bad;    // met since the batch before
+    int by_other = 0;             // records of pictures that the other decoder decoded
     std::int64_t consumed = 0;    // samples of the order up to here, good and bad
 };
 

@@ -11,6 +11,7 @@
 #include <webp/demux.h>
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #ifndef LIBJPEG_TURBO_VERSION
@@ -403,6 +404,34 @@ class WebP {
     WebPBitstreamFeatures features_{};
 };
 
+// What another decoder made of a picture.
+class Whole {
+  public:
+    PictureInfo open(Pixels pixels) {
+        pixels_ = std::move(pixels);
+        const bool positive = pixels_.width > 0 && pixels_.height > 0;
+        const std::size_t row = 4 * static_cast<std::size_t>(std::max(0, pixels_.width));
+        if (!positive || pixels_.rgba.size() / row != static_cast<std::size_t>(pixels_.height)) throw BadPicture{kUndecodable};
+        return {pixels_.width, pixels_.height, 1, false, true};
+    }
+
+    void decode(const Window& window, int readable, RowSink& sink) {
+        const std::size_t stride = 4 * static_cast<std::size_t>(pixels_.width);
+        pixels_.rgba.resize(pixels_.rgba.size() + 4 * static_cast<std::size_t>(readable));
+        std::uint8_t* first = reinterpret_cast<std::uint8_t*>(pixels_.rgba.data()) +
+                              static_cast<std::size_t>(window.top) * stride + 4 * static_cast<std::size_t>(window.left);
+        const int rows = window.bottom - window.top;
+        for (int y = 0; y < rows; ++y) {
+            lay_over_white(first + static_cast<std::size_t>(y) * stride, window.right - window.left);
+        }
+        send_rows(first, stride, rows, sink);
+        pixels_ = {};
+    }
+
+  private:
+    Pixels pixels_;
+};
+
 bool begins(Bytes encoded, std::size_t offset, const char* magic, std::size_t length) {
     return encoded.size >= offset + length && std::memcmp(encoded.data + offset, magic, length) == 0;
 }
@@ -410,14 +439,15 @@ bool begins(Bytes encoded, std::size_t offset, const char* magic, std::size_t le
 }  // namespace
 
 struct PictureDecoder::State {
-    enum class Kind { jpeg, png, webp } kind = Kind::jpeg;
+    enum class Kind { jpeg, png, webp, other } kind = Kind::jpeg;
     Jpeg jpeg;
     Png png;
     WebP webp;
+    Whole other;
 };
 
-PictureDecoder::PictureDecoder(std::int64_t max_pixels)
-    : max_pixels_(max_pixels), state_(std::make_unique<State>()) {}
+PictureDecoder::PictureDecoder(std::int64_t max_pixels, OtherDecoder other)
+    : max_pixels_(max_pixels), other_(std::move(other)), state_(std::make_unique<State>()) {}
 PictureDecoder::~PictureDecoder() = default;
 
 PictureInfo PictureDecoder::open(const std::uint8_t* data, std::size_t size) {
@@ -434,6 +464,9 @@ PictureInfo PictureDecoder::open(const std::uint8_t* data, std::size_t size) {
     } else if (begins(encoded, 0, "RIFF", 4) && begins(encoded, 8, "WEBP", 4)) {
         state_->kind = Kind::webp;
         info = state_->webp.open(encoded);
+    } else if (other_) {
+        state_->kind = Kind::other;
+        info = state_->other.open(other_(data, size));
     } else {
         throw BadPicture{kUndecodable};
     }
@@ -448,6 +481,7 @@ void PictureDecoder::decode(const Window& window, int eighths, int readable, Row
         case Kind::jpeg: return state_->jpeg.decode(window, eighths, readable, sink);
         case Kind::png: return state_->png.decode(window, readable, sink);
         case Kind::webp: return state_->webp.decode(window, readable, sink);
+        case Kind::other: return state_->other.decode(window, readable, sink);
     }
 }
 

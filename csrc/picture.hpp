@@ -1,8 +1,9 @@
-// Encoded pictures to rows of pixels: JPEG, PNG and WebP by their reference libraries.
+// Encoded pictures to rows of pixels: JPEG, PNG and WebP by their reference libraries, others by a decoder that is given.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -20,10 +21,20 @@ constexpr std::int64_t kMaxPixels = 100'000'000;
 // A picture of kMaxPixels that needs more bytes than this is none.
 constexpr std::int64_t kLargestPicture = 512 * 1024 * 1024;
 
+// A picture as it is to be seen: rows of RGBA pixels.
+struct Pixels {
+    int width = 0, height = 0;
+    std::string rgba;
+};
+
+// Decodes what is no JPEG, PNG or WebP; called by several threads at once. Throws BadPicture.
+using OtherDecoder = std::function<Pixels(const std::uint8_t* encoded, std::size_t size)>;
+
 struct PictureInfo {
-    int width, height;  // as stored, before `orientation` is applied
-    int orientation;    // EXIF: 1 .. 8
-    bool scalable;      // can be decoded at a fraction of its size
+    int width, height;   // as stored, before `orientation` is applied
+    int orientation;     // EXIF: 1 .. 8
+    bool scalable;       // can be decoded at a fraction of its size
+    bool other = false;  // by the OtherDecoder
 };
 
 // Pixels left .. right - 1 of rows top .. bottom - 1.
@@ -41,7 +52,7 @@ class RowSink {
 // Decodes one picture after another, keeping its buffers. Not for two threads at once.
 class PictureDecoder {
   public:
-    explicit PictureDecoder(std::int64_t max_pixels);
+    explicit PictureDecoder(std::int64_t max_pixels, OtherDecoder other = {});
     ~PictureDecoder();
 
     // Reads the header; `data` is borrowed until the next picture. Throws BadPicture.
@@ -55,6 +66,7 @@ class PictureDecoder {
   private:
     struct State;
     std::int64_t max_pixels_;
+    OtherDecoder other_;
     std::unique_ptr<State> state_;
 };
 

@@ -70,7 +70,8 @@ struct TarSample {
 };
 
 // What a picture's file may be called.
-constexpr const char* kImageSuffixes[] = {"jpg", "jpeg", "png", "webp"};
+constexpr const char* kImageSuffixes[] = {"jpg", "jpeg", "png",  "webp", "gif", "bmp",
+                                            "tif", "tiff", "avif", "heic", "heif"};
 
 // A tar's samples in order: the runs of members that share a name up to the first dot of the last part.
 class SampleReader {

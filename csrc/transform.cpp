@@ -56,6 +56,7 @@ Sides resize_and_centre_crop(int width, int height, int size) {
 
 Turn Transform::apply(const std::uint8_t* encoded, std::size_t size, Random random, Tile& tile) {
     const PictureInfo info = decoder_.open(encoded, size);
+    by_other_ = info.other;
     const bool transposed = info.orientation >= 5;
     const bool mirrored_x = info.orientation == 2 || info.orientation == 3 || info.orientation == 6 || info.orientation == 7;
     const bool mirrored_y = info.orientation == 3 || info.orientation == 4 || info.orientation == 7 || info.orientation == 8;

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #include "picture.hpp"
 #include "random.hpp"
@@ -37,16 +38,21 @@ Sides resize_and_centre_crop(int width, int height, int size);
 // Keeps its buffers from picture to picture. Not for two threads at once.
 class Transform {
   public:
-    explicit Transform(const TransformOptions& options) : options_(options), decoder_(options.max_pixels) {}
+    explicit Transform(const TransformOptions& options, OtherDecoder other = {})
+        : options_(options), decoder_(options.max_pixels, std::move(other)) {}
 
     // Fills the tile; returns how it lies in the picture. Throws BadPicture.
     Turn apply(const std::uint8_t* encoded, std::size_t size, Random random, Tile& tile);
+
+    // Whether the picture met last went to the other decoder.
+    bool by_other() const { return by_other_; }
 
   private:
     TransformOptions options_;
     PictureDecoder decoder_;
     Resampler resampler_;
     Axis x_, y_;
+    bool by_other_ = false;
 };
 
 }  // namespace efficientclip

@@ -5,6 +5,7 @@ dtype, shape or layout, IndexError for an id outside the store, ValueError for a
 other.
 """
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -58,7 +59,10 @@ def read_captions(txt: bytes | None, json: bytes | None) -> tuple[list[str], lis
 def read_picture(path: bytes, offset: int, size: int, base64: bool) -> bytes:
     """The encoded picture that lies there, or whose base64 does; size -1: the whole file. ValueError with the cause."""
 
-def decode_square(encoded: bytes, size: int) -> NDArray[np.uint8]:
+_Other = Callable[[bytes], tuple[int, int, bytes] | str]
+"""Decodes what is no JPEG, PNG or WebP to (width, height, RGBA pixels), or tells why not. It is called by threads."""
+
+def decode_square(encoded: bytes, size: int, other: _Other) -> NDArray[np.uint8]:
     """RGB [size, size, 3], the middle of the picture after its short side is resized. ValueError with the cause."""
 
 class ShardError(Exception):
@@ -75,6 +79,7 @@ class ImageLoader:
         *,
         shards: list[bytes],
         listings: list[dict[str, Any] | None],
+        other: _Other,
         batch_size: int,
         size: int,
         train: bool,
@@ -113,8 +118,9 @@ class ImageLoader:
         list[tuple[Any, ...]],
         list[tuple[int, str, str]],
         int,
+        int,
     ]:
-        """The next batch: (owner, samples, bad samples, samples of the order consumed up to here).
+        """The next batch: (owner, samples, bad samples, samples of the order consumed up to here, images by `other`).
 
         Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
         shard, its place in it, byte offset and length of its image, then as `read_captions` has it captions, noise,

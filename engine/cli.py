@@ -188,8 +188,10 @@ def _prepare(given: argparse.Namespace) -> None:
     manifest = prepare(given.source, given.store, config, given.images, replace=given.replace)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
+    slow = manifest.get("slow_pictures", 0)
     print(
         f"{given.store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}"
+        + (f"; {slow:,} pictures by Pillow, the slow path" if slow else "")
         + (f"; left out: {', '.join(bad)}" if bad else "")
     )
 

@@ -18,6 +18,7 @@ import torch
 
 from .. import _loader
 from ..errors import UserError
+from .pictures import by_pillow
 from .shards import BadSample
 from .sources import Source, open_source
 from .threaded import ThreadedLoader
@@ -25,8 +26,6 @@ from .threaded import ThreadedLoader
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
-
-
 NO_CAPTION = "image without caption"
 
 
@@ -66,7 +65,7 @@ class ImageLoader(ThreadedLoader):
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
     source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
-        name up to the first dot: an image (JPEG, PNG or WebP) with captions in .txt or .json. Of the others, each
+        name up to the first dot: an image with captions in .txt or .json. Of the others, each
         4,096 images in the order of the source count as a shard.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
@@ -90,7 +89,9 @@ class ImageLoader(ThreadedLoader):
     drop_last: leave out an epoch's last incomplete batch.
     prefetch: batches made ahead at most. Images lie in pinned memory where CUDA is there.
 
-    Samples that cannot be used are skipped and named in `bad_samples`, those of the current epoch. A shard that is no
+    Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
+    `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`. Both are of the
+    current epoch. A shard that is no
     whole tar is a UserError, after all whole samples before its end. Transparency lies over white; EXIF orientation
     is applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
     """
@@ -144,10 +145,12 @@ class ImageLoader(ThreadedLoader):
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
         self.bad_samples: list[BadSample] = []
+        self.slow_pictures = 0
         listings = [part.listing for part in self._parts]
         self._settings: dict[str, Any] = {
             "shards": [os.fsencode(part.path) for part in self._parts],
             "listings": [None if listing is None else listing.columns() for listing in listings],
+            "other": by_pillow,
             "batch_size": batch_size,
             "size": size,
             "train": train,
@@ -221,13 +224,14 @@ class ImageLoader(ThreadedLoader):
         try:
             if self._threads is None:
                 self._start()
-            images, records, bad, consumed = self._threads.next()
+            images, records, bad, consumed, by_other = self._threads.next()
             self.waited_seconds += time.perf_counter() - started
             batch = None
             if images is not None:
                 self._lend()
                 batch = self._batch(images, records)
             self.bad_samples += [BadSample(self._parts[shard].path.name, key, cause) for shard, key, cause in bad]
+            self.slow_pictures += by_other
             self._consumed = consumed
         except _loader.ShardError as error:
             self._stop()
@@ -247,7 +251,7 @@ class ImageLoader(ThreadedLoader):
         _check(0 <= epoch < 2**32, f"epoch: {epoch}; give 0 to 2^32 - 1")
         self._stop()
         self._epoch, self._consumed, self._bad_before = epoch, consumed, Counter(bad)
-        self.bad_samples = []
+        self.bad_samples, self.slow_pictures = [], 0
 
     def _start(self) -> None:
         self._require_open()

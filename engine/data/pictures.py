@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import suppress
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import _loader
+
+# As in csrc/picture.hpp.
+MAX_PIXELS = 100_000_000
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
 def decode_square(encoded: bytes, size: int) -> npt.NDArray[np.uint8]:
     """RGB uint8 [size, size, 3], as `ImageLoader` with `train=False` makes it. ValueError where it is no picture."""
-    return _loader.decode_square(encoded, size)
+    return _loader.decode_square(encoded, size, by_pillow)
+
+
+def by_pillow(encoded: bytes) -> tuple[int, int, bytes] | str:
+    """(width, height, RGBA pixels) of a picture that is no JPEG, PNG or WebP, or why it cannot be used.
+
+    The slow path of the C++ decoder, whose threads call it. Of a moving picture it is the first frame.
+    """
+    _add_heic()
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                return "image too large"
+            picture = _turned(opened)
+            if picture.mode.startswith("I;16"):
+                # The upper eight bits, where Pillow would make white of all above 255.
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return *picture.size, picture.convert("RGBA").tobytes()
+    except UnidentifiedImageError:
+        heic = encoded[4:8] == b"ftyp" and encoded[8:12] in HEIC_BRANDS
+        return "HEIC image, which needs pillow-heif" if heic else "undecodable image"
+    except Image.DecompressionBombError:
+        return "image too large"
+    except Exception as error:
+        # Pillow's readers raise whatever their parsing meets.
+        return "truncated image" if "truncated" in str(error).lower() else "undecodable image"
+
+
+def _turned(picture: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:
+        # Broken EXIF is no reason to refuse the pixels; broken pixels fail again.
+        return picture
+
+
+@cache
+def _add_heic() -> None:
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
 
 
 def normalise(pixels: torch.Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> torch.Tensor:

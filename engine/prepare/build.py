@@ -32,7 +32,7 @@ from ..files.digests import check
 from ..files.ownership import claim, kind_of
 from ..model.frozen import tower_difference
 from .parallel import parallel_recipe
-from .parts import bad_of, kept_part, merge, write_part
+from .parts import bad_of, kept_part, merge, slow_of, write_part
 from .pictures import picture_recipe
 from .recipe import Recipe, described
 from .texts import build_texts
@@ -161,14 +161,15 @@ def _build_pairs(
     """Write a pair store's files into `folder`; returns their part of the manifest."""
     files: list[Path] = []
     listed: list[dict[str, str]] = []
-    causes, seen = Counter[str](), 0
+    causes, seen, slow = Counter[str](), 0, 0
     with tqdm(total=recipe.samples, unit="sample") as bar:
         for number, part in enumerate(recipe.parts):
             bar.set_description(f"{name}, part {number + 1} of {len(recipe.parts)}")
             before, kept = bar.n, kept_part(folder, part.name)
-            file = kept or write_part(folder, part.name, *part.make(bar))
+            file = kept or write_part(folder, part.name, part.make(bar))
             bad = bad_of(file)
             causes.update(entry["cause"] for entry in bad)
+            slow += slow_of(file)
             listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
             found = pq.read_metadata(file).num_rows + len(bad)
             seen += found
@@ -195,7 +196,7 @@ def _build_pairs(
         )
     with writing(folder):
         merged = merge(folder, files, tokenizer)
-    return {**merged, "bad_counts": dict(causes), "bad_samples": listed}
+    return {**merged, "slow_pictures": slow, "bad_counts": dict(causes), "bad_samples": listed}
 
 
 def _fingerprint(files: Sequence[Path]) -> str:

@@ -59,7 +59,7 @@ def parallel_recipe(source: Path, config: Config) -> Recipe:
             )
             for (number, caption, english), feature in zip(good, features, strict=True)
         ]
-        return items, bad
+        return Made(items, bad)
 
     of = [name, described(source), PARALLEL_CHUNK]
     parts = [Part([*of, start], partial(make, start)) for start in range(0, len(lines), PARALLEL_CHUNK)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,10 +55,15 @@ class Item:
     noise: list[bool | None]
 
 
-Made = tuple[list[Item], list[BadSample]]
+class Made(NamedTuple):
+    """The rows of a part, the samples that make none, and how many pictures took the decoder's slow path."""
+
+    items: list[Item]
+    bad: list[BadSample]
+    slow: int = 0
 
 
-def write_part(folder: Path, name: str, items: list[Item], bad: list[BadSample]) -> Path:
+def write_part(folder: Path, name: str, made: Made) -> Path:
     """Write a part of that name, in place of any other; returns its file."""
     schema = pa.schema(
         [
@@ -72,10 +77,13 @@ def write_part(folder: Path, name: str, items: list[Item], bad: list[BadSample])
             ("captions", pa.list_(pa.string())),
             ("noise", pa.list_(pa.bool_())),
         ],
-        metadata={"bad": json.dumps([asdict(entry) for entry in bad], ensure_ascii=False)},
+        metadata={
+            "bad": json.dumps([asdict(entry) for entry in made.bad], ensure_ascii=False),
+            "slow": str(made.slow),
+        },
     )
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([vars(item) for item in items], schema=schema), sink)
+    pq.write_table(pa.Table.from_pylist([vars(item) for item in made.items], schema=schema), sink)
     content = sink.getvalue().to_pybytes()
     file = folder / f"part-{name}-{xxh3_128_hexdigest(content)}.parquet"
     for other in folder.glob(f"part-{name}-*.parquet"):
@@ -99,6 +107,11 @@ def kept_part(folder: Path, name: str) -> Path | None:
 def bad_of(file: Path) -> list[dict[str, str]]:
     found: list[dict[str, str]] = json.loads(pq.read_schema(file).metadata[b"bad"])
     return found
+
+
+def slow_of(file: Path) -> int:
+    # Parts of earlier versions tell none.
+    return int(pq.read_schema(file).metadata.get(b"slow", 0))
 
 
 def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -50,8 +50,9 @@ def _made(load: Callable[[], FrozenImages], part: Source, bar: Any) -> Made:
             items += _items(batch, fp16_rows(rows, places))
             bar.update(len(batch))
             share = loader.waited_seconds / max(time.perf_counter() - started, 1e-9)
-            bar.set_postfix(waited_for_data=f"{share:.0%}", refresh=False)
-        return items, loader.bad_samples
+            slow = {"by_pillow": loader.slow_pictures} if loader.slow_pictures else {}
+            bar.set_postfix(waited_for_data=f"{share:.0%}", **slow, refresh=False)
+        return Made(items, loader.bad_samples, loader.slow_pictures)
 
 
 def _items(batch: ImageBatch, features: list[bytes]) -> Iterator[Item]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import base64
 import io
 import json
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from efficientclip import ImageLoader
 from efficientclip.data import sources
 from efficientclip.data.images import ImageBatch
+from efficientclip.data.pictures import decode_square
 from efficientclip.data.shards import BadSample
 from efficientclip.data.sources import open_labelled, open_source, read_table
 from efficientclip.errors import UserError
@@ -172,11 +177,11 @@ def test_pictures_that_cannot_be_read_are_bad_samples(tmp_path: Path) -> None:
 
 
 def in_tars(folder: Path, pictures: dict[int, bytes], per_shard: int) -> Path:
-    """Tars of the pictures, with the captions of `in_table`; every fifth has none."""
+    """Tars of the pictures with two captions each; every fifth has none."""
     folder.mkdir()
     for first in range(0, len(pictures), per_shard):
         with tarfile.open(folder / f"{first:03d}.tar", "w") as tar:
-            for number in range(first, min(first + per_shard, len(pictures))):
+            for number in list(pictures)[first : first + per_shard]:
                 record = {"captions": [] if number % 5 == 4 else [f"图{number}", f"画{number}"]}
                 for name, content in (
                     (f"{number}.png", pictures[number]),
@@ -189,7 +194,7 @@ def in_tars(folder: Path, pictures: dict[int, bytes], per_shard: int) -> Path:
 
 
 def as_coco(folder: Path, pictures: dict[int, bytes]) -> Path:
-    """COCO's JSON: a table has no pictures without captions."""
+    """The same in JSON as COCO writes it, over files."""
     files(folder, {f"{number}.png": content for number, content in pictures.items()})
     notes = [{"image_id": n, "caption": f"{prefix}{n}"} for n in pictures if n % 5 != 4 for prefix in "图画"]
     images = [{"id": n, "file_name": f"{n}.png"} for n in pictures]
@@ -204,7 +209,7 @@ def as_base64(folder: Path, pictures: dict[int, bytes]) -> Path:
 
 
 def passed(source: Any, **options: Any) -> list[tuple[list[str], list[list[str]], torch.Tensor]]:
-    with opened(source, captions=True, dtype=torch.uint8, seed=3, **options) as loader:
+    with opened(source, captions=True, dtype=torch.uint8, **({"seed": 3} | options)) as loader:
         return [(batch.keys, batch.captions, batch.images.clone()) for batch in loader]
 
 
@@ -227,6 +232,58 @@ def test_every_source_gives_the_batches_of_the_same_tars(
             assert torch.equal(images, other_images)
     both = passed([tars, source, tars])
     assert [key for keys, _, _ in both for key in keys] == [key for keys, _, _ in passed(tars) for key in keys] * 3
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+def sixteen_bits(pixels: np.ndarray, transparent: tuple[int, ...] | None = None) -> bytes:
+    """A PNG of uint16 [height, width] or [height, width, 3]; pixels of one value are transparent."""
+    height, width = pixels.shape[:2]
+    colour = 0 if pixels.ndim == 2 else 2
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, colour, 0, 0, 0])
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    one = b"" if transparent is None else chunk(b"tRNS", b"".join(value.to_bytes(2, "big") for value in transparent))
+    parts = chunk(b"IHDR", header) + one + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def odd_exif() -> bytes:
+    """A JPEG whose EXIF turns it, and holds a rational number that lies nowhere."""
+    encoded = io.BytesIO()
+    Image.open(io.BytesIO(picture(3, 24))).save(encoded, "JPEG")
+    entries = struct.pack("<HHIHH", 0x112, 3, 1, 6, 0) + struct.pack("<HHII", 0x11A, 5, 1, 0xFFFF)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + entries + bytes(4)
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    return encoded.getvalue()[:2] + segment + encoded.getvalue()[2:]
+
+
+@pytest.mark.parametrize("written", [in_tars, as_coco, as_base64])
+def test_pictures_that_decoders_disagreed_on_are_the_same_in_every_source(tmp_path: Path, written: Any) -> None:
+    grey = np.add.outer(np.arange(16) * 900, np.arange(16) * 1000).astype(np.uint16)
+    colour = np.stack([grey, grey.T, 65535 - grey], -1)
+    gif = io.BytesIO()
+    Image.open(io.BytesIO(picture(1))).save(gif, "GIF")
+    pictures = {
+        0: sixteen_bits(grey),
+        1: sixteen_bits(grey, (int(grey[3, 5]),)),
+        2: sixteen_bits(colour, tuple(colour[7, 2].tolist())),
+        3: odd_exif(),
+        5: gif.getvalue(),
+    }
+    expected = {name: decode_square(content, 16) for name, content in pictures.items()}
+    upper, clear = (grey >> 8).astype(np.uint8), grey == grey[3, 5]
+    np.testing.assert_array_equal(expected[0], np.repeat(upper[..., None], 3, -1))
+    np.testing.assert_array_equal(expected[1], np.repeat(np.where(clear, 255, upper)[..., None], 3, -1))
+    clear = (colour == colour[7, 2]).all(-1, keepdims=True)
+    np.testing.assert_array_equal(expected[2], np.where(clear, 255, colour >> 8))
+    assert clear.sum() == 1
+    arguments = (tmp_path / "tars", pictures, 9) if written is in_tars else (tmp_path, pictures)
+    ((keys, _, images),) = passed(written(*arguments), size=16, batch_size=9)
+    for key, image in zip(keys, images, strict=True):
+        np.testing.assert_array_equal(image.permute(1, 2, 0), expected[int(key)])
+    assert len(keys) == 5
 
 
 def test_a_source_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

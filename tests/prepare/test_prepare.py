@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from efficientclip.cli import main
 from efficientclip.config import Config
 from efficientclip.data import sources
 from efficientclip.data.shards import BadSample, read_picture
@@ -161,6 +164,26 @@ def as_coco(folder: Path, pictures: Mapping[int, bytes]) -> Path:
     return folder / "coco.json"
 
 
+def gif(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(png(seed))) as picture:
+        picture.save(buffer, "GIF")
+    return buffer.getvalue()
+
+
+def interrupted_at(call: int, real: Any, encoded: list[int] | None = None) -> Any:
+    """`encode_pixels` that is interrupted in that call; `encoded` tells the sizes of all."""
+    sizes = [] if encoded is None else encoded
+
+    def failing(self: Any, pixels: Any) -> Any:
+        sizes.append(len(pixels))
+        if len(sizes) == call:
+            raise KeyboardInterrupt
+        return real(self, pixels)
+
+    return failing
+
+
 def as_tsv(folder: Path, pictures: Mapping[int, bytes]) -> Path:
     return as_table(folder, pictures, ".tsv")
 
@@ -217,19 +240,31 @@ def test_bad_samples_of_other_sources_are_counted_listed_and_left_out(tmp_path: 
         prepare(images, tmp_path / "strict", strict)
 
 
+def test_pictures_of_the_slow_path_are_counted(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sources, "PART", 2)
+    contents = {number: gif(number) if number else png(number) for number in CAPTIONS}
+    table = as_table(tmp_path, contents)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(pictures.FrozenImages, "encode_pixels", interrupted_at(2, pictures.FrozenImages.encode_pixels))
+        prepare(table, tmp_path / "made", config)
+    # One of a part that is kept, one of a part made now.
+    assert main(["prepare", str(table), str(tmp_path / "made"), "--config", str(tmp_path / "config.yaml")]) == 0
+    assert "2 pictures by Pillow, the slow path" in capsys.readouterr().out
+    assert Store(tmp_path / "made").manifest["slow_pictures"] == 2
+    members = {f"{n}.gif": gif(n) for n in CAPTIONS} | {f"{n}.txt": CAPTIONS[n][0].encode() for n in CAPTIONS}
+    tar = write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
+    assert prepare(tar, tmp_path / "tar", config)["slow_pictures"] == 3
+
+
 def test_interrupted_call_over_another_source_goes_on(
     tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "PART", 1)
     images = as_chinese_clip(tmp_path, {number: png(number) for number in CAPTIONS})
-    real, encoded = pictures.FrozenImages.encode_pixels, []
-
-    def failing(self: Any, pixels: Any) -> Any:
-        encoded.append(len(pixels))
-        if len(encoded) == 2:
-            raise KeyboardInterrupt
-        return real(self, pixels)
-
+    encoded: list[int] = []
+    failing = interrupted_at(2, pictures.FrozenImages.encode_pixels, encoded)
     monkeypatch.setattr(pictures.FrozenImages, "encode_pixels", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(images, tmp_path / "made", config)
