@@ -20,7 +20,7 @@ def picture(seed: int, size: int = 16) -> bytes:
     return encoded.getvalue()
 
 
-def chinese_clip(folder: Path, split: str, pictures: Mapping[int, bytes], texts: Sequence[Mapping[str, Any]]) -> Path:
+def chinese_clip(folder: Path, split: str, pictures: Mapping[Any, bytes], texts: Sequence[Mapping[str, Any]]) -> Path:
     """SPLIT_imgs.tsv, which is returned, and SPLIT_texts.jsonl."""
     images = folder / f"{split}_imgs.tsv"
     rows = (f"{name}\t{base64.b64encode(content).decode()}\n" for name, content in pictures.items())

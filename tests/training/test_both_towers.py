@@ -22,14 +22,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from efficientclip.config import Config, load_config
-from efficientclip.data.batches import BatchLoader
+from efficientclip.data.batches import Batch, BatchLoader
 from efficientclip.data.image_pairs import ImagePairs
+from efficientclip.data.shards import read_members
 from efficientclip.data.sources import open_source
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.model.efficientclip import load_model
 from tests import tiny
+from tests.formats import chinese_clip, files
 from tests.training.launch import metrics, run
 
 COLOURS = {"红": (220, 30, 30), "蓝": (30, 30, 220), "绿": (30, 200, 30), "黄": (230, 220, 30)}
@@ -229,6 +231,32 @@ def test_no_pair_comes_twice_when_ranks_change_beside_a_broken_picture(folder: P
     for first in (0, 4):
         seen = [key for _, keys, _ in found[first : first + 4] for key in keys]
         assert len(seen) == len(set(seen)) == 96
+
+
+@pytest.mark.parametrize("kind", ["base64", "files"])
+def test_batches_of_other_sources_are_those_of_the_tar(folder: Path, tmp_path: Path, kind: str) -> None:
+    tar = folder / "whole" / "0.tar"
+    samples = {
+        key: (members["png"][0], [caption["text"] for caption in json.loads(members["json"][0])["captions"]])
+        for key, members in read_members(tar)
+    }
+    texts = [(key, text) for key, (_, captions) in samples.items() for text in captions]
+    if kind == "base64":
+        lines = [{"text_id": n, "text": text, "image_ids": [key]} for n, (key, text) in enumerate(texts)]
+        source = chinese_clip(tmp_path, "t", {key: picture for key, (picture, _) in samples.items()}, lines)
+    else:
+        files(tmp_path, {key: picture for key, (picture, _) in samples.items()})
+        source = tmp_path / "t.csv"
+        source.write_text("image,caption\n" + "".join(f"{key},{text}\n" for key, text in texts))
+    batches: list[list[Batch]] = []
+    for path in (tar, source):
+        given = load_config(config(folder, "other", data__shards=[str(path)], training__batch_size=20))
+        loader = pairs(given).batches(given, 0, 1)
+        batches.append([next(loader) for _ in range(6) if not loader.ended or loader.next_epoch() is None])
+        loader.close()
+    for one, other in zip(*batches, strict=True):
+        assert one.keys == other.keys and torch.equal(one.caption_ids_M, other.caption_ids_M)
+        assert torch.equal(one.inputs[0]["pixels"], other.inputs[0]["pixels"])
 
 
 def test_what_makes_no_batch_for_other_ranks_ends_the_epoch(folder: Path, tmp_path: Path) -> None:
