@@ -11,6 +11,8 @@
 #include <webp/demux.h>
 
 #include <algorithm>
+#include <optional>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -39,13 +41,13 @@ struct Bytes {
     std::size_t size = 0;
 };
 
-// The orientation in a TIFF header's first folder; 1 if there is none.
-int exif_orientation(Bytes exif) {
+// The orientation in a TIFF header's first folder, whatever its value.
+std::optional<std::uint32_t> exif_orientation(Bytes exif) {
     constexpr std::uint8_t kPrefix[] = {'E', 'x', 'i', 'f', 0, 0};
     if (exif.size >= sizeof kPrefix && std::memcmp(exif.data, kPrefix, sizeof kPrefix) == 0) {
         exif = {exif.data + sizeof kPrefix, exif.size - sizeof kPrefix};
     }
-    if (exif.size < 8) return 1;
+    if (exif.size < 8) return std::nullopt;
     const bool little = exif.data[0] == 'I';
     const auto number = [&](std::size_t at, int bytes) {
         std::uint32_t value = 0;
@@ -55,19 +57,38 @@ int exif_orientation(Bytes exif) {
         }
         return value;
     };
-    if (number(2, 2) != 42) return 1;
+    if (number(2, 2) != 42) return std::nullopt;
     const std::size_t folder = number(4, 4);
-    if (folder + 2 > exif.size) return 1;
+    if (folder + 2 > exif.size) return std::nullopt;
     const std::size_t entries = number(folder, 2);
     for (std::size_t i = 0; i < entries; ++i) {
         const std::size_t entry = folder + 2 + 12 * i;
-        if (entry + 12 > exif.size) return 1;
+        if (entry + 12 > exif.size) return std::nullopt;
         constexpr std::uint32_t kOrientation = 0x0112;
-        if (number(entry, 2) != kOrientation) continue;
-        const std::uint32_t value = number(entry + 8, 2);
-        return value >= 1 && value <= 8 ? static_cast<int>(value) : 1;
+        if (number(entry, 2) == kOrientation) return number(entry + 8, 2);
     }
-    return 1;
+    return std::nullopt;
+}
+
+// What stands in XMP as an attribute or an element.
+std::optional<std::uint32_t> xmp_orientation(Bytes xmp) {
+    constexpr std::string_view kName = "tiff:Orientation";
+    std::string_view left(reinterpret_cast<const char*>(xmp.data), xmp.size);
+    for (std::size_t at; (at = left.find(kName)) != left.npos;) {
+        left.remove_prefix(at + kName.size());
+        const std::size_t begin = left.substr(0, 2) == "=\"" ? 2 : left.substr(0, 1) == ">" ? 1 : left.npos;
+        if (begin < left.size() && left[begin] >= '0' && left[begin] <= '9') {
+            return static_cast<std::uint32_t>(left[begin] - '0');
+        }
+    }
+    return std::nullopt;
+}
+
+// As Pillow has it: XMP is asked where EXIF has no such tag; 1 where both say nothing or what is none.
+int orientation_of(Bytes exif, Bytes xmp) {
+    std::optional<std::uint32_t> found = exif_orientation(exif);
+    if (!found) found = xmp_orientation(xmp);
+    return found && *found >= 1 && *found <= 8 ? static_cast<int>(*found) : 1;
 }
 
 // Pillow's rounding division by 255.
@@ -146,14 +167,16 @@ class Jpeg {
         info_.src = &source_;
         info_.progress = &progress_;
         jpeg_read_header(&info_, TRUE);
-        int orientation = 1;
+        Bytes exif, xmp;
         for (jpeg_saved_marker_ptr marker = info_.marker_list; marker != nullptr; marker = marker->next) {
-            constexpr char kExif[] = "Exif\0";
-            if (marker->data_length < sizeof kExif || std::memcmp(marker->data, kExif, sizeof kExif) != 0) continue;
-            orientation = exif_orientation({marker->data, marker->data_length});
-            break;
+            constexpr char kExif[] = "Exif\0", kXmp[] = "http://ns.adobe.com/xap/1.0/";
+            const auto starts = [&](const char* with, std::size_t length) {
+                return marker->data_length >= length && std::memcmp(marker->data, with, length) == 0;
+            };
+            if (exif.size == 0 && starts(kExif, sizeof kExif)) exif = {marker->data, marker->data_length};
+            if (starts(kXmp, sizeof kXmp)) xmp = {marker->data, marker->data_length};
         }
-        return {static_cast<int>(info_.image_width), static_cast<int>(info_.image_height), orientation, true};
+        return {static_cast<int>(info_.image_width), static_cast<int>(info_.image_height), orientation_of(exif, xmp), true};
     }
 
     void decode(const Window& window, int eighths, int readable, RowSink& sink) {
@@ -263,12 +286,8 @@ class Png {
         png_set_user_limits(png_, kMaxPngSide, kMaxPngSide);
         png_set_chunk_malloc_max(png_, kMaxPngChunk);
         png_read_info(png_, info_);
-        png_bytep exif = nullptr;
-        png_uint_32 exif_size = 0;
-        const int orientation =
-            png_get_eXIf_1(png_, info_, &exif_size, &exif) != 0 ? exif_orientation({exif, exif_size}) : 1;
         return {static_cast<int>(png_get_image_width(png_, info_)),
-                static_cast<int>(png_get_image_height(png_, info_)), orientation, false};
+                static_cast<int>(png_get_image_height(png_, info_)), orientation(), false};
     }
 
     void decode(const Window& window, int readable, RowSink& sink) {
@@ -306,6 +325,49 @@ class Png {
 
   private:
     void close() { png_destroy_read_struct(&png_, &info_, nullptr); }
+
+    // From the chunk for EXIF, or else from texts of the names that ImageMagick and Adobe gave them.
+    int orientation() const {
+        png_bytep chunk = nullptr;
+        png_uint_32 chunk_size = 0;
+        Bytes exif, xmp;
+        if (png_get_eXIf_1(png_, info_, &chunk_size, &chunk) != 0) exif = {chunk, chunk_size};
+        png_textp texts = nullptr;
+        int count = 0;
+        png_get_text(png_, info_, &texts, &count);
+        std::string profile;
+        for (int i = 0; i < count; ++i) {
+            const std::string_view name = texts[i].key, text = texts[i].text == nullptr ? "" : texts[i].text;
+            if (name == "Raw profile type exif" && chunk == nullptr) {
+                profile = from_profile(text);
+                exif = {reinterpret_cast<const std::uint8_t*>(profile.data()), profile.size()};
+            } else if (name == "XML:com.adobe.xmp") {
+                xmp = {reinterpret_cast<const std::uint8_t*>(text.data()), text.size()};
+            }
+        }
+        return orientation_of(exif, xmp);
+    }
+
+    // The bytes whose digits stand behind three line ends.
+    static std::string from_profile(std::string_view text) {
+        for (int line = 0; line < 3; ++line) {
+            const std::size_t end = text.find('\n');
+            if (end == text.npos) return {};
+            text.remove_prefix(end + 1);
+        }
+        std::string bytes;
+        int digits = 0;
+        for (const char letter : text) {
+            const int worth = letter >= '0' && letter <= '9'   ? letter - '0'
+                              : letter >= 'a' && letter <= 'f' ? letter - 'a' + 10
+                              : letter >= 'A' && letter <= 'F' ? letter - 'A' + 10
+                                                               : -1;
+            if (worth < 0) continue;
+            if (digits++ % 2 == 0) bytes.push_back(0);
+            bytes.back() = static_cast<char>(bytes.back() << 4 | worth);
+        }
+        return bytes;
+    }
 
     png_structp png_ = nullptr;
     png_infop info_ = nullptr;
@@ -374,18 +436,23 @@ class WebP {
 
     int orientation() const {
         constexpr std::size_t kFlags = 20;
-        constexpr std::uint8_t kHasExif = 0x08;
+        constexpr std::uint8_t kHasExif = 0x08, kHasXmp = 0x04;
         if (encoded_.size <= kFlags || std::memcmp(encoded_.data + 12, "VP8X", 4) != 0 ||
-            (encoded_.data[kFlags] & kHasExif) == 0) {
+            (encoded_.data[kFlags] & (kHasExif | kHasXmp)) == 0) {
             return 1;
         }
         const WebPData data{encoded_.data, encoded_.size};
         const std::unique_ptr<WebPDemuxer, void (*)(WebPDemuxer*)> demuxer(WebPDemux(&data), WebPDemuxDelete);
-        WebPChunkIterator chunk{};
-        if (demuxer == nullptr || WebPDemuxGetChunk(demuxer.get(), "EXIF", 1, &chunk) == 0) return 1;
-        const int found = exif_orientation({chunk.chunk.bytes, chunk.chunk.size});
-        WebPDemuxReleaseChunkIterator(&chunk);
-        return found;
+        if (demuxer == nullptr) return 1;
+        // What is found lies in `encoded_`.
+        const auto find = [&](const char* name) -> Bytes {
+            WebPChunkIterator chunk{};
+            if (WebPDemuxGetChunk(demuxer.get(), name, 1, &chunk) == 0) return {};
+            const Bytes found{chunk.chunk.bytes, chunk.chunk.size};
+            WebPDemuxReleaseChunkIterator(&chunk);
+            return found;
+        };
+        return orientation_of(find("EXIF"), find("XMP "));
     }
 
     void decode_first_frame(std::uint8_t* pixels, std::size_t count) const {

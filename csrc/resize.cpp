@@ -460,19 +460,27 @@ void Tile::resize(int wanted) {
     pixels.resize(static_cast<std::size_t>(stride) * static_cast<std::size_t>(size));
 }
 
-void Resampler::begin(const Axis& x, const Axis& y, Tile& tile) {
+void Resampler::begin(const Axis& x, const Axis& y, Tile& tile, bool columns_first) {
     x_ = &x;
     y_ = &y;
     tile_ = &tile;
+    columns_first_ = columns_first;
     done_ = y.first;
     made_ = 0;
     capacity_ = *std::max_element(y.counts.begin(), y.counts.end()) + kRows;
-    stride_ = 4 * static_cast<std::size_t>(tile.stride);
+    const auto vector = static_cast<int>(sizeof(Vector));
+    stride_ = static_cast<std::size_t>(columns_first ? rounded_up(4 * x.readable(), vector) : 4 * tile.stride);
     ring_.resize(stride_ / sizeof(Vector) * static_cast<std::size_t>(capacity_));
+    if (columns_first) waiting_.resize((kRows * stride_ + 4 * static_cast<std::size_t>(tile.stride)) / sizeof(Vector));
     column_.resize(static_cast<std::size_t>(y.taps));
 }
 
 void Resampler::rows(const std::uint8_t* const* pixels, int count) {
+    if (!columns_first_) return rows_first(pixels, count);
+    for (int r = 0; r < count; ++r) columns_first(pixels[r]);
+}
+
+void Resampler::rows_first(const std::uint8_t* const* pixels, int count) {
     for (int r = 0; r < count; r += kRows) {
         // Too few are filled up by the last, into the places of rows to come.
         const std::uint8_t* from[kRows];
@@ -483,17 +491,37 @@ void Resampler::rows(const std::uint8_t* const* pixels, int count) {
         }
         across(*x_, from, to);
         done_ += std::min(kRows, count - r);
-        for (; made_ < y_->outputs; ++made_) {
-            const auto at = static_cast<std::size_t>(made_);
-            const int start = y_->starts[at], taps = y_->counts[at];
-            if (start + taps > done_) break;
-            // Weights past the last are 0: any row will do there.
-            const int fours = rounded_up(taps, 4);
-            for (int t = 0; t < fours; ++t) column_[static_cast<std::size_t>(t)] = kept(start + std::min(t, taps - 1));
-            down(*y_, at, column_.data(), fours, static_cast<int>(stride_),
-                 reinterpret_cast<std::uint8_t*>(tile_->pixels.data() + at * static_cast<std::size_t>(tile_->stride)));
-        }
+        while (made_ < y_->outputs && column(tile_row(made_))) ++made_;
     }
+}
+
+void Resampler::columns_first(const std::uint8_t* row) {
+    std::memcpy(kept(done_), row, 4 * static_cast<std::size_t>(x_->readable()));
+    ++done_;
+    auto* waiting = reinterpret_cast<std::uint8_t*>(waiting_.data());
+    while (made_ < y_->outputs && column(waiting + static_cast<std::size_t>(made_ % kRows) * stride_)) {
+        const int first = made_ / kRows * kRows;
+        if (++made_ % kRows != 0 && made_ < y_->outputs) continue;
+        const std::uint8_t* from[kRows];
+        std::uint8_t* to[kRows];
+        for (int i = 0; i < kRows; ++i) {
+            from[i] = waiting + static_cast<std::size_t>(std::min(i, made_ - 1 - first)) * stride_;
+            to[i] = first + i < made_ ? tile_row(first + i) : waiting + kRows * stride_;
+        }
+        across(*x_, from, to);
+    }
+}
+
+// Makes the next output of the columns of the rows that are kept, if they are all there.
+bool Resampler::column(std::uint8_t* out) {
+    const auto at = static_cast<std::size_t>(made_);
+    const int start = y_->starts[at], taps = y_->counts[at];
+    if (start + taps > done_) return false;
+    // Weights past the last are 0: any row will do there.
+    const int fours = rounded_up(taps, 4);
+    for (int t = 0; t < fours; ++t) column_[static_cast<std::size_t>(t)] = kept(start + std::min(t, taps - 1));
+    down(*y_, at, column_.data(), fours, static_cast<int>(stride_), out);
+    return true;
 }
 
 std::size_t PixelFormat::image_bytes(int size) const {

@@ -54,14 +54,21 @@ struct alignas(32) Vector {
     std::uint8_t bytes[32];
 };
 
-// Resamples rows as they come: first each row, then as many columns as its rows allow. Keeps few rows.
+// Resamples rows as they come: first each row, then as many columns as its rows allow, or first the columns. Keeps few
+// rows.
 class Resampler : public RowSink {
   public:
     // Rows y.first .. y.end - 1 follow, each from pixel x.first on. The axes and the tile are borrowed.
-    void begin(const Axis& x, const Axis& y, Tile& tile);
+    void begin(const Axis& x, const Axis& y, Tile& tile, bool columns_first);
     void rows(const std::uint8_t* const* pixels, int count) override;
 
   private:
+    void rows_first(const std::uint8_t* const* pixels, int count);
+    void columns_first(const std::uint8_t* row);
+    bool column(std::uint8_t* out);
+    std::uint8_t* tile_row(int output) {
+        return reinterpret_cast<std::uint8_t*>(tile_->pixels.data() + static_cast<std::ptrdiff_t>(output) * tile_->stride);
+    }
     std::uint8_t* kept(int row) {
         return reinterpret_cast<std::uint8_t*>(ring_.data()) + static_cast<std::size_t>(row % capacity_) * stride_;
     }
@@ -69,7 +76,9 @@ class Resampler : public RowSink {
     const Axis* x_ = nullptr;
     const Axis* y_ = nullptr;
     Tile* tile_ = nullptr;
+    bool columns_first_ = false;
     std::vector<Vector> ring_;
+    std::vector<Vector> waiting_;  // kRows rows whose columns are done, and one to write to in vain
     std::vector<const std::uint8_t*> column_;
     int capacity_ = 0;
     std::size_t stride_ = 0;

@@ -84,7 +84,8 @@ Turn Transform::apply(const std::uint8_t* encoded, std::size_t size, Random rand
     x_.plan(sides.x);
     y_.plan(sides.y);
     tile.resize(options_.size);
-    resampler_.begin(x_, y_, tile);
+    // Rounding between the passes tells their order: the rows first that are rows when it is turned.
+    resampler_.begin(x_, y_, tile, transposed);
     decoder_.decode({x_.first, y_.first, x_.end, y_.end}, eighths, x_.readable(), resampler_);
     return {transposed, mirrored_x != flipped, mirrored_y};
 }

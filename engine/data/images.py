@@ -92,8 +92,8 @@ class ImageLoader(ThreadedLoader):
     Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
     `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`. Both are of the
     current epoch. A shard that is no
-    whole tar is a UserError, after all whole samples before its end. Transparency lies over white; EXIF orientation
-    is applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
+    whole tar is a UserError, after all whole samples before its end. Transparency lies over white; Orientation (EXIF,
+    XMP) is applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
     """
 
     def __init__(

@@ -142,7 +142,8 @@ void test_resampler() {
         Tile tile;
         tile.resize(size);
         Resampler resampler;
-        resampler.begin(x, y, tile);
+        const bool columns_first = round % 2 == 1;
+        resampler.begin(x, y, tile, columns_first);
         for (int row = y.first; row < y.end;) {
             const int count = std::min(1 + below(8), y.end - row);
             std::vector<const std::uint8_t*> rows;
@@ -170,17 +171,23 @@ void test_resampler() {
         const auto rounded = [](double sum) { return std::clamp(std::floor(sum + 0.5), 0.0, 255.0); };
         for (int n = 0; n < 200; ++n) {
             const int i = below(size), j = below(size), c = below(3);
-            // A row's sum that is as near to two bytes may have become either.
+            const auto value = [&](int s, int t) { return picture[4 * (std::size_t(s) * width + t) + c]; };
+            const auto& first_by = columns_first ? by_y[j] : by_x[i];
+            const auto& then_by = columns_first ? by_x[i] : by_y[j];
+            const double first_slack = slack(columns_first ? y : x), then_slack = slack(columns_first ? x : y);
+            // A sum of the first pass that is as near to two bytes may have become either.
             double least = 0, most = 0;
-            for (int s = top; s < height; ++s) {
+            for (std::size_t s = 0; s < then_by.size(); ++s) {
                 double sum = 0;
-                for (int t = left; t < width; ++t) sum += by_x[i][t] * picture[4 * (std::size_t(s) * width + t) + c];
-                const double low = by_y[j][s] * rounded(sum - slack(x)), high = by_y[j][s] * rounded(sum + slack(x));
+                for (std::size_t t = 0; t < first_by.size(); ++t) {
+                    sum += first_by[t] * (columns_first ? value(int(t), int(s)) : value(int(s), int(t)));
+                }
+                const double low = then_by[s] * rounded(sum - first_slack), high = then_by[s] * rounded(sum + first_slack);
                 least += std::min(low, high);
                 most += std::max(low, high);
             }
             const int found = tile.pixels[std::size_t(j) * tile.stride + i] >> 8 * c & 255;
-            check(rounded(least - slack(y)) <= found && found <= rounded(most + slack(y)), "resampling");
+            check(rounded(least - then_slack) <= found && found <= rounded(most + then_slack), "resampling");
         }
     }
     // A plain surface stays plain.

@@ -105,12 +105,12 @@ def two_passes(picture: Image.Image, size: int) -> list[np.ndarray]:
     return [done(passes), done(passes[::-1])]
 
 
-def check_square(found: np.ndarray, encoded: bytes, size: int, name: str, turned: bool = False) -> None:
-    """The loader's square is that of two passes, rows of the stored picture first, and Pillow's are those of either
+def check_square(found: np.ndarray, encoded: bytes, size: int, name: str) -> None:
+    """The loader's square is that of two passes, rows of the turned picture first, and Pillow's are those of either
     order, by cost: rounding and clipping between the passes let the order tell."""
     orders = two_passes(rgb(encoded), size)
     np.testing.assert_array_equal(decode_square(encoded, size), found)
-    for made, of in ((found, orders[turned : turned + 1]), (pillow_square(encoded, size), orders)):
+    for made, of in ((found, orders[:1]), (pillow_square(encoded, size), orders)):
         error = min((np.abs(made - order) for order in of), key=np.max)
         assert error.mean() < 0.4 and error.max() <= 2, name
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from efficientclip.data.images import CLIP_MEAN, CLIP_STD
 from efficientclip.data.shards import BadSample
@@ -87,8 +89,53 @@ def test_exif_orientation_is_applied(tmp_path: Path, kind: str) -> None:
         exif[0x112] = orientation
         files[f"{orientation}.{kind.lower()}"] = encode(picture, kind, exif=exif)
     for name, found in squares(tmp_path, files).items():
-        # From the fifth on, rows are columns.
-        check_square(found, files[name], 32, name, turned=int(name.split(".")[0]) >= 5)
+        check_square(found, files[name], 32, name)
+
+
+def orientation_in_xmp(orientation: int, *, element: bool) -> bytes:
+    said = f"><tiff:Orientation>{orientation}</tiff:Orientation>" if element else f' tiff:Orientation="{orientation}">'
+    return f"<x:xmpmeta>tiff:Orientation <rdf:Description{said}</rdf:Description></x:xmpmeta>".encode()
+
+
+@pytest.mark.parametrize("element", [False, True])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientation_in_xmp_is_applied_where_exif_has_none(tmp_path: Path, kind: str, element: bool) -> None:
+    picture, files = photograph(90, 61), {}
+    plain, upright = Image.Exif(), Image.Exif()
+    plain[0x10F] = "maker"
+    upright[0x112] = 1
+    for orientation in range(10):
+        xmp = orientation_in_xmp(orientation, element=element)
+        for name, exif in (("none", {}), ("plain", {"exif": plain}), ("upright", {"exif": upright})):
+            if kind == "PNG":
+                info = PngInfo()
+                info.add_itxt("XML:com.adobe.xmp", xmp.decode())
+                options: dict[str, Any] = {"pnginfo": info}
+            else:
+                options = {"xmp": xmp}
+            files[f"{orientation}-{name}.{kind.lower()}"] = encode(picture, kind, **exif, **options)
+    for name, found in squares(tmp_path, files).items():
+        check_square(found, files[name], 32, name)
+
+
+def test_orientation_in_a_text_of_a_png_is_applied(tmp_path: Path) -> None:
+    picture, files = photograph(90, 61), {}
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        digits = (b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")).hex()
+        lines = [digits[start : start + 72] for start in range(0, len(digits), 72)]
+        for compressed in (False, True):
+            info = PngInfo()
+            info.add_text(
+                "Raw profile type exif", f"\nexif\n{len(digits) // 2:8}\n" + "\n".join(lines) + "\n", zip=compressed
+            )
+            files[f"{orientation}-{compressed}.png"] = encode(picture, "PNG", pnginfo=info)
+    seen = set()
+    for name, found in squares(tmp_path, files).items():
+        check_square(found, files[name], 32, name)
+        seen.add(found.tobytes())
+    assert len(seen) == 8
 
 
 def test_sixteen_bits_keep_their_upper_eight(tmp_path: Path) -> None:
