@@ -326,8 +326,9 @@ class Png {
   private:
     void close() { png_destroy_read_struct(&png_, &info_, nullptr); }
 
-    // From the chunk for EXIF, or else from texts of the names that ImageMagick and Adobe gave them.
-    int orientation() const {
+    // From the chunk for EXIF, or else from texts of the names that ImageMagick and Adobe gave them. Its string may not
+    // live in the frame that libpng's errors jump back to.
+    [[gnu::noinline]] int orientation() const {
         png_bytep chunk = nullptr;
         png_uint_32 chunk_size = 0;
         Bytes exif, xmp;
