@@ -311,9 +311,11 @@ class Trainer:
         gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
         if self.loss_scale is not None:
             self.loss_scale.unscale(gradients)
-        self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.config.optimizer.clip:
-            clip(self.engine.optimizer, gradients, self.grad_norm, self.config.optimizer.clip)
+            clip(self.engine.optimizer, gradients, norm, self.config.optimizer.clip)
+        # Whether fp16 overflowed decides over the step: the one read that this takes.
+        self.grad_norm = norm if self.loss_scale is None else float(norm)
 
     def _figures(
         self, losses: Losses, scale: torch.Tensor, inputs: list[dict[str, Any]], batch: Batch, mlm: torch.Tensor
