@@ -11,11 +11,12 @@ import pytest
 from efficientclip import stopping
 
 STUBBORN = """
-import sys, threading
+import signal, sys
 from pathlib import Path
-from unittest.mock import Mock
 from efficientclip import stopping
 
+# Under nohup the tests, and so this, would ignore it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 stopping.watch()
 with stopping.scratch(Path(sys.argv[1])) as folder:
     print("ready", flush=True)
@@ -31,10 +32,14 @@ def test_scratch_goes_while_the_main_thread_makes_it_again(tmp_path: Path, signu
         subprocess.Popen([sys.executable, "-c", STUBBORN, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for folder in folders
     ]
-    for process in processes:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
-        process.send_signal(signum)
-    told = [process.communicate(timeout=20)[1].decode() for process in processes]
+    try:
+        for process in processes:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            process.send_signal(signum)
+        told = [process.communicate(timeout=20)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [128 + signum] * 4
     assert set(told) == {f"stopped by {signum.name}; the same command goes on\n"}
     assert not [folder for folder in folders if folder.exists()]
