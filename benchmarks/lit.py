@@ -23,7 +23,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,11 +39,9 @@ from unittest.mock import patch
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, Row, hardware, record
+from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, Row, hardware, require_green, show_and_record
 from efficientclip.config import load_config
 from efficientclip.data.batches import Batch
 from efficientclip.data.store import PAIR_FILES, staging
@@ -350,20 +347,13 @@ def main() -> None:
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=False).returncode:
-        sys.exit("the tests of the tower or of the loss are red: nothing is measured")
+    require_green(ROOT, *TESTS)
     with tempfile.TemporaryDirectory(prefix="lit-") as name:
         make(Path(name), Size())
         for precision in given.precisions.split(","):
             rows, busy = measure(Size(), precision, given.rounds, Path(name), WORKS)
-            table = Table(*SHOWN, title=f"locked image tower, {precision}")
-            for row in rows:
-                table.add_row(*(str(row.get(column, "")) for column in SHOWN))
-            Console(width=150).print(table)
-            if busy:
-                print(f"{busy}; nothing recorded")
-            else:
-                record(rows, given.results / "lit.csv", KEY, COLUMNS)
+            title, file = f"locked image tower, {precision}", given.results / "lit.csv"
+            show_and_record(rows, SHOWN, title, busy, file, KEY, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ import cpuinfo
 import numpy as np
 import psutil
 import torch
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -163,3 +165,29 @@ def record(rows: Iterable[Row], file: Path, key: Sequence[str], columns: Sequenc
         writer = csv.DictWriter(new, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())
+
+
+def require_green(root: Path, *tests: str) -> None:
+    """Ends the program where the tests of what is to be measured are red."""
+    if subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=root, check=False).returncode:
+        sys.exit("the tests of the tower or of the loss are red: nothing is measured")
+
+
+def show_and_record(
+    rows: Sequence[Row],
+    shown: Sequence[str],
+    title: str,
+    busy: str | None,
+    file: Path,
+    key: Sequence[str],
+    columns: Sequence[str],
+) -> None:
+    """A table of the `shown` columns; the rows are recorded, unless the machine was `busy`."""
+    table = Table(*shown, title=title)
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in shown))
+    Console(width=150).print(table)
+    if busy:
+        print(f"{busy}; nothing recorded")
+    else:
+        record(rows, file, key, columns)

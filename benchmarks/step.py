@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,11 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, hardware, record
+from benchmarks.measuring import MIB, RESULTS, Memory, Neighbours, hardware, require_green, show_and_record
 from efficientclip.config import Model, TextTower
 from efficientclip.data.batches import Segments
 from efficientclip.kernels import contrastive_loss
@@ -227,20 +224,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if subprocess.run([sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, check=False).returncode:
-        sys.exit("the tests of the tower or of the loss are red: nothing is measured")
+    require_green(ROOT, *TESTS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_same_work(device)
     for text_tokens in (20, 64):
         rows, busy = measure(given.pairs, text_tokens, given.rounds, device)
-        table = Table(*(c for c in COLUMNS if c != "command"), title=f"training step, unpaired texts of {text_tokens}")
-        for row in rows:
-            table.add_row(*(str(row[column.header]) for column in table.columns))
-        Console(width=150).print(table)
-        if busy:
-            print(f"{busy}; nothing recorded")
-        else:
-            record(rows, given.results / "step.csv", KEY, COLUMNS)
+        shown = [column for column in COLUMNS if column != "command"]
+        title, file = f"training step, unpaired texts of {text_tokens}", given.results / "step.csv"
+        show_and_record(rows, shown, title, busy, file, KEY, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ class ImageLoader(ThreadedLoader):
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
     source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
-        name up to the first dot: an image with captions in .txt or .json. Of the others, each
-        4,096 images in the order of the source count as a shard.
+        name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in the
+        order of the source count as a shard.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
         by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
@@ -91,9 +91,9 @@ class ImageLoader(ThreadedLoader):
 
     Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
     `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`. Both are of the
-    current epoch. A shard that is no
-    whole tar is a UserError, after all whole samples before its end. Transparency lies over white; Orientation (EXIF,
-    XMP) is applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
+    current epoch. A shard that is no whole tar is a UserError, after all whole samples before its end. Transparency
+    lies over white; orientation (EXIF, XMP) is applied; images of more than 100 million pixels are refused. After a
+    fork, a RuntimeError in the child.
     """
 
     def __init__(

@@ -35,7 +35,6 @@ from ..stopping import scratch
 from ..training.run_folder import RESTORE, run_config, run_identity
 
 TEXTS_AT_ONCE = 4096
-PICTURES_AT_ONCE = 256
 
 
 @dataclass
@@ -94,16 +93,7 @@ class Run:
         A picture without captions passes. UserError at the first sample that is bad: a result over part of a data set
         would pass for one over all of it.
         """
-        tower = self.frozen.tower
-        loader = ImageLoader(
-            source,
-            batch_size=PICTURES_AT_ONCE,
-            size=tower.size,
-            train=False,
-            mean=tower.mean,
-            std=tower.std,
-            captions=False,
-        )
+        loader = self.frozen.loader(source, captions=False)
         with loader, tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
             for batch in loader:
                 _require_good(source, loader, batch)

@@ -8,18 +8,22 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from .. import config as settings
+from ..data.images import ImageLoader
 from ..data.pictures import normalise
+from ..data.sources import Source
 from ..errors import UserError, reading
 from ..files import digests
 from ..hardware import compute_dtype
 from .efficientclip import build_model
 
+PICTURES_AT_ONCE = 256
 # What a tower is called: its folder and weights, or hub id and revision, then what else tells its features.
 TOWER = re.compile(
     r"(?P<weights>.*@(?P<digest>[0-9a-f]{16})|.*?)(?P<pixels>, pixels [0-9a-f]{8})?(?P<mean> less [0-9a-f]{16})?"
@@ -47,6 +51,12 @@ class FrozenImages:
 
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         return self.encode_pixels(normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std))
+
+    def loader(self, source: Source, **options: Any) -> ImageLoader:
+        """Pictures of `source`, in its order, as `encode_pixels` takes them; `options` are others of ImageLoader."""
+        tower = self.tower
+        given = {"size": tower.size, "mean": tower.mean, "std": tower.std, "train": False, **options}
+        return ImageLoader(source, batch_size=PICTURES_AT_ONCE, **given)
 
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:

@@ -11,14 +11,12 @@ from typing import Any
 
 from ..config import Config
 from ..data import sources
-from ..data.images import ImageBatch, ImageLoader
+from ..data.images import ImageBatch
 from ..data.sources import Source, open_source
 from ..errors import UserError
 from ..model.frozen import FrozenImages, image_tower_name
 from .parts import Item, Made, digest
 from .recipe import Part, Recipe, described, fp16_rows
-
-ENCODE_BATCH = 256
 
 
 def picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
@@ -29,21 +27,20 @@ def picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
     # Loaded when the first part is to be made, if one is.
     encoder = cache(lambda: FrozenImages(config))
     opened = open_source(source, images)
-    of = [name, *map(described, opened.files), None if images is None else os.path.realpath(images), sources.PART]
-    parts = [
-        Part([name, described(part.path)] if part.listing is None else [*of, number], partial(_made, encoder, part))
-        for number, part in enumerate(opened.parts)
-    ]
+    if opened.listing is None:
+        known: list[list[Any]] = [[name, described(tar)] for tar in opened.files]
+    else:
+        of = [name, *map(described, opened.files), None if images is None else os.path.realpath(images), sources.PART]
+        known = [[*of, number] for number in range(len(opened.parts))]
+    parts = [Part(of, partial(_made, encoder, part)) for of, part in zip(known, opened.parts, strict=True)]
     return Recipe(opened.files, name, parts, opened.pictures, outside=opened.listing is not None)
 
 
 def _made(load: Callable[[], FrozenImages], part: Source, bar: Any) -> Made:
     items: list[Item] = []
     encoder = load()
-    tower, started = encoder.tower, time.perf_counter()
-    with ImageLoader(
-        part, batch_size=ENCODE_BATCH, size=tower.size, train=False, mean=tower.mean, std=tower.std, keep_encoded=True
-    ) as loader:
+    started = time.perf_counter()
+    with encoder.loader(part, keep_encoded=True) as loader:
         for batch in loader:
             rows = encoder.encode_pixels(batch.images)
             places = [f"picture {key} of {file}" for key, file in zip(batch.keys, batch.files, strict=True)]

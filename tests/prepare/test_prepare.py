@@ -19,6 +19,7 @@ from efficientclip.data import sources
 from efficientclip.data.shards import BadSample, read_picture
 from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
+from efficientclip.model import frozen
 from efficientclip.prepare import parts, pictures
 from efficientclip.prepare.build import prepare
 from efficientclip.prepare.texts import read_lines
@@ -101,7 +102,7 @@ def test_interrupted_call_keeps_its_finished_parts(
     shards.mkdir()
     for number in range(3):
         write_tar(shards / f"{number}.tar", good(2 * number) | good(2 * number + 1))
-    real, read = pictures.ImageLoader, []
+    real, read = frozen.ImageLoader, []
 
     def failing(part: sources.Source, **settings: Any) -> Any:
         read.append(part.path.name)
@@ -109,7 +110,7 @@ def test_interrupted_call_keeps_its_finished_parts(
             raise KeyboardInterrupt
         return real(part, **settings)
 
-    monkeypatch.setattr(pictures, "ImageLoader", failing)
+    monkeypatch.setattr(frozen, "ImageLoader", failing)
     with pytest.raises(KeyboardInterrupt):
         prepare(shards, tmp_path / "made", config)
     with pytest.raises(UserError, match="was interrupted"):

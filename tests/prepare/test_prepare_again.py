@@ -22,6 +22,7 @@ from efficientclip.data import sources
 from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
 from efficientclip.errors import UserError
 from efficientclip.files import digests, lock
+from efficientclip.model import frozen
 from efficientclip.model.frozen import image_tower_name
 from efficientclip.prepare import build, parallel, pictures
 from efficientclip.prepare.build import prepare
@@ -40,13 +41,13 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the shards that were encoded."""
-    real, names = pictures.ImageLoader, []
+    real, names = frozen.ImageLoader, []
 
     def noted(part: sources.Source, **settings: Any) -> Any:
         names.append(part.path.name)
         return real(part, **settings)
 
-    monkeypatch.setattr(pictures, "ImageLoader", noted)
+    monkeypatch.setattr(frozen, "ImageLoader", noted)
     return names
 
 
