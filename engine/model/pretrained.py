@@ -29,6 +29,7 @@ CLIP_TYPES = ("clip", "clip_text_model")
 # Their position embeddings hold for one size of picture.
 FIXED_SIZE = ("clip_vision_model", "chinese_clip_vision_model", "vit")
 ANEW = "copy or download it anew"
+ALONE = "give a BERT or RoBERTa alone, saved in a folder of its own"
 Loaded = tuple[PreTrainedModel, torch.Tensor | None]
 
 
@@ -40,6 +41,10 @@ def load_text_tower(field: str, tower: settings.Tower) -> Loaded:
             f"{field}.pretrained: {tower.pretrained} is a CLIP, which reads English; put its text layers on a Chinese"
             " vocabulary: architecture: {model_type: efficientclip_text}, clip_layers: " + str(tower.pretrained)
         )
+    if behind := _behind_states(config):
+        raise UserError(
+            f"{field}.pretrained: {tower.pretrained} is of type {behind}, which no text tower here has; {ALONE}"
+        )
     half = getattr(config, "text_config", config)
     if not hasattr(half, "vocab_size"):
         raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no text tower")
@@ -47,6 +52,18 @@ def load_text_tower(field: str, tower: settings.Tower) -> Loaded:
     # No text is read at its pooler, which few checkpoints have.
     model = _load(field, tower, config, unused="pooler", attn_implementation=packed.NAME, **without_pooler(config))
     return _half(model, "text_model", "text_projection")
+
+
+def _behind_states(config: PreTrainedConfig) -> str | None:
+    """What a model has between the states of its layers and its features, beside a linear projection; None: nothing."""
+    classifiers = [name for name in config.architectures or () if name.endswith("ForSequenceClassification")]
+    if classifiers:
+        return f"{classifiers[0]}: its features, like Taiyi's, are a classifier's behind a pooler"
+    if config.model_type in ("altclip", "altclip_text_model"):
+        return f"{config.model_type}: its features pass a norm and a layer with a bias before the projection"
+    if config.model_type in ("siglip", "siglip2"):
+        return f"{config.model_type}: its text features come from a head with a bias"
+    return None
 
 
 def load_image_tower(field: str, tower: settings.ImageTower) -> Loaded:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
     BertModel,
     ChineseCLIPConfig,
     ChineseCLIPModel,
@@ -19,6 +22,8 @@ from transformers import (
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
+    SiglipConfig,
+    SiglipModel,
 )
 
 from tests import tiny
@@ -80,6 +85,21 @@ def masked_bert(folder: Path, positions: int = 64) -> BertModel:
 
 def roberta(folder: Path) -> RobertaModel:
     return save(RobertaModel(RobertaConfig(**{**BERT, "type_vocab_size": 1, "pad_token_id": 1})), folder)
+
+
+def taiyi(folder: Path) -> BertForSequenceClassification:
+    """Taiyi-CLIP's text half: its classifier projects."""
+    return save(BertForSequenceClassification(BertConfig(**BERT, num_labels=tiny.WIDTH)), folder)
+
+
+def altclip(folder: Path) -> AltCLIPModel:
+    text = {**BERT, "project_dim": 24, "pad_token_id": 1}
+    return save(AltCLIPModel(AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=tiny.WIDTH)), folder)
+
+
+def siglip(folder: Path) -> SiglipModel:
+    text = {**SIZES, "vocab_size": 60, "max_position_embeddings": 64}
+    return save(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)), folder)
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:

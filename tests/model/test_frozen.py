@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from efficientclip.config import ImageTower, load_config
 from efficientclip.data.store import Store
@@ -106,3 +107,25 @@ def test_half_precision_moves_features_little(tmp_path: Path) -> None:
     difference = np.abs(exact.encode(pictures) - half.encode(pictures))
     assert difference.max() < 2e-2 and difference.mean() < 2e-3
     assert half.compute is None or difference.max() > 0
+
+
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "sharded safetensors"])
+def test_weights_of_every_form_are_the_tower(tmp_path: Path, form: str) -> None:
+    model = hub.clip(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "other", max_shard_size="20KB")
+    if form == "pytorch_model.bin":
+        for file in (tmp_path / "other").glob("*.safetensors*"):
+            file.unlink()
+        torch.save(model.state_dict(), tmp_path / "other" / form)
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+    pictures = [*np.random.default_rng().integers(0, 256, (3, hub.PIXELS, hub.PIXELS, 3), np.uint8)]
+    whole, other = (
+        FrozenImages(
+            load_config(
+                tiny.config(tmp_path, model__image_tower={"pretrained": str(tmp_path / name), "size": hub.PIXELS})
+            )
+        )
+        for name in ("whole", "other")
+    )
+    np.testing.assert_array_equal(whole.encode(pictures), other.encode(pictures))
+    assert other.name.startswith("other@")
