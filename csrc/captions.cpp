@@ -39,11 +39,11 @@ std::uint32_t take_code_point(std::string_view& text, bool surrogates) {
     return point;
 }
 
-// What Python's str.strip() strips, and byte order marks.
+// What Python's str.strip() strips, and the marks that editors and web pages leave at the ends of a text.
 bool is_space(std::uint32_t point) {
     return (point >= 0x09 && point <= 0x0D) || (point >= 0x1C && point <= 0x20) || point == 0x85 || point == 0xA0 ||
-           point == 0x1680 || (point >= 0x2000 && point <= 0x200A) || point == 0x2028 || point == 0x2029 ||
-           point == 0x202F || point == 0x205F || point == 0x3000 || point == 0xFEFF;
+           point == 0x1680 || (point >= 0x2000 && point <= 0x200B) || point == 0x2028 || point == 0x2029 ||
+           point == 0x202F || point == 0x205F || point == 0x2060 || point == 0x3000 || point == 0xFEFF;
 }
 
 // Control characters, Unicode's default ignorable code points, and the letters that are blank.
@@ -58,12 +58,12 @@ bool is_invisible(std::uint32_t point) {
 }
 
 // The text without white space around it; empty where there is nothing to see. Throws NotUtf8.
-std::string_view trimmed(std::string_view text) {
+std::string_view trimmed(std::string_view text, bool surrogates = false) {
     std::size_t begin = text.size(), end = 0;
     bool visible = false;
     for (std::string_view rest = text; !rest.empty();) {
         const std::size_t at = text.size() - rest.size();
-        const std::uint32_t point = take_code_point(rest, false);
+        const std::uint32_t point = take_code_point(rest, surrogates);
         if (is_space(point)) continue;
         begin = std::min(begin, at);
         end = text.size() - rest.size();
@@ -340,5 +340,7 @@ const char* read_captions(const std::vector<std::string_view>& texts, Captions& 
     for (const std::string_view text : texts) found.texts.push_back({std::string(text), {}});
     return finish(found);
 }
+
+std::string_view stripped(std::string_view text) { return trimmed(text, true); }
 
 }  // namespace efficientclip

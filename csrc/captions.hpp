@@ -28,4 +28,8 @@ const char* read_captions(const std::optional<std::string>& text, const std::opt
 // The same for captions that stand in a column.
 const char* read_captions(const std::vector<std::string_view>& texts, Captions& found);
 
+// What is left of a UTF-8 text without white space and marks around it: nothing where there is nothing to see. Halves
+// of surrogate pairs stay.
+std::string_view stripped(std::string_view text);
+
 }  // namespace efficientclip

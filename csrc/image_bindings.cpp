@@ -60,6 +60,17 @@ py::tuple read_captions(const std::optional<std::string>& txt, const std::option
     return captions_of(captions);
 }
 
+py::str stripped(const py::str& text) {
+    const auto encoded =
+        py::reinterpret_steal<py::bytes>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+    if (!encoded) throw py::error_already_set();
+    const std::string_view whole = encoded, left = efficientclip::stripped(whole);
+    if (left.size() == whole.size()) return text;
+    PyObject* decoded = PyUnicode_DecodeUTF8(left.data(), static_cast<py::ssize_t>(left.size()), "surrogatepass");
+    if (decoded == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(decoded);
+}
+
 py::bytes read_picture(const std::string& path, std::int64_t offset, std::int64_t size, bool base64) {
     efficientclip::Extent extent{offset, size};
     try {
@@ -141,11 +152,12 @@ efficientclip::Listing listing_of(const py::dict& columns) {
     listing.length = view<std::int64_t>(columns["length"], "length");
     listing.base64 = columns["base64"].cast<bool>();
     listing.keys = strings(columns["keys"], "keys");
+    listing.sources = strings(columns["sources"], "sources");
     listing.captions = strings(columns["captions"], "captions");
     listing.caption_ends = view<std::int64_t>(columns["caption_ends"], "caption_ends");
     const std::int64_t n = listing.size();
     if (listing.offset.size != n || listing.length.size != n || listing.keys.ends.size != n + 1 ||
-        listing.caption_ends.size != n + 1) {
+        listing.sources.ends.size != n + 1 || listing.caption_ends.size != n + 1) {
         throw py::value_error("a listing's columns are of different lengths");
     }
     return listing;
@@ -285,6 +297,7 @@ void bind_images(py::module_& module) {
     module.attr("IMAGE_SUFFIXES") = py::cast(std::vector<std::string>(std::begin(efficientclip::kImageSuffixes),
                                                                       std::end(efficientclip::kImageSuffixes)));
     module.def("read_captions", &read_captions, py::arg("txt"), py::arg("json"));
+    module.def("stripped", &stripped, py::arg("text"));
     module.def("read_picture", &read_picture, py::arg("path"), py::arg("offset"), py::arg("size"), py::arg("base64"));
     module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"),
                py::arg("other"));

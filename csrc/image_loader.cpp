@@ -276,6 +276,7 @@ void ImageLoader::make(Place& place, PictureReader& reader, Transform& transform
     try {
         if (listing != nullptr) {
             where.key = listing->keys[where.ordinal];
+            sample.captions.source = listing->sources[where.ordinal];
             if (listing->file[where.ordinal] >= 0) {
                 where.image = Extent{listing->offset[where.ordinal], listing->length[where.ordinal]};
             }

@@ -26,7 +26,7 @@ struct Listing {
     View<std::int32_t> file;            // [n]: which of `files` holds the picture; -1: there is none
     View<std::int64_t> offset, length;  // [n]: where in it; length -1 is the whole file
     bool base64 = false;                // is what lies there
-    Strings keys;                       // [n]
+    Strings keys, sources;              // [n]
     Strings captions;
     View<std::int64_t> caption_ends;    // [n + 1]: picture i has captions caption_ends[i] .. caption_ends[i + 1] - 1
 

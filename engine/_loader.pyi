@@ -56,6 +56,9 @@ def read_captions(txt: bytes | None, json: bytes | None) -> tuple[list[str], lis
     ValueError with the cause where it has no captions that can be used.
     """
 
+def stripped(text: str) -> str:
+    """Without white space and marks at its ends; empty where nothing in it can be seen."""
+
 def read_picture(path: bytes, offset: int, size: int, base64: bool) -> bytes:
     """The encoded picture that lies there, or whose base64 does; size -1: the whole file. ValueError with the cause."""
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__, profile, stopping
 from .errors import UserError, reported
 
+if TYPE_CHECKING:
+    from .data.tables import Columns
+
 PICTURES = (
     ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
-    " picture paths and captions"
+    " picture paths (a .parquet: or pictures) and captions"
 )
 
 
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "source", type=Path, metavar="SOURCE", help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt)"
     )
     prepare.add_argument("store", type=Path, metavar="STORE", help="folder to write")
-    prepare.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in SOURCE start")
+    _add_columns(prepare, "SOURCE")
     _add_replace(prepare, "a store of something else that is there goes once the new one is whole")
     prepare.add_argument("--config", type=Path, required=True, help="names the frozen tower and the tokenizer")
     prepare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
@@ -102,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help=f"a store, {PICTURES}",
     )
-    evaluate.add_argument("--images", type=Path, metavar="DIR", help="where the picture paths in DATA start")
+    _add_columns(evaluate, "DATA")
     evaluate.add_argument(
         "--classes",
         type=Path,
@@ -119,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(search)
     search.add_argument("query", metavar="QUERY", help="for instance 一只戴帽子的猫")
     search.add_argument("--data", type=Path, help="a store or pictures to search (default: what the run trained on)")
+    _add_columns(search, "--data")
     search.add_argument("--top", type=int, default=10, help="number of pictures (default: 10)")
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
     _add_replace(search)
@@ -161,6 +166,22 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="PATH", help="where the store that it trained on lies now")
 
 
+def _add_columns(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("--images", type=Path, metavar="DIR", help=f"where the picture paths in {source} start")
+    for name, held in (
+        ("image", "picture paths, or pictures"),
+        ("caption", "captions, or labels"),
+        ("key", "what each row is called, for instance a product's number"),
+    ):
+        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"of {source}, if it is a table: {held}")
+
+
+def _columns(given: argparse.Namespace) -> Columns:
+    from .data.tables import Columns
+
+    return Columns(given.image_column, given.caption_column, given.key_column)
+
+
 def _add_replace(parser: argparse.ArgumentParser, help: str = "write over a file that another program made") -> None:
     parser.add_argument("--replace", action="store_true", help=help)
 
@@ -185,15 +206,19 @@ def _prepare(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .prepare.build import prepare
 
-    manifest = prepare(given.source, given.store, config, given.images, replace=given.replace)
+    manifest = prepare(given.source, given.store, config, given.images, _columns(given), replace=given.replace)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
-    slow = manifest.get("slow_pictures", 0)
-    print(
-        f"{given.store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}"
-        + (f"; {slow:,} pictures by Pillow, the slow path" if slow else "")
-        + (f"; left out: {', '.join(bad)}" if bad else "")
-    )
+    longest = config.training.max_caption_tokens
+    notes = {
+        "slow_pictures": "picture by Pillow, the slow path",
+        "repeated_pairs": "repeated pair, held once",
+        "long_captions": f"caption of more than {longest} tokens, which training cuts",
+        "unknown_captions": "caption of unknown words alone",
+    }
+    told = [f"{manifest[count]:,} × {note}" for count, note in notes.items() if manifest.get(count)]
+    told += [f"left out: {', '.join(bad)}"] if bad else []
+    print("; ".join([f"{given.store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}", *told]))
 
 
 def _train(given: argparse.Namespace) -> None:
@@ -249,8 +274,8 @@ def _evaluate(given: argparse.Namespace) -> None:
         raise UserError("evaluate: give either DATA (pictures) or --text-train FILE (texts)")
     if given.text_train is None and given.text_test is not None:
         raise UserError("--text-test: needs --text-train")
-    if given.data is None and (given.classes or given.images):
-        raise UserError("--classes and --images: need DATA, not --text-train")
+    if given.data is None and (given.classes or given.images or _columns(given).given):
+        raise UserError("--classes, --images and --image-column and its like: need DATA, not --text-train")
     if given.json is not None:
         from .files.ownership import claim_file
 
@@ -272,10 +297,10 @@ def _evaluate(given: argparse.Namespace) -> None:
     elif given.classes is not None:
         from .evaluation.zero_shot import class_table, classify
 
-        report = classify(given.run, given.data, given.classes, given.images, given.store)
+        report = classify(given.run, given.data, given.classes, given.images, given.store, _columns(given))
         table = class_table(report, title)
     else:
-        report = evaluate(given.run, given.data, given.images, given.store)
+        report = evaluate(given.run, given.data, given.images, given.store, _columns(given))
         table = recall_table(report, title)
     Console().print(table)
     if given.json is not None:
@@ -293,7 +318,7 @@ def _search(given: argparse.Namespace) -> None:
 
     file = given.output or given.run / "search.png"
     target = claim_file(file, "picture", replace=given.replace, instead="name a picture elsewhere by --output FILE.png")
-    matches = search(given.run, given.query, given.data, given.top, given.store)
+    matches = search(given.run, given.query, given.data, given.top, given.store, given.images, _columns(given))
     Console().print(match_table(matches, given.query))
     draw_matches(matches, given.query, target)
     print(file)

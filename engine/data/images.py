@@ -26,7 +26,6 @@ from .threaded import ThreadedLoader
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.uint8: "uint8"}
-NO_CAPTION = "image without caption"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ImageBatch:
     keys: list[str]
     shards: list[str]  # names of the tar or table
     files: list[str]  # paths of the files that hold the encoded images
-    offsets: list[int]  # of the encoded image in its file, in bytes
+    offsets: list[int]  # of the encoded image in its file, in bytes; in a .parquet the number of its cell
     lengths: list[int]
     captions: list[list[str]]  # at least one each; none where `captions=False` let an image without pass
     noise: list[list[bool | None]]  # of each caption: whether it is wrong, where the source tells
@@ -65,8 +64,8 @@ class ImageLoader(ThreadedLoader):
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
     source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
-        name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in the
-        order of the source count as a shard.
+        name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in the order
+        of the source count as a shard. Those in a .parquet are written to a temporary file first.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
         by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
@@ -90,10 +89,10 @@ class ImageLoader(ThreadedLoader):
     prefetch: batches made ahead at most. Images lie in pinned memory where CUDA is there.
 
     Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
-    `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`. Both are of the
-    current epoch. A shard that is no whole tar is a UserError, after all whole samples before its end. Transparency
-    lies over white; orientation (EXIF, XMP) is applied; images of more than 100 million pixels are refused. After a
-    fork, a RuntimeError in the child.
+    `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`; rows without a
+    caption are named by the first loader of an order. Both are of the current epoch. A shard that is no whole tar is a
+    UserError, after all whole samples before its end. Transparency lies over white; orientation (EXIF, XMP) is
+    applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class ImageLoader(ThreadedLoader):
         super().__init__()
         given = [source] if isinstance(source, str | Path | Source) else source
         opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
-        self._parts = [part for one in opened for part in one.parts]
+        self._parts = [part for one in opened for part in one.unpacked().parts]
         _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
         _check(1 <= size <= 4096, f"size: {size}; give 1 to 4096 pixels")
         _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
@@ -144,8 +143,9 @@ class ImageLoader(ThreadedLoader):
 
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
-        self.bad_samples: list[BadSample] = []
-        self.slow_pictures = 0
+        # Of all loaders of an order, the first one tells of them.
+        first = rank == 0 and not any(number for _, _, number, _ in shares)
+        self._bad_rows = [row for part in self._parts for row in part.bad] if first else []
         listings = [part.listing for part in self._parts]
         self._settings: dict[str, Any] = {
             "shards": [os.fsencode(part.path) for part in self._parts],
@@ -251,7 +251,8 @@ class ImageLoader(ThreadedLoader):
         _check(0 <= epoch < 2**32, f"epoch: {epoch}; give 0 to 2^32 - 1")
         self._stop()
         self._epoch, self._consumed, self._bad_before = epoch, consumed, Counter(bad)
-        self.bad_samples, self.slow_pictures = [], 0
+        self.bad_samples: list[BadSample] = [*self._bad_rows] if consumed == 0 else []
+        self.slow_pictures = 0
 
     def _start(self) -> None:
         self._require_open()
@@ -287,12 +288,13 @@ class ImageLoader(ThreadedLoader):
             keys, shards, places, offsets, lengths, captions, noise, sources, captions_en, uncaptioned, jsons, encoded
         ) = (list(column) for column in zip(*records, strict=True))  # fmt: skip
         parts = [self._parts[shard] for shard in shards]
+        found = [part.place_of(*at) for part, *at in zip(parts, places, offsets, strict=True)]
         return ImageBatch(
             images=images[: len(records)],
             keys=keys,
             shards=[part.path.name for part in parts],
-            files=[part.file_of(place) for part, place in zip(parts, places, strict=True)],
-            offsets=offsets,
+            files=[file for file, _ in found],
+            offsets=[offset for _, offset in found],
             lengths=lengths,
             captions=captions,
             noise=noise,

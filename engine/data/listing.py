@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,9 +40,10 @@ class Listing:
     """n pictures, in the order of their source.
 
     file int32 [n]: which of `files` holds each, -1 where there is none; offset, length int64 [n]: where in it, -1 for
-    the whole file. `base64`: what lies there is base64 of either alphabet. keys: UTF-8 [n]. captions: UTF-8, those of
-    picture i from caption_ends[i] to caption_ends[i + 1] - 1; lone surrogates stay, and make a bad sample of it.
-    text_ids: as many, or None; they tell equal captions apart.
+    the whole file. `base64`: what lies there is base64 of either alphabet. keys, sources: UTF-8 [n]. captions: UTF-8,
+    those of picture i from caption_ends[i] to caption_ends[i + 1] - 1; lone surrogates stay, and make a bad sample of
+    it. text_ids: as many, or None; they tell equal captions apart. cells int64 [n], of pictures that were unpacked to
+    `memory`: the number of the cell that each came from, -1 where it lies in a file of its own.
     """
 
     files: Strings
@@ -51,9 +52,12 @@ class Listing:
     length: npt.NDArray[np.int64]
     base64: bool
     keys: Strings
+    sources: Strings
     captions: Strings
     caption_ends: npt.NDArray[np.int64]
     text_ids: Strings | None
+    cells: npt.NDArray[np.int64] | None = None
+    memory: IO[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -66,7 +70,9 @@ class Listing:
             offset=self.offset[first:end],
             length=self.length[first:end],
             keys=self.keys.part(first, end),
+            sources=self.sources.part(first, end),
             caption_ends=self.caption_ends[first : end + 1],
+            cells=None if self.cells is None else self.cells[first:end],
         )
 
     def file_of(self, picture: int) -> bytes:

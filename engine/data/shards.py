@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import _loader
 from ..errors import UserError
+from .tables import read_picture_cell
 
 IMAGE_SUFFIXES = frozenset(_loader.IMAGE_SUFFIXES)
 # How the causes begin that tell of a picture's file, and not of the picture.
@@ -53,8 +54,10 @@ def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
 
 
 def read_picture(shard: Path, offset: int, length: int) -> bytes:
-    """The encoded picture that a store row points to; in a .tsv it stands as base64."""
+    """The encoded picture that a store row points to; in a .tsv it stands as base64, in a .parquet in a cell."""
     try:
+        if shard.suffix == ".parquet":
+            return read_picture_cell(shard, offset)
         return _loader.read_picture(os.fsencode(shard), offset, length, base64=shard.suffix == ".tsv")
     except ValueError as error:
         cause = str(error)

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
 from ..data.sources import Source, check_folder, is_tars, open_source
 from ..data.store import Store, edges
+from ..data.tables import USUAL, Columns
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
 from ..objectives.retrieval import CUTOFFS, retrieval_report
-from .run import Run, is_store, open_data, open_run
+from .run import Run, is_store, left_out, open_data, open_run
 
 MEASURES = (*(f"R@{k}" for k in CUTOFFS), "mean_recall", "mean_rank", "median_rank")
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 
 
-def evaluate(run: Path, data: Path, images: Path | None = None, store: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    run: Path, data: Path, images: Path | None = None, store: Path | None = None, columns: Columns = USUAL
+) -> dict[str, Any]:
     """Retrieval between all captions and all images of `data`: a store, tars, or what else `open_source` reads.
 
     {"t2i": {"R@1", "R@5", "R@10", "mean_recall" in per cent, "mean_rank", "median_rank", "queries"}, "i2t": {…},
-    "candidates": images, "texts": captions}. Every pair of the data is a right answer, and a query with several
-    counts by its best one. Texts with ids are a query each, as in the field's own scripts; without ids (store, tars,
+    "candidates": images, "texts": captions, "left_out": {cause: bad samples}}. Bad samples are left out under
+    data.max_bad_share of the run. Every pair of the data is a right answer, and a query with several counts by its
+    best one. Texts with ids are a query each, as in the field's own scripts; without ids (store, tars,
     tables) equal captions are one text whose images are all right.
 
     The rank of an answer is 1 + candidates that beat it + half of those that equal it; a query's other answers never
@@ -39,41 +45,47 @@ def evaluate(run: Path, data: Path, images: Path | None = None, store: Path | No
     opened = open_run(run, store)
     if is_store(data) or is_tars(data):
         check_folder(images, data, unused=True)
+        if columns.given:
+            raise UserError(f"{columns.given[0]}: {data} is no table; leave it out")
         with open_data(opened, data) as found:
             return measure(opened, found)
-    return _measure_source(opened, open_source(data, images))
+    return _measure_source(opened, open_source(data, images, columns))
 
 
 def measure(run: Run, store: Store) -> dict[str, Any]:
     """`evaluate` for what is open already."""
-    return retrieval_report(
+    report = retrieval_report(
         run.encode_store(store, progress=True),
         store.features,
         store.caption_edges,
         edges(store.image_ids, store.caption_ids, len(store.features)),
     )
+    return {**report, "left_out": store.manifest.get("bad_counts", {})}
 
 
 def _measure_source(run: Run, source: Source) -> dict[str, Any]:
     texts: dict[str, tuple[int, str]] = {}
-    text_ids, image_ids, features = [], [], []
-    images = 0
-    for batch, features_MD in run.encode_source(source):
-        features.append(features_MD)
-        for image, (captions, ids) in enumerate(zip(batch.captions, batch.text_ids, strict=True), images):
-            for name, caption in zip(ids or captions, captions, strict=True):
+    images: dict[tuple[str, int], int] = {}
+    rows: list[npt.NDArray[np.float32]] = []
+    text_ids, image_ids, bad = [], [], Counter[str]()
+    for batch, features_MD in run.encode_source(source, bad):
+        for at, place in enumerate(zip(batch.files, batch.offsets, strict=True)):
+            image = images.setdefault(place, len(rows))
+            if image == len(rows):
+                rows.append(features_MD[at])
+            for name, caption in zip(batch.text_ids[at] or batch.captions[at], batch.captions[at], strict=True):
                 text_ids.append(texts.setdefault(name, (len(texts), caption))[0])
                 image_ids.append(image)
-        images += len(batch)
     if not texts:
         raise UserError(f"source {source.path}: no picture has a caption; give labelled data")
     text_E, image_E = np.array(text_ids, np.int64), np.array(image_ids, np.int64)
-    return retrieval_report(
+    report = retrieval_report(
         run.encode_texts([caption for _, caption in texts.values()], progress=True),
-        np.concatenate(features),
+        np.stack(rows),
         edges(text_E, image_E, len(texts)),
-        edges(image_E, text_E, images),
+        edges(image_E, text_E, len(rows)),
     )
+    return {**report, "left_out": dict(bad)}
 
 
 def write_json(reports: Mapping[str, Any], file: Path) -> None:
@@ -93,4 +105,5 @@ def recall_table(report: Mapping[str, Any], title: str) -> Table:
         table.add_row(name, *(f"{report[direction][measure]:.1f}" for direction in DIRECTIONS))
     table.add_row("queries", *(f"{report[direction]['queries']:,}" for direction in DIRECTIONS))
     table.add_row("candidates", f"{report['candidates']:,}", f"{report['texts']:,}")
+    table.caption = left_out(report).removeprefix("; ") or None
     return table

@@ -96,7 +96,7 @@ def judged_card(pair: dict[str, Any], verdicts: Verdicts, row: int, history: Mar
 def _found(
     store: Store, text_QD: npt.NDArray[np.float32], right: Sequence[npt.NDArray[np.int32]] | None
 ) -> list[list[Card]]:
-    scores_QT, ids_QT = nearest(store, text_QD, FOUND)
+    scores_QT, ids_QT = nearest(store.features, text_QD, FOUND)
     pairs = pairs_by(store, "image_id", ids_QT)
 
     def card(query: int, image: int, score: float) -> Card:

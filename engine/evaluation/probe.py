@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from ..data.sources import LABEL_COLUMNS, read_table
+from ..data.tables import LABEL_COLUMNS, read_table
 from ..errors import UserError
 from .run import open_run
 
@@ -76,7 +76,16 @@ def probe_table(report: Mapping[str, Any], title: str) -> Table:
 
 
 def _read(file: Path) -> tuple[list[str], Any]:
-    rows = [cells for _, cells in read_table(file, TEXT_COLUMNS, LABEL_COLUMNS)]
+    rows: list[list[str]] = []
+    bad: list[str] = []
+    for place, cells in read_table(file, TEXT_COLUMNS, LABEL_COLUMNS):
+        rows += [cells] if cells is not None and all(cells) else []
+        bad += [] if cells is not None and all(cells) else [place]
+    if bad:
+        raise UserError(
+            f"table {file}, {bad[0]}: no text, no label or more cells than the header has, as in {len(bad)} rows; mend"
+            " them or take them out"
+        )
     return [text for text, _ in rows], np.array([label for _, label in rows])
 
 

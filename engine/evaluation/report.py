@@ -22,7 +22,7 @@ from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
 from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
-from .run import open_data, open_run, read_metrics, trained_on
+from .run import left_out, open_data, open_run, read_metrics, trained_on
 from .verdicts import Detection, Verdicts, detection, read_verdicts
 
 
@@ -80,6 +80,7 @@ def write_report(
         parameters=sum(parameter.numel() for parameter in opened.model.parameters()),
         figures=list(_figures(results, steps, detected)),
         results=results,
+        left_out=left_out,
         measures=MEASURES,
         gallery=gallery,
         charts=list(_training_charts(steps, validations)),

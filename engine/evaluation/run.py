@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
-from ..data.images import NO_CAPTION, ImageBatch, ImageLoader
-from ..data.sources import Source
+from ..data.images import ImageBatch, ImageLoader
+from ..data.sources import Source, require_few
 from ..data.store import Store, Texts, TextStore
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, reading, tell
@@ -87,31 +88,30 @@ class Run:
                 bar.update(len(features[-1]))
         return np.concatenate(features)
 
-    def encode_source(self, source: Source) -> Iterator[tuple[ImageBatch, npt.NDArray[np.float32]]]:
+    def encode_source(
+        self, source: Source, bad: Counter[str], *, keep_encoded: bool = False
+    ) -> Iterator[tuple[ImageBatch, npt.NDArray[np.float32]]]:
         """Batches of pictures, each with L2-normalised features float32 [pictures, D], under a bar with the rate.
 
-        A picture without captions passes. UserError at the first sample that is bad: a result over part of a data set
-        would pass for one over all of it.
+        A picture without captions passes. Bad samples are left out and counted in `bad`, by cause. UserError at the end
+        when they are more than data.max_bad_share: a result over part of a data set would pass for one over all of it.
         """
-        loader = self.frozen.loader(source, captions=False)
-        with loader, tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
-            for batch in loader:
-                _require_good(source, loader, batch)
-                yield batch, self.frozen.encode_pixels(batch.images)
-                bar.update(len(batch))
-            _require_good(source, loader)
-
-
-def _require_good(source: Source, loader: ImageLoader, batch: ImageBatch | None = None) -> None:
-    wrong = [(sample.key, sample.cause) for sample in loader.bad_samples]
-    if batch is not None:
-        wrong += [
-            (key, cause)
-            for key, cause in zip(batch.keys, batch.uncaptioned, strict=True)
-            if cause is not None and cause != NO_CAPTION
-        ]
-    if wrong:
-        raise UserError(f"source {source.path}, {wrong[0][0]}: {wrong[0][1]}; mend the sample or take it out")
+        first, good = "", 0
+        with tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
+            # Of pictures in a .parquet no more than a part is unpacked at once.
+            for piece in source.parts if source.packed else [source]:
+                with self.frozen.loader(piece, captions=False, keep_encoded=keep_encoded) as loader:
+                    for batch in loader:
+                        yield batch, self.frozen.encode_pixels(batch.images)
+                        good += len(batch)
+                        bar.update(len(batch))
+                    for sample in loader.bad_samples:
+                        bad[sample.cause] += 1
+                        first = first or f"{sample.key} in {sample.shard}"
+        samples = good + bad.total()
+        if not samples:
+            raise UserError(f"source {source.path}: empty, no sample found")
+        require_few(source.path, bad, first, samples, self.config.data.max_bad_share, "mend the source")
 
 
 def open_run(folder: Path, store: Path | None = None) -> Run:
@@ -258,6 +258,11 @@ def pointed(pointer: Path) -> Path | None:
         return None
     found = pointer.with_name(name) if re.fullmatch(r"[\w-]+", name) else pointer
     return found if found.is_dir() else None
+
+
+def left_out(report: Mapping[str, Any]) -> str:
+    """What a result was measured without, as the end of a line."""
+    return "".join(f"; left out: {count:,} × {cause}" for cause, count in report["left_out"].items())
 
 
 @contextmanager

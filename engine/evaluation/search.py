@@ -6,6 +6,7 @@ import io
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,12 +29,15 @@ from efficientclip.kernels import top_k
 from .. import __version__
 from ..data.pictures import decode_square
 from ..data.shards import read_picture
+from ..data.sources import Source, open_pictures
 from ..data.store import Store
-from ..errors import UserError
+from ..data.tables import USUAL, Columns
+from ..errors import UserError, tell
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
 from ..objectives.retrieval import read_only
-from .run import open_data, open_run
+from ..prepare.parts import digest
+from .run import Run, is_store, left_out, open_data, open_run
 
 COLUMNS = 5
 EDGE = 256
@@ -50,11 +54,30 @@ class Match:
     pixels: npt.NDArray[np.uint8]
 
 
-def search(run: Path, query: str, data: Path | None, top: int, store: Path | None = None) -> list[Match]:
-    """The `top` images nearest to `query`, best first; by default from the run's training store."""
+def search(
+    run: Path,
+    query: str,
+    data: Path | None,
+    top: int,
+    store: Path | None = None,
+    images: Path | None = None,
+    columns: Columns = USUAL,
+) -> list[Match]:
+    """The `top` images nearest to `query`, best first; by default from the run's training store.
+
+    `data` is a store, tars, or what `open_pictures` reads: captions are shown where there are some.
+    """
     opened = open_run(run, store)
+    if data is not None and not is_store(data):
+        source, bad = open_pictures(data, images, columns), Counter[str]()
+        matches = _nearest_pictures(opened, query, source, bad, top)
+        if bad:
+            tell(f"notice: source {data}{left_out({'left_out': bad})}")
+        return matches
+    if images is not None or columns.given:
+        raise UserError("--images, --image-column and its like: of pictures that lie in no store; leave them out")
     with open_data(opened, data) as searched:
-        scores_1T, ids_1T = nearest(searched, opened.encode_texts([query]), top)
+        scores_1T, ids_1T = nearest(searched.features, opened.encode_texts([query]), top)
         found = pairs_by(searched, "image_id", ids_1T)
         return [
             Match(
@@ -67,13 +90,31 @@ def search(run: Path, query: str, data: Path | None, top: int, store: Path | Non
         ]
 
 
+def _nearest_pictures(run: Run, query: str, source: Source, bad: Counter[str], top: int) -> list[Match]:
+    """As of a store: equal pictures are one, with the captions of all."""
+    known: dict[bytes, dict[str, Any]] = {}
+    rows: list[npt.NDArray[np.float16]] = []
+    for batch, features_MD in run.encode_source(source, bad, keep_encoded=True):
+        for at, key in enumerate(batch.keys):
+            place = {"shard": batch.files[at], "offset": batch.offsets[at], "length": batch.lengths[at]}
+            one = known.setdefault(digest(batch.encoded[at] or b""), {"key": key, "captions": {}, **place})
+            if len(known) > len(rows):
+                rows.append(features_MD[at].astype(np.float16))
+            one["captions"] |= dict.fromkeys(batch.captions[at])
+    found = list(known.values())
+    scores_1T, ids_1T = nearest(np.stack(rows), run.encode_texts([query]), top)
+    return [
+        Match(float(score), found[image]["key"], [*found[image]["captions"]], square_picture(found[image], EDGE))
+        for score, image in zip(scores_1T[0], ids_1T[0].tolist(), strict=True)
+    ]
+
+
 def nearest(
-    store: Store, text_QD: npt.NDArray[np.float32], top: int
+    features_KD: npt.NDArray[np.float16], text_QD: npt.NDArray[np.float32], top: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Cosines [Q, T] and image ids [Q, T] of the T = min(top, images) nearest images, best first."""
-    features_KD = read_only(store.features)
     try:
-        scores, ids = top_k(torch.from_numpy(text_QD), features_KD, min(top, len(features_KD)))
+        scores, ids = top_k(torch.from_numpy(text_QD), read_only(features_KD), min(top, len(features_KD)))
     except ValueError as error:
         raise UserError(f"search: {error}; the model or the store is broken") from error
     return scores.numpy(), ids.numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
+from ..data.captions import read_lines, stripped
 from ..data.sources import open_labelled
+from ..data.tables import USUAL, Columns
 from ..errors import UserError
 from ..objectives.retrieval import best_ranks
-from .run import Run, open_run
+from .run import Run, left_out, open_run
 
 TEMPLATES = (
     "{}",
@@ -32,11 +35,17 @@ LISTED_CLASSES = 30
 
 
 def classify(
-    run: Path, data: Path, classes: Path, images: Path | None = None, store: Path | None = None
+    run: Path,
+    data: Path,
+    classes: Path,
+    images: Path | None = None,
+    store: Path | None = None,
+    columns: Columns = USUAL,
 ) -> dict[str, Any]:
     """Zero-shot accuracy over the labelled pictures of `data`, in per cent.
 
-    {"top1", "top5", "mean_per_class", "images", "classes": {name: {"top1", "images"}}, "templates"}. A class is the
+    {"top1", "top5", "mean_per_class", "images", "left_out": {cause: bad samples}, "classes": {name: {"top1",
+    "images"}}, "templates"}. A class is the
     normalised mean of the features of its name in all templates; `mean_per_class` weighs all classes that have pictures
     alike. A class that equals the right one counts as half a rank before it, so that equal classes are no hits.
 
@@ -45,8 +54,8 @@ def classify(
     """
     named = read_classes(classes)
     opened = open_run(run, store)
-    labels, features = [], []
-    for batch, features_MD in opened.encode_source(open_labelled(data, images)):
+    labels, features, bad = [], [], Counter[str]()
+    for batch, features_MD in opened.encode_source(open_labelled(data, images, columns), bad):
         for key, captions in zip(batch.keys, batch.captions, strict=True):
             if len(set(captions)) != 1:
                 raise UserError(f"source {data}, {key}: has the labels {', '.join(captions)}; leave it one")
@@ -63,6 +72,7 @@ def classify(
         "top5": _percent(ranks_N <= 5),
         "mean_per_class": round(float(np.mean([hits.mean() for hits in top1.values()])) * 100, 2),
         "images": len(labels),
+        "left_out": dict(bad),
         "classes": {name: {"top1": _percent(hits), "images": len(hits)} for name, hits in top1.items()},
         "templates": list(TEMPLATES),
     }
@@ -70,16 +80,11 @@ def classify(
 
 def read_classes(file: Path) -> list[tuple[str | None, str]]:
     """(label, or None where the file gives none; name) of each class."""
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"--classes {file}: byte {error.start} is not UTF-8; convert it with iconv") from error
-    except OSError as error:
-        raise UserError(f"--classes {file}: {error.strerror}; give a file with a class a line") from error
+    lines = [line for line in read_lines(file) if stripped(line)]
     classes: list[tuple[str | None, str]] = []
     for line in lines:
         label, tab, name = line.partition("\t")
-        classes.append((label.strip(), name.strip()) if tab else (None, label.strip()))
+        classes.append((stripped(label), stripped(name)) if tab else (None, stripped(label)))
     labels, names = ([entry[side] for entry in classes] for side in (0, 1))
     if len(classes) < 2 or "" in names or len(set(names)) < len(names):
         raise UserError(f"--classes {file}: needs two classes or more, each with a name of its own")
@@ -113,7 +118,7 @@ def class_table(report: Mapping[str, Any], title: str) -> Table:
     table.add_column("images", f"{report['images']:,}", justify="right")
     for name, result in classes[:LISTED_CLASSES]:
         table.add_row(Text(name), f"{result['top1']:.1f}", f"{result['images']:,}")
-    table.caption = f"mean of the classes' top-1: {report['mean_per_class']:.1f} %"
+    table.caption = f"mean of the classes' top-1: {report['mean_per_class']:.1f} %{left_out(report)}"
     return table
 
 

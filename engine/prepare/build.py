@@ -22,8 +22,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
-from ..data.sources import is_parallel
+from ..data.sources import is_parallel, require_few
 from ..data.store import ANEW, PAIR_FILES, TEXT_FILES, read_manifest, staging
+from ..data.tables import USUAL, Columns
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, writing
 from ..files import lock
@@ -42,12 +43,19 @@ LISTED_BAD_SAMPLES = 1000
 
 
 def prepare(
-    source: Path, path: Path, config: Config, images: Path | None = None, *, replace: bool = False
+    source: Path,
+    path: Path,
+    config: Config,
+    images: Path | None = None,
+    columns: Columns = USUAL,
+    *,
+    replace: bool = False,
 ) -> dict[str, Any]:
     """Make a store at `path`: of whatever `open_source` reads, a zh<TAB>en `.tsv` or a `.txt`.
 
     Pictures go through the image tower, the English side through the teacher, and a `.txt` needs no tower. `images` is
-    where the picture paths in `source` start, as for `open_source`. A store of something else stays, unless `replace`.
+    where the picture paths in `source` start, and `columns` names those of a table, as for `open_source`. A store of
+    something else stays, unless `replace`.
 
     Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest.
     """
@@ -58,16 +66,20 @@ def prepare(
     of_texts = source.suffix == ".txt"
     identity: dict[str, Any] = {"kind": "texts" if of_texts else "pairs", "source": os.path.realpath(source)}
     build: Callable[[Path], dict[str, Any]]
+    if columns.given and of_texts:
+        raise UserError(f"{columns.given[0]}: {source} is no table; leave it out")
     if of_texts:
         files: Sequence[Path] = [source]
         identity["max_text_tokens"] = config.data.max_text_tokens
         build = partial(build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
     else:
-        recipe = parallel_recipe(source, config) if is_parallel(source) else picture_recipe(source, config, images)
+        parallel = not columns.given and is_parallel(source)
+        recipe = parallel_recipe(source, config) if parallel else picture_recipe(source, config, images, columns)
         files = recipe.files
         claim(path, "store", sources=files)
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else os.path.realpath(images)}
-        build = partial(_build_pairs, recipe, source, target.name, config.data.max_bad_share, tokenizer)
+        identity |= {"columns": columns.given} if columns.given else {}
+        build = partial(_build_pairs, recipe, source, target.name, config, tokenizer)
     identity |= {"source_fingerprint": _fingerprint(files), "tokenizer": fingerprint(tokenizer)}
     if (made := _standing(target, identity, replace)) is not None:
         return made
@@ -156,7 +168,7 @@ def _clear(folder: Path) -> None:
 
 
 def _build_pairs(
-    recipe: Recipe, source: Path, name: str, max_bad_share: float, tokenizer: PreTrainedTokenizerBase, folder: Path
+    recipe: Recipe, source: Path, name: str, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> dict[str, Any]:
     """Write a pair store's files into `folder`; returns their part of the manifest."""
     files: list[Path] = []
@@ -182,20 +194,18 @@ def _build_pairs(
             files.append(file)
     if seen == 0:
         raise UserError(f"source {source}: empty, no sample found")
-    share = causes.total() / seen
-    if share > max_bad_share or causes.total() == seen:
+    first = f"{listed[0]['key']} in {listed[0]['shard']}" if listed else ""
+    try:
+        require_few(source, causes, first, seen, config.data.max_bad_share, "mend the source or raise the limit")
+    except UserError:
         if recipe.outside:
             # The pictures may be mended before the next call.
             for file in files:
                 if bad_of(file):
                     file.unlink()
-        counts = ", ".join(f"{count} × {cause}" for cause, count in causes.most_common())
-        raise UserError(
-            f"source {source}: {share:.1%} of {seen} samples are bad ({counts}; first: {listed[0]['key']} in"
-            f" {listed[0]['shard']}), data.max_bad_share is {max_bad_share:.1%}; mend the source or raise the limit"
-        )
+        raise
     with writing(folder):
-        merged = merge(folder, files, tokenizer)
+        merged = merge(folder, files, tokenizer, config.training.max_caption_tokens)
     return {**merged, "slow_pictures": slow, "bad_counts": dict(causes), "bad_samples": listed}
 
 

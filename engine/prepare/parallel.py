@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from ..data.captions import read_lines, stripped
 from ..data.shards import BadSample
-from ..data.sources import CAPTION_COLUMNS, PICTURE_COLUMNS
+from ..data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS
 from ..errors import UserError
 from ..model.frozen import teacher_name
 from ..model.teacher import Teacher
 from .parts import Item, Made, digest
 from .recipe import Part, Recipe, described, fp16_rows
-from .texts import read_lines
 
 PARALLEL_CHUNK = 8192
 
@@ -35,8 +35,8 @@ def parallel_recipe(source: Path, config: Config) -> Recipe:
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
-            caption, _, english = (piece.strip() for piece in line.partition("\t"))
-            if not caption or not english:
+            caption, english, *more = (*(stripped(piece) for piece in line.split("\t")), "", "")
+            if not caption or not english or any(more):
                 bad.append(BadSample(source.name, f"line {number}", "not two texts around a tab"))
             else:
                 good.append((number, caption, english))

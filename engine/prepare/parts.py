@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -114,9 +115,10 @@ def slow_of(file: Path) -> int:
     return int(pq.read_schema(file).metadata.get(b"slow", 0))
 
 
-def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
     """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
 
+    Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
     Ids count in the order of first occurrence. Of all parts together only digests and ids are held, never texts.
     """
     row_digests, caption_digests = bytearray(), bytearray()
@@ -132,13 +134,15 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -
     del row_digests, caption_digests, counts, image_of_row
     pairs = np.unique(image_ids.astype(np.int64) << 32 | caption_ids, return_index=True)[1]
     pairs.sort()
+    repeated = len(image_ids) - len(pairs)
     image_ids, caption_ids = image_ids[pairs], caption_ids[pairs]
     width = _write_rows(folder, files, rows)
     _write_pairs(folder, files, pairs, image_ids, caption_ids)
     dtype = token_dtype(len(tokenizer))
     texts = tqdm(_texts(files, captions), desc="captions", unit="text", total=len(captions))
-    tokens = (tokenizer(batch)["input_ids"] for batch in batches(texts, 4096))
-    write_tokens(folder, chain.from_iterable(tokens), dtype)
+    tokens = chain.from_iterable(tokenizer(batch)["input_ids"] for batch in batches(texts, 4096))
+    told = Counter[str](long_captions=0, unknown_captions=0)
+    write_tokens(folder, _counted(tokens, longest, frozenset(tokenizer.all_special_ids), told), dtype)
     write_ids(folder, image_ids, caption_ids, len(captions))
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
@@ -148,7 +152,18 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase) -
         "captions": len(captions),
         "token_dtype": dtype.name,
         "vocabulary": len(tokenizer),
+        "repeated_pairs": repeated,
+        **told,
     }
+
+
+def _counted(
+    token_lists: Iterable[list[int]], longest: int, special: frozenset[int], told: Counter[str]
+) -> Iterator[list[int]]:
+    for tokens in token_lists:
+        told["long_captions"] += len(tokens) > longest
+        told["unknown_captions"] += special.issuperset(tokens)
+        yield tokens
 
 
 def _part_table(file: Path, columns: list[str]) -> pa.Table:

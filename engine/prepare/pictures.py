@@ -12,28 +12,31 @@ from typing import Any
 from ..config import Config
 from ..data import sources
 from ..data.images import ImageBatch
-from ..data.sources import Source, open_source
+from ..data.sources import Source, is_tars, open_source
+from ..data.tables import Columns
 from ..errors import UserError
 from ..model.frozen import FrozenImages, image_tower_name
 from .parts import Item, Made, digest
 from .recipe import Part, Recipe, described, fp16_rows
 
 
-def picture_recipe(source: Path, config: Config, images: Path | None) -> Recipe:
+def picture_recipe(source: Path, config: Config, images: Path | None, columns: Columns) -> Recipe:
     """Of what `open_source` reads."""
     if config.model.image_tower is None:
         raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
     name = image_tower_name(config.model.image_tower)
     # Loaded when the first part is to be made, if one is.
     encoder = cache(lambda: FrozenImages(config))
-    opened = open_source(source, images)
-    if opened.listing is None:
+    opened = open_source(source, images, columns)
+    tars = is_tars(source)
+    if tars:
         known: list[list[Any]] = [[name, described(tar)] for tar in opened.files]
     else:
-        of = [name, *map(described, opened.files), None if images is None else os.path.realpath(images), sources.PART]
+        folder = None if images is None else os.path.realpath(images)
+        of = [name, *map(described, opened.files), folder, sources.PART, *columns.given]
         known = [[*of, number] for number in range(len(opened.parts))]
     parts = [Part(of, partial(_made, encoder, part)) for of, part in zip(known, opened.parts, strict=True)]
-    return Recipe(opened.files, name, parts, opened.pictures, outside=opened.listing is not None)
+    return Recipe(opened.files, name, parts, opened.pictures, outside=not tars)
 
 
 def _made(load: Callable[[], FrozenImages], part: Source, bar: Any) -> Made:

@@ -9,7 +9,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import UserError, reading, writing
+from ..data.captions import read_lines, stripped
+from ..errors import UserError, writing
 from .parts import batches
 from .writer import token_dtype, write_tokens
 
@@ -18,7 +19,13 @@ def build_texts(
     source: Path, name: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> dict[str, Any]:
     """Write a text store's files into `folder`; returns their part of the manifest."""
-    lines = [line for line in read_lines(source) if line.strip()]
+    special = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[MASK]": tokenizer.mask_token_id}
+    if lacking := [name for name, token in special.items() if token is None]:
+        raise UserError(
+            f"data.tokenizer: has no {' and no '.join(lacking)}, between or by which texts are learned from; give a"
+            " BERT's or RoBERTa's"
+        )
+    lines = [line for line in map(stripped, read_lines(source)) if line]
     if not lines:
         raise UserError(f"source {source}: empty, no text found")
     inner = max_tokens - 2
@@ -40,15 +47,3 @@ def build_texts(
         "special_tokens": sorted(tokenizer.all_special_ids),
         "mask_token": tokenizer.mask_token_id,
     }
-
-
-def read_lines(source: Path) -> list[str]:
-    """Lines as editors and `wc` count them; Unicode's other separators are part of a text."""
-    with reading("source", source, "copy it again"):
-        content = source.read_bytes()
-    try:
-        text = content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"source {source}: byte {error.start} is not UTF-8; convert it with iconv -t UTF-8") from error
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]

@@ -221,6 +221,7 @@ void test_captions() {
     for (const char* invisible : {"\xE2\x80\x8B", "\xEF\xBB\xBF", " \xE2\x81\xA0\xEF\xB8\x8F\x01 ", "\xE3\x85\xA4"}) {
         is(invisible, {}, "empty caption");
     }
+    is("\xE2\x80\x8B \xE7\x8C\xAB\xE2\x81\xA0", {}, "\xE7\x8C\xAB|");
     is({}, R"({"captions": ["a", "\u200b"]})", "empty caption");
     is("\xE2\x9D\xA4\xEF\xB8\x8F", {}, "\xE2\x9D\xA4\xEF\xB8\x8F|");
     is("\xC0\x80", {}, "caption is not UTF-8");

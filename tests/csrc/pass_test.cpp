@@ -28,8 +28,8 @@ namespace {
 
 // Columns that own their memory.
 struct Columns {
-    std::vector<std::uint8_t> file_bytes, key_bytes, caption_bytes;
-    std::vector<std::int64_t> file_ends{0}, key_ends{0}, text_ends{0}, caption_ends{0}, offset, length;
+    std::vector<std::uint8_t> file_bytes, key_bytes, source_bytes, caption_bytes;
+    std::vector<std::int64_t> file_ends{0}, key_ends{0}, source_ends{0}, text_ends{0}, caption_ends{0}, offset, length;
     std::vector<std::int32_t> file;
     bool base64 = false;
 
@@ -47,12 +47,14 @@ struct Columns {
         offset.push_back(at);
         length.push_back(size);
         add(key_bytes, key_ends, key);
+        add(source_bytes, source_ends, "");
         for (const std::string& caption : captions) add(caption_bytes, text_ends, caption);
         caption_ends.push_back(static_cast<std::int64_t>(text_ends.size()) - 1);
     }
     Listing listing() const {
         return {{view(file_bytes), view(file_ends)}, view(file), view(offset), view(length), base64,
-                {view(key_bytes), view(key_ends)}, {view(caption_bytes), view(text_ends)}, view(caption_ends)};
+                {view(key_bytes), view(key_ends)}, {view(source_bytes), view(source_ends)},
+                {view(caption_bytes), view(text_ends)}, view(caption_ends)};
     }
 };
 

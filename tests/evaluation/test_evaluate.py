@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import statistics
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from efficientclip.evaluation.evaluate import MEASURES, evaluate
 from efficientclip.evaluation.run import open_run
 from efficientclip.evaluation.search import square_picture
 from efficientclip.objectives.retrieval import best_ranks, retrieval_report, summary
+from tests import tiny
 from tests.evaluation.conftest import World
 from tests.evaluation.planted import picture_features, plant
 from tests.formats import chinese_clip, files, picture
@@ -163,19 +166,41 @@ def test_equal_captions_of_a_table_are_one_text_of_all_their_pictures(world: Wor
     assert (report["texts"], report["t2i"]["queries"], report["i2t"]["queries"]) == (2, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ("none.png,猫\n", r"source .*t\.csv, none\.png: picture file: No such file"),
-        ("t.csv,猫\n", r"source .*t\.csv, t\.csv: undecodable image"),
-    ],
-)
-def test_a_picture_that_cannot_be_read_ends_the_evaluation(
-    world: World, tmp_path: Path, rows: str, message: str
+def test_bad_samples_are_left_out_and_told_by_one_rule(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "t.csv").write_text("image,caption\n" + rows)
-    with pytest.raises(UserError, match=message):
+    contents = {number: picture(number) if number else b"no picture" for number in range(30)}
+    captions = {number: f"{tiny.CHARACTERS[number]}" for number in contents}
+    files(tmp_path, {f"{number}.png": content for number, content in contents.items()})
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{n}.png,{captions[n]}\n" for n in contents))
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for number, content in contents.items():
+            for name, held in ((f"{number}.png", content), (f"{number}.txt", captions[number].encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(held)
+                tar.addfile(member, io.BytesIO(held))
+    reports = [evaluate(world.run, tmp_path / name) for name in ("t.csv", "t.tar")]
+    for report in reports:
+        assert (report["candidates"], report["left_out"]) == (29, {"undecodable image": 1})
+    assert reports[0]["t2i"]["mean_rank"] == pytest.approx(reports[1]["t2i"]["mean_rank"], abs=1)
+    assert main(["evaluate", str(world.run), str(tmp_path / "t.csv")]) == 0
+    assert "left out: 1 × undecodable image" in capsys.readouterr().out
+    (tmp_path / "1.png").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"t\.csv: 6\.7% of 30 samples are bad \(2 × undecodable .*max_bad_share is 5\.0%"
+    ):
         evaluate(world.run, tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("image,caption\nnone.png,猫\n")
+    with pytest.raises(UserError, match=r"100\.0% of 1 samples .*picture file: No such file.*none\.png in t\.csv"):
+        evaluate(world.run, tmp_path / "t.csv")
+
+
+def test_a_picture_of_several_keys_is_one_candidate(world: World, tmp_path: Path) -> None:
+    files(tmp_path, {f"{number}.png": picture(number) for number in range(2)})
+    rows = "image,caption,key\n0.png,猫,a\n0.png,狗,b\n1.png,鸟,c\n"
+    (tmp_path / "t.csv").write_text(rows, encoding="utf-8")
+    report = evaluate(world.run, tmp_path / "t.csv")
+    assert (report["candidates"], report["texts"]) == (2, 3)
 
 
 def test_pictures_without_any_caption_are_refused(world: World, tmp_path: Path) -> None:
@@ -187,7 +212,7 @@ def test_pictures_without_any_caption_are_refused(world: World, tmp_path: Path) 
 
 def test_report_of_a_store_has_the_documented_layout_and_figures(world: World) -> None:
     report = evaluate(world.run, world.store)
-    assert list(report) == ["t2i", "i2t", "candidates", "texts"]
+    assert list(report) == ["t2i", "i2t", "candidates", "texts", "left_out"]
     for direction in ("t2i", "i2t"):
         assert list(report[direction]) == [*MEASURES, "queries"]
     store = Store(world.store)

@@ -90,7 +90,7 @@ def test_the_command_prints_a_table_and_writes_json(
         ([("猫", "x")] * 9, None, "a.csv: needs texts of two labels or more"),
         ([("猫", "x")] * 9 + [("狗", "y")], None, "a.csv: too few texts to hold a fifth out"),
         ([("猫", "x"), ("狗", "y")] * 9, [("猫", "x"), ("鸟", "z")], "b.csv: no text of .*a.csv has its label 'z'"),
-        ([("猫", "x"), ("", "y")] * 9, None, "a.csv, line 3: empty text"),
+        ([("猫", "x"), ("", "y")] * 9, None, "a.csv, line 3: no text, no label or .*, as in 9 rows"),
     ],
 )
 def test_faulty_tables_are_refused(

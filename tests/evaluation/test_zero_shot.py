@@ -108,9 +108,14 @@ def test_classes_that_cannot_be_read_and_doubled_labels_are_refused(world: World
     with pytest.raises(UserError, match="none: No such file or directory"):
         read_classes(tmp_path / "none")
     (tmp_path / "gbk").write_bytes("鸟\n狗\n".encode("gbk"))
-    with pytest.raises(UserError, match=r"gbk: byte \d is not UTF-8"):
+    with pytest.raises(UserError, match=r"gbk, line 1: not UTF-8"):
         read_classes(tmp_path / "gbk")
     files(tmp_path, {"a.png": picture(0)})
     table = write(tmp_path / "t.csv", ["image,label", "a.png,猫", "a.png,狗"])
     with pytest.raises(UserError, match=r"a\.png: has the labels 猫, 狗"):
         classify(world.run, table, write(tmp_path / "classes.txt", NAMES))
+
+
+def test_only_line_ends_end_a_class(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_bytes("\ufeff0\t猫\u2028科\r\n1\t狗\x85\n\u200b\n2\t鸟\x0b类\n".encode())
+    assert read_classes(tmp_path / "classes.txt") == [("0", "猫\u2028科"), ("1", "狗"), ("2", "鸟\x0b类")]

@@ -22,7 +22,6 @@ from efficientclip.errors import UserError
 from efficientclip.model import frozen
 from efficientclip.prepare import parts, pictures
 from efficientclip.prepare.build import prepare
-from efficientclip.prepare.texts import read_lines
 from tests.formats import chinese_clip, files
 from tests.prepare.tars import CAPTIONS, as_table, good, png, write_tar
 
@@ -76,11 +75,11 @@ def test_too_many_bad_samples_stop(tmp_path: Path, config: Config) -> None:
     ("source", "message"),
     [
         ("missing.tar", "missing.tar: no such file"),
-        ("folder", r"holds no \.tar and no \*_imgs\.tsv"),
+        ("folder", r"holds no \.tar, no \.parquet and no \*_imgs\.tsv"),
         ("empty.tar", "empty, no sample found"),
         ("cut.tar", "not a whole tar file"),
         ("empty.txt", "empty, no text found"),
-        ("latin.txt", "byte 0 is not UTF-8"),
+        ("latin.txt", "line 1: not UTF-8"),
     ],
 )
 def test_broken_sources_end_in_one_message(tmp_path: Path, config: Config, source: str, message: str) -> None:
@@ -252,7 +251,7 @@ def test_pictures_of_the_slow_path_are_counted(
         prepare(table, tmp_path / "made", config)
     # One of a part that is kept, one of a part made now.
     assert main(["prepare", str(table), str(tmp_path / "made"), "--config", str(tmp_path / "config.yaml")]) == 0
-    assert "2 pictures by Pillow, the slow path" in capsys.readouterr().out
+    assert "2 × picture by Pillow, the slow path" in capsys.readouterr().out
     assert Store(tmp_path / "made").manifest["slow_pictures"] == 2
     members = {f"{n}.gif": gif(n) for n in CAPTIONS} | {f"{n}.txt": CAPTIONS[n][0].encode() for n in CAPTIONS}
     tar = write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
@@ -299,12 +298,6 @@ def test_what_a_file_is_taken_for_is_told(
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="(?i)" + message):
         prepare(tmp_path / name, tmp_path / "made", without)
-
-
-@pytest.mark.parametrize("line", ["猫\u2028狗\tcat", "猫\u0085狗\tcat", "猫\x0b狗\tcat", "猫\r狗\tcat"])
-def test_only_line_ends_end_a_line(tmp_path: Path, line: str) -> None:
-    (tmp_path / "t.tsv").write_bytes(f"\ufeff{line}\r\n鸟\tbird\n\n鱼\tfish".encode())
-    assert read_lines(tmp_path / "t.tsv") == [line, "鸟\tbird", "", "鱼\tfish"]
 
 
 def test_a_changed_picture_file_is_told_when_it_is_shown(tmp_path: Path) -> None:
