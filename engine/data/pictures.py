@@ -48,6 +48,18 @@ def by_pillow(encoded: bytes) -> tuple[int, int, bytes] | str:
         return "truncated image" if "truncated" in str(error).lower() else "undecodable image"
 
 
+def suffix_of(encoded: bytes) -> str:
+    """What its file is called in a tar, by its content. ValueError where it is no picture."""
+    _add_heic()
+    try:
+        with Image.open(io.BytesIO(encoded)) as opened:
+            name = (opened.format or "").lower()
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    # A JPEG of several pictures has a format of its own.
+    return name if name in _loader.IMAGE_SUFFIXES else "jpg"
+
+
 def _turned(picture: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(picture)

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .. import _loader
-from ..data.shards import Members, read_members
+from ..data.pictures import suffix_of
+from ..data.shards import Members, read_members, read_picture
 from ..data.store import Store
 from ..errors import UserError, reading
 from ..files import digests
@@ -61,11 +62,19 @@ class KeptSample:
 
 @dataclass
 class KeptPairs:
-    """Kept pairs of one shard, from pair row `row` on: by the byte where a picture starts, its length and captions."""
+    """Kept pairs of one shard, from pair row `row` on, by the byte where a picture starts."""
 
     row: int
     shard: Path
-    pictures: dict[int, tuple[int, set[str]]] = field(default_factory=dict)
+    pictures: dict[int, KeptPicture] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class KeptPicture:
+    length: int
+    key: str
+    source: str
+    captions: set[str] = field(default_factory=set)
 
 
 def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple[int, int]:
@@ -172,18 +181,21 @@ def _kept_samples(audit: Audit, start: Position) -> Iterator[KeptSample]:
     """What is left of each sample with a kept pair, from `start` on, in the order of the store."""
     for group in _by_shard(audit, start.row):
         skipped = start.samples if group.row == start.row else 0
+        if group.shard.suffix != ".tar":
+            yield from _kept_pictures(group, skipped)
+            continue
         found = 0
         for key, members in read_members(group.shard):
             at = next((at for _, at in members.values() if at in group.pictures), None)
             if at is None:
                 continue
             found += 1
-            length, captions = group.pictures[at]
-            if all(len(content) != length for content, offset in members.values() if offset == at):
+            kept = group.pictures[at]
+            if all(len(content) != kept.length for content, offset in members.values() if offset == at):
                 break
             if found > skipped:
-                left = _without_dropped(members, captions)
-                yield KeptSample(key, left, len(captions), Position(group.row, found))
+                left = _without_dropped(members, kept.captions)
+                yield KeptSample(key, left, len(kept.captions), Position(group.row, found))
         if found < len(group.pictures):
             raise UserError(
                 f"shard {group.shard}: {len(group.pictures)} pictures of the store are kept, {found} are where it says;"
@@ -191,11 +203,30 @@ def _kept_samples(audit: Audit, start: Position) -> Iterator[KeptSample]:
             )
 
 
+def _kept_pictures(group: KeptPairs, skipped: int) -> Iterator[KeptSample]:
+    """Samples of pictures that lie in no tar, named by their place in the store; their keys stand in their .json."""
+    for number, (offset, kept) in enumerate(group.pictures.items(), 1):
+        if number <= skipped:
+            continue
+        content = read_picture(group.shard, offset, kept.length)
+        try:
+            suffix = suffix_of(content)
+        except ValueError as error:
+            raise UserError(
+                f"{group.shard}: no picture at byte {offset} ({error}); it changed, put back what the store was"
+                " prepared from"
+            ) from error
+        record = {"key": kept.key, "source": kept.source, "captions": sorted(kept.captions)}
+        members = {suffix: content, "json": json.dumps(record, ensure_ascii=False).encode()}
+        yield KeptSample(f"{group.row:09d}_{number}", members, len(kept.captions), Position(group.row, number))
+
+
 def _by_shard(audit: Audit, start: int) -> Iterator[KeptPairs]:
     """Kept pairs from row `start` on, a run of rows of one shard at a time."""
     group: KeptPairs | None = None
     first = 0
-    for table in tables_of(audit.store.path / "pairs.parquet", ["shard", "offset", "length", "caption"]):
+    columns = ["shard", "offset", "length", "key", "source", "caption"]
+    for table in tables_of(audit.store.path / "pairs.parquet", columns):
         kept = np.flatnonzero(audit.verdicts.kept[first : first + len(table)])
         kept = kept[kept + first >= start]
         for row, pair in zip((kept + first).tolist(), table.take(kept).to_pylist(), strict=True):
@@ -203,7 +234,8 @@ def _by_shard(audit: Audit, start: int) -> Iterator[KeptPairs]:
                 if group is not None:
                     yield group
                 group = KeptPairs(row, Path(pair["shard"]))
-            group.pictures.setdefault(pair["offset"], (pair["length"], set()))[1].add(pair["caption"])
+            picture = KeptPicture(pair["length"], pair["key"], pair["source"])
+            group.pictures.setdefault(pair["offset"], picture).captions.add(pair["caption"])
         first += len(table)
     if group is not None:
         yield group

@@ -179,3 +179,14 @@ def test_the_interpreter_ends_while_pillow_is_at_it(tmp_path: Path, how: str, co
     assert done.returncode == code, done.stderr
     assert done.stdout == ("" if how == "interrupted" else "done\n")
     assert done.stderr == "" or how in ("raised", "interrupted"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"), [("JPEG", "jpeg"), ("MPO", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("TIFF", "tiff")]
+)
+def test_a_picture_is_named_by_its_content(form: str, suffix: str) -> None:
+    picture = photograph(90, 61)
+    several = {"save_all": True, "append_images": [picture]} if form == "MPO" else {}
+    assert pictures.suffix_of(encode(picture, form, **several)) == suffix
+    with pytest.raises(ValueError, match="cannot identify"):
+        pictures.suffix_of(b"no picture")

@@ -1,0 +1,103 @@
+"""Kept pairs of pictures that lie in no tar become shards, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from efficientclip.config import load_config
+from efficientclip.data.images import ImageLoader
+from efficientclip.data.store import Store
+from efficientclip.errors import UserError
+from efficientclip.evaluation import subset
+from efficientclip.evaluation.audit import Audit
+from efficientclip.evaluation.subset import export_kept
+from efficientclip.evaluation.verdicts import Verdicts
+from efficientclip.prepare.build import prepare
+from tests.evaluation.conftest import World
+from tests.formats import chinese_clip, files, picture
+
+COUNT = 7
+
+
+def write(folder: Path, kind: str) -> Path:
+    """Seven pictures of two captions each."""
+    pictures = {number: picture(number) for number in range(COUNT)}
+    captions = [[f"猫{number}", f"狗{number}"] for number in range(COUNT)]
+    if kind == "csv":
+        files(folder, {f"a.b/{number}.png": content for number, content in pictures.items()})
+        rows = [f"a.b/{number}.png,{caption},shop\n" for number in range(COUNT) for caption in captions[number]]
+        (folder / "t.csv").write_text("image,caption,source\n" + "".join(rows), encoding="utf-8")
+        return folder / "t.csv"
+    if kind == "parquet":
+        table = pa.table({"image": list(pictures.values()), "caption": captions, "source": ["shop"] * COUNT})
+        pq.write_table(table, folder / "t.parquet", row_group_size=3)
+        return folder / "t.parquet"
+    texts = [
+        {"text_id": f"{number}-{at}", "text": caption, "image_ids": [number]}
+        for number in range(COUNT)
+        for at, caption in enumerate(captions[number])
+    ]
+    return chinese_clip(folder, "t", pictures, texts)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "base64"])
+def test_kept_pairs_of_any_source_are_exported(
+    world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(world.run / "config.yaml")
+    prepare(write(tmp_path, kind), tmp_path / "store", config)
+    store = Store(tmp_path / "store")
+    kept = np.ones(len(store), bool)
+    kept[[0, 4, 5]] = False
+    audit = Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+    out = tmp_path / "kept"
+    real, asked = subset.read_picture, []
+
+    def failing(shard: Path, offset: int, length: int) -> bytes:
+        asked.append(offset)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return real(shard, offset, length)
+
+    monkeypatch.setattr(subset, "read_picture", failing)
+    with pytest.raises(KeyboardInterrupt):
+        export_kept(audit, out, samples=2, size=1 << 20)
+    assert export_kept(audit, out, samples=2, size=1 << 20) == (3, 2 * COUNT - 3)
+    found = {}
+    with ImageLoader(out, batch_size=8, size=16, train=False, keep_encoded=True) as loader:
+        for batch in loader:
+            assert set(batch.sources) == {"" if kind == "base64" else "shop"}
+            found |= dict(zip(batch.encoded, batch.captions, strict=True))
+        assert not loader.bad_samples
+    expected = {picture(n): sorted([f"猫{n}", f"狗{n}"]) for n in range(COUNT) if n != 2} | {picture(0): ["狗0"]}
+    assert found == expected
+    made = prepare(out, tmp_path / "again", config)
+    assert (made["pairs"], made["images"]) == (2 * COUNT - 3, COUNT - 1)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (-1, r"3\.png: it ends early; the store points to it, put it back"),
+        (0, r"3\.png: no picture at byte 0 .*it changed, put back what the store was"),
+    ],
+)
+def test_a_picture_that_changed_ends_the_export(world: World, tmp_path: Path, more: int, message: str) -> None:
+    config = load_config(world.run / "config.yaml")
+    prepare(write(tmp_path, "csv"), tmp_path / "store", config)
+    store = Store(tmp_path / "store")
+    verdicts = Verdicts(np.zeros(len(store)), np.ones(len(store), bool), None)
+    changed = tmp_path / "a.b" / "3.png"
+    changed.write_bytes(b"x" * (changed.stat().st_size + more))
+    with pytest.raises(UserError, match=message):
+        export_kept(
+            Audit(world.run, config, store, verdicts, [], np.zeros(len(store))),
+            tmp_path / "out",
+            samples=9,
+            size=1 << 20,
+        )
