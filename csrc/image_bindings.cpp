@@ -163,17 +163,82 @@ efficientclip::Listing listing_of(const py::dict& columns) {
     return listing;
 }
 
+// What `ask`, which calls Python, gives in a thread of C++.
+template <class Ask>
+auto asked(const Ask& ask) {
+    const Asking count;
+    if (ending) throw efficientclip::ShardError("the program ends");
+    const py::gil_scoped_acquire acquire;
+    try {
+        return ask();
+    } catch (const py::error_already_set& error) {
+        throw std::runtime_error(error.what());
+    }
+}
+
+// A Keeper in Python, which is borrowed: see _loader.pyi.
+class PythonKeeper : public efficientclip::Keeper {
+  public:
+    explicit PythonKeeper(py::handle keeper) : keeper_(keeper) {}
+
+    efficientclip::Fetched fetch(int shard, const std::vector<int>& next) override {
+        return asked([&] {
+            py::object found = keeper_.attr("fetch")(shard, next);
+            efficientclip::Fetched fetched;
+            if (py::isinstance<py::str>(found)) throw efficientclip::ShardError(found.cast<std::string>());
+            const auto [path, columns, owner] =
+                found.cast<std::tuple<std::string, std::optional<py::dict>, py::object>>();
+            fetched.path = path;
+            if (columns) fetched.listing = listing_of(*columns);
+            // Whichever thread lets go of it last may do so without the interpreter.
+            fetched.owner = std::shared_ptr<void>(found.release().ptr(), [](void* object) {
+                const Asking asked;
+                if (ending) return;
+                const py::gil_scoped_acquire acquire;
+                Py_DECREF(static_cast<PyObject*>(object));
+            });
+            return fetched;
+        });
+    }
+
+    std::optional<efficientclip::TarIndex> index(int shard) override {
+        return asked([&]() -> std::optional<efficientclip::TarIndex> {
+            const py::object found = keeper_.attr("index")(shard);
+            if (found.is_none()) return std::nullopt;
+            const auto records = view<std::uint32_t>(found.cast<py::array>(), "index");
+            return efficientclip::TarIndex(records.data, records.data + records.size);
+        });
+    }
+
+    void keep(int shard, const efficientclip::TarIndex& index) override {
+        asked([&] {
+            keeper_.attr("keep")(shard, py::array_t<std::uint32_t>(static_cast<py::ssize_t>(index.size()), index.data()));
+            return 0;
+        });
+    }
+
+  private:
+    py::handle keeper_;
+};
+
 // The loader, the columns that its threads read and the memory that they write to.
 class BoundImageLoader {
   public:
     // A shard is the tar of that path, unless it has columns.
     BoundImageLoader(ImageOptions options, const std::vector<std::string>& shards,
-                     std::vector<std::optional<py::dict>> listings, py::function other)
-        : keep_encoded_(options.keep_encoded), pid_(getpid()), columns_(std::move(listings)), other_(std::move(other)) {
+                     std::vector<std::optional<py::dict>> listings, const std::vector<bool>& elsewhere,
+                     py::object keeper, py::function other)
+        : keep_encoded_(options.keep_encoded),
+          pid_(getpid()),
+          columns_(std::move(listings)),
+          keeper_object_(std::move(keeper)),
+          keeper_(keeper_object_),
+          other_(std::move(other)) {
         options.other = other_decoder(other_);
+        options.keeper = &keeper_;
         listings_.reserve(columns_.size());
         for (std::size_t i = 0; i < shards.size(); ++i) {
-            options.shards.push_back({shards[i], nullptr});
+            options.shards.push_back({shards[i], nullptr, elsewhere.at(i)});
             if (!columns_.at(i)) continue;
             listings_.push_back(listing_of(*columns_[i]));
             options.shards.back().listing = &listings_.back();
@@ -207,7 +272,7 @@ class BoundImageLoader {
             images = std::move(lent_.front());
             lent_.pop_front();
         }
-        py::list records, bad;
+        py::list records, bad, bad_shards;
         for (const auto& record : batch.records) {
             const py::tuple captions = captions_of(record.captions);
             records.append(py::make_tuple(
@@ -219,7 +284,10 @@ class BoundImageLoader {
         for (const auto& sample : batch.bad) {
             bad.append(py::make_tuple(sample.shard, text(sample.key), text(sample.cause)));
         }
-        return py::make_tuple(images, records, bad, batch.consumed, batch.by_other);
+        for (const auto& shard : batch.bad_shards) {
+            bad_shards.append(py::make_tuple(shard.shard, shard.samples, text(shard.cause)));
+        }
+        return py::make_tuple(images, records, bad, bad_shards, batch.consumed, batch.by_other);
     }
 
     void close() {
@@ -249,15 +317,17 @@ class BoundImageLoader {
     pid_t pid_;
     std::vector<std::optional<py::dict>> columns_;
     std::vector<efficientclip::Listing> listings_;
+    py::object keeper_object_;
+    PythonKeeper keeper_;
     py::function other_;
     std::deque<py::object> lent_;
     std::unique_ptr<ImageLoader> loader_;  // ends before what it writes to
 };
 
 std::unique_ptr<BoundImageLoader> make_image_loader(
-    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings, py::function other,
-    int batch_size, int size, bool train, int threads, std::uint64_t seed,
-    std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
+    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings,
+    const std::vector<bool>& elsewhere, py::object keeper, int max_bad_shards,
+    const std::vector<std::tuple<int, std::int64_t, std::string>>& bad_shards, py::function other, int batch_size, int size, bool train, int threads, std::uint64_t seed, std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
     const std::array<float, 3>& mean, const std::array<float, 3>& std, const std::string& dtype, bool channels_last,
     const std::array<double, 2>& scale, const std::array<double, 2>& ratio, bool flip, bool scaled_decoding,
     int shuffle_buffer, bool captions, bool keep_encoded, bool drop_last, std::int64_t consumed) {
@@ -282,12 +352,15 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     options.epoch = epoch;
     options.rank = rank;
     options.world_size = world_size;
+    options.max_bad_shards = max_bad_shards;
+    for (const auto& [shard, samples, cause] : bad_shards) options.bad_shards.push_back({shard, samples, cause});
     for (const auto& [skip, block, number, of] : shares) options.shares.push_back({skip, block, number, of});
     options.captions = captions;
     options.keep_encoded = keep_encoded;
     options.drop_last = drop_last;
     options.consumed = consumed;
-    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings), std::move(other));
+    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings), elsewhere, std::move(keeper),
+                                              std::move(other));
 }
 
 }  // namespace
@@ -305,8 +378,8 @@ void bind_images(py::module_& module) {
     pthread_atfork(nullptr, nullptr, [] { asking = 0; });
     py::module_::import("atexit").attr("register")(py::cpp_function(&stop_asking));
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
-        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("other"),
-             py::arg("batch_size"), py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
+        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("elsewhere"),
+             py::arg("keeper"), py::arg("max_bad_shards"), py::arg("bad_shards"), py::arg("other"), py::arg("batch_size"), py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
              py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
              py::arg("channels_last"), py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"),
              py::arg("shuffle_buffer"), py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"),
@@ -314,6 +387,6 @@ void bind_images(py::module_& module) {
         .def("supply", &BoundImageLoader::supply, py::arg("address"), py::arg("owner"),
              "Lend memory for one more batch of images.")
         .def("next", &BoundImageLoader::next,
-             "(owner of the memory or None at the end, records, bad samples, samples consumed, pictures by `other`).")
+             "(owner of the memory or None at the end, records, bad samples, bad shards, samples consumed, by `other`).")
         .def("close", &BoundImageLoader::close, "End the threads.");
 }

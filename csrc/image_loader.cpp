@@ -4,39 +4,16 @@
 #include <signal.h>
 
 #include <algorithm>
-#include <numeric>
-#include <string_view>
 #include <utility>
 
 namespace efficientclip {
 namespace {
 
 constexpr const char* kNoImage = "caption without image";
-// Of what is said of a picture.
-constexpr std::int64_t kLargestText = 16 * 1024 * 1024;
+// Pictures that lie in files of their own are read by so many threads: each waits for its disk or network alone.
+constexpr int kGatherers = 8;
 
 }  // namespace
-
-struct ImageLoader::Sample {
-    int shard = 0;
-    bool loaded = false;  // as far as it lies in a tar
-    TarSample where;
-    Blob image;
-    std::optional<std::string> text, json;
-    Captions captions;
-    const char* without = nullptr;
-
-    // Reads the members' bytes from the shard.
-    void load(ShardFile& file) {
-        loaded = true;
-        if (where.image && where.image->size <= kLargestPicture) {
-            image = Blob(where.image->size);
-            file.read(*where.image, image.data.get());
-        }
-        if (where.text && where.text->size <= kLargestText) text = file.read_text(*where.text);
-        if (where.json && where.json->size <= kLargestText) json = file.read_text(*where.json);
-    }
-};
 
 // A batch that is being filled, or is full and being written.
 struct ImageLoader::Pending {
@@ -48,8 +25,10 @@ struct ImageLoader::Pending {
 
 // One sample on its way from the reader into a batch.
 struct ImageLoader::Place {
-    enum class State { free, read, decoding, good, bad, placed } state = State::free;
+    enum class State { free, read, gathered, decoding, good, bad, placed } state = State::free;
     Sample sample;
+    Captions captions;
+    const char* without = nullptr;
     std::string cause;
     bool by_other = false;
     Tile tile;
@@ -66,6 +45,10 @@ ImageLoader::ImageLoader(const ImageOptions& options)
     try {
         start(&ImageLoader::read);
         for (int i = 0; i < options_.threads; ++i) start(&ImageLoader::work);
+        const auto listed = [](const Shard& shard) { return shard.listing != nullptr; };
+        if (std::any_of(options_.shards.begin(), options_.shards.end(), listed)) {
+            for (int i = 0; i < kGatherers; ++i) start(&ImageLoader::gather);
+        }
     } catch (...) {
         fail(nullptr);
         for (std::thread& thread : threads_) thread.join();
@@ -103,6 +86,7 @@ void ImageLoader::fail(std::exception_ptr error) {
     const std::lock_guard lock(mutex_);
     if (!error_) error_ = std::move(error);
     stopping_ = true;
+    gather_.notify_all();
     work_.notify_all();
     space_.notify_all();
     ready_.notify_all();
@@ -116,7 +100,13 @@ bool ImageLoader::must_stop() {
 void ImageLoader::read() {
     std::exception_ptr broken;
     try {
-        read_shards();
+        Pass(
+            options_, [this](Sample&& sample) { return emit(std::move(sample)); }, [this] { return must_stop(); },
+            [this](BadShard shard) {
+                const std::lock_guard lock(mutex_);
+                bad_shards_.push_back(std::move(shard));
+            })
+            .run();
     } catch (const ShardError&) {
         broken = std::current_exception();
     }
@@ -129,101 +119,6 @@ void ImageLoader::read() {
     ready_.notify_all();
 }
 
-void ImageLoader::read_shards() {
-    const auto n = static_cast<int>(options_.shards.size());
-    std::vector<int> order(static_cast<std::size_t>(n));
-    std::iota(order.begin(), order.end(), 0);
-    if (options_.shuffle) {
-        Random(options_.seed, Purpose::shards, options_.epoch, 0)
-            .shuffle(order.data(), static_cast<std::uint32_t>(n));
-    }
-    Random draws(options_.seed, Purpose::shuffle_buffer, options_.epoch, static_cast<std::uint64_t>(options_.rank));
-    std::vector<Sample> buffer;
-    const auto capacity = static_cast<std::size_t>(options_.shuffle ? options_.shuffle_buffer : 0);
-    std::int64_t emitted = 0, passed = 0;
-    std::vector<std::int64_t> seen(options_.shares.size());
-    std::optional<ShardFile> again;
-
-    // Whether the next sample of the order is to be read.
-    const auto wanted = [&] {
-        for (std::size_t i = 0; i < seen.size(); ++i) {
-            const Share& share = options_.shares[i];
-            const std::int64_t at = seen[i]++ - share.skip;
-            if (at < 0 || at / share.block % share.of != share.number) return false;
-        }
-        return emitted++ >= options_.consumed;
-    };
-    // Takes one sample on in the order; false when the pass is to stop.
-    const auto take = [&](Sample&& sample, ShardFile* tar) {
-        if (!wanted()) return !(++passed % 1024 == 0 && must_stop());
-        if (!sample.loaded && tar != nullptr) sample.load(*tar);
-        if (!sample.loaded) {
-            // It waited in the buffer without its bytes: its shard may be closed by now.
-            const std::string& path = options_.shards[static_cast<std::size_t>(sample.shard)].path;
-            if (!again || again->path() != path) again.emplace(path);
-            sample.load(*again);
-        }
-        return emit(std::move(sample));
-    };
-    const auto shuffled = [&](Sample&& sample, ShardFile* tar) {
-        if (capacity == 0) return take(std::move(sample), tar);
-        // Which samples of a shared order are this reader's is known as they leave the buffer.
-        if (tar != nullptr && seen.empty() && emitted >= options_.consumed) sample.load(*tar);
-        if (buffer.size() < capacity) {
-            buffer.push_back(std::move(sample));
-            return true;
-        }
-        Sample& drawn = buffer[draws.below(static_cast<std::uint32_t>(capacity))];
-        std::swap(drawn, sample);
-        return take(std::move(sample), nullptr);
-    };
-    const auto drain = [&] {
-        while (!buffer.empty()) {
-            std::swap(buffer[draws.below(static_cast<std::uint32_t>(buffer.size()))], buffer.back());
-            Sample sample = std::move(buffer.back());
-            buffer.pop_back();
-            if (!take(std::move(sample), nullptr)) return;
-        }
-    };
-
-    // Whole shards as far as they can be dealt out evenly; of the rest each rank reads every world_size-th sample.
-    const int dealt = n - n % options_.world_size;
-    std::int64_t shared = 0;
-    try {
-        for (int i = 0; i < n; ++i) {
-            if (i < dealt && i % options_.world_size != options_.rank) continue;
-            const int shard = order[static_cast<std::size_t>(i)];
-            const auto mine = [&] { return i < dealt || shared++ % options_.world_size == options_.rank; };
-            const auto& [path, listing] = options_.shards[static_cast<std::size_t>(shard)];
-            if (listing != nullptr) {
-                for (std::int64_t ordinal = 0; ordinal < listing->size(); ++ordinal) {
-                    if (!mine()) continue;
-                    Sample sample;
-                    sample.shard = shard;
-                    sample.loaded = true;
-                    sample.where.ordinal = ordinal;
-                    if (!shuffled(std::move(sample), nullptr)) return;
-                }
-                continue;
-            }
-            ShardFile tar(path);
-            SampleReader samples(tar);
-            Sample sample;
-            sample.shard = shard;
-            while (samples.next(sample.where)) {
-                if (!mine()) continue;
-                if (!shuffled(std::move(sample), &tar)) return;
-                sample = {};
-                sample.shard = shard;
-            }
-        }
-    } catch (const ShardError&) {
-        drain();
-        throw;
-    }
-    drain();
-}
-
 // Hands a sample to the workers once there is room; false when the pass is to stop.
 bool ImageLoader::emit(Sample&& sample) {
     std::unique_lock lock(mutex_);
@@ -231,10 +126,66 @@ bool ImageLoader::emit(Sample&& sample) {
     space_.wait(lock, [&] { return stopping_ || place.state == Place::State::free; });
     if (stopping_) return false;
     place.sample = std::move(sample);
-    place.state = Place::State::read;
+    place.cause.clear();
     ++read_;
-    work_.notify_one();
+    if (place.sample.shard != nullptr) {
+        place.state = Place::State::read;
+        gather_.notify_one();
+    } else {
+        place.state = Place::State::gathered;
+        work_.notify_one();
+    }
     return true;
+}
+
+// Reads the pictures that lie in no tar.
+void ImageLoader::gather() {
+    PictureReader reader;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        gather_.wait(lock, [&] { return stopping_ || gathered_ < read_; });
+        if (stopping_) return;
+        Place& place = places_[static_cast<std::size_t>(gathered_++) % places_.size()];
+        if (place.state != Place::State::read) continue;
+        lock.unlock();
+        gather(place, reader);
+        lock.lock();
+        place.state = Place::State::gathered;
+        work_.notify_one();
+    }
+}
+
+// Finds what is said of the picture, and its bytes.
+void ImageLoader::gather(Place& place, PictureReader& reader) const {
+    Sample& sample = place.sample;
+    TarSample& where = sample.where;
+    const Listing* listing = sample.shard != nullptr ? sample.shard->listing : nullptr;
+    place.captions = {};
+    try {
+        if (listing != nullptr) {
+            where.key = listing->keys[where.ordinal];
+            place.captions.source = listing->sources[where.ordinal];
+            if (listing->file[where.ordinal] >= 0) {
+                where.image = Extent{listing->offset[where.ordinal], listing->length[where.ordinal]};
+            }
+        }
+        if (sample.cause != nullptr) throw BadPicture{sample.cause};
+        if (!where.image) throw BadPicture{kNoImage};
+        place.without = listing != nullptr ? read_captions(listing->captions_of(where.ordinal), place.captions)
+                                           : read_captions(sample.text, sample.json, place.captions);
+        if (options_.captions && place.without != nullptr) throw BadPicture{place.without};
+        if (where.image->size > kLargestPicture) throw BadPicture{kTooLarge};
+        if (listing != nullptr) {
+            sample.image = reader.read(listing->files[listing->file[where.ordinal]], *where.image, listing->base64);
+        }
+    } catch (const BadPicture& bad) {
+        place.cause = bad.cause;
+    }
+}
+
+bool ImageLoader::can_decode() const {
+    return taken_ < read_ &&
+           places_[static_cast<std::size_t>(taken_) % places_.size()].state == Place::State::gathered;
 }
 
 void ImageLoader::work() {
@@ -243,7 +194,7 @@ void ImageLoader::work() {
     const std::size_t image_bytes = options_.format.image_bytes(options_.transform.size);
     std::unique_lock lock(mutex_);
     for (;;) {
-        work_.wait(lock, [&] { return stopping_ || !to_store_.empty() || taken_ < read_; });
+        work_.wait(lock, [&] { return stopping_ || !to_store_.empty() || can_decode(); });
         if (stopping_) return;
         if (!to_store_.empty()) {
             Place& place = places_[to_store_.front()];
@@ -259,38 +210,23 @@ void ImageLoader::work() {
         }
         Place& place = places_[static_cast<std::size_t>(taken_++) % places_.size()];
         place.state = Place::State::decoding;
+        // The next one may have been gathered before this one was.
+        if (can_decode()) work_.notify_one();
         lock.unlock();
-        make(place, reader, transform);
+        if (place.sample.shard == nullptr) gather(place, reader);
+        if (place.cause.empty()) decode(place, transform);
         lock.lock();
         place.state = place.cause.empty() ? Place::State::good : Place::State::bad;
         give_places();
     }
 }
 
-// Makes of a sample its captions and its tile, or tells why it is bad.
-void ImageLoader::make(Place& place, PictureReader& reader, Transform& transform) const {
-    Sample& sample = place.sample;
-    TarSample& where = sample.where;
-    const Listing* listing = options_.shards[static_cast<std::size_t>(sample.shard)].listing;
-    place.cause.clear();
+// Makes the sample's tile, or tells why it is bad.
+void ImageLoader::decode(Place& place, Transform& transform) const {
+    const Sample& sample = place.sample;
     try {
-        if (listing != nullptr) {
-            where.key = listing->keys[where.ordinal];
-            sample.captions.source = listing->sources[where.ordinal];
-            if (listing->file[where.ordinal] >= 0) {
-                where.image = Extent{listing->offset[where.ordinal], listing->length[where.ordinal]};
-            }
-        }
-        if (!where.image) throw BadPicture{kNoImage};
-        sample.without = listing != nullptr ? read_captions(listing->captions_of(where.ordinal), sample.captions)
-                                            : read_captions(sample.text, sample.json, sample.captions);
-        if (options_.captions && sample.without != nullptr) throw BadPicture{sample.without};
-        if (where.image->size > kLargestPicture) throw BadPicture{kTooLarge};
-        if (listing != nullptr) {
-            sample.image = reader.read(listing->files[listing->file[where.ordinal]], *where.image, listing->base64);
-        }
         // By shard and place in it: the same picture is cut the same way whatever the number of ranks.
-        const auto item = static_cast<std::uint64_t>(sample.shard) << 32 | static_cast<std::uint64_t>(where.ordinal);
+        const auto item = static_cast<std::uint64_t>(sample.number) << 32 | static_cast<std::uint64_t>(sample.where.ordinal);
         place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()), sample.image.size,
                                      Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
         place.by_other = transform.by_other();
@@ -312,7 +248,7 @@ void ImageLoader::give_places() {
         const std::size_t at = static_cast<std::size_t>(placed_) % places_.size();
         Place& place = places_[at];
         if (place.state == State::bad) {
-            bad_.push_back({place.sample.shard, std::move(place.sample.where.key), std::move(place.cause)});
+            bad_.push_back({place.sample.number, std::move(place.sample.where.key), std::move(place.cause)});
             place.sample = {};
             place.state = State::free;
             space_.notify_one();
@@ -330,8 +266,8 @@ void ImageLoader::give_places() {
         place.batch = batches_.back();
         place.slot = pending.batch.records.size();
         Sample& sample = place.sample;
-        pending.batch.records.push_back({sample.shard, sample.where.ordinal, std::move(sample.where.key),
-                                         *sample.where.image, std::move(sample.captions), sample.without,
+        pending.batch.records.push_back({sample.number, sample.where.ordinal, std::move(sample.where.key),
+                                         *sample.where.image, std::move(place.captions), place.without,
                                          std::move(sample.json),
                                          options_.keep_encoded ? std::move(sample.image) : Blob()});
         sample = {};
@@ -360,6 +296,7 @@ void ImageLoader::seal() {
     Pending& pending = *batches_.back();
     pending.sealed = true;
     pending.batch.bad = std::exchange(bad_, {});
+    pending.batch.bad_shards = std::exchange(bad_shards_, {});
     pending.batch.consumed = options_.consumed + placed_;
     if (pending.unwritten == 0) ready_.notify_all();
 }
@@ -379,7 +316,7 @@ ImageLoader::Outcome ImageLoader::next(ImageBatch& batch, std::chrono::milliseco
     }
     if (!exhausted()) return Outcome::waiting;
     if (error_) std::rethrow_exception(error_);
-    batch = {{}, std::exchange(bad_, {}), 0, options_.consumed + placed_};
+    batch = {{}, std::exchange(bad_, {}), std::exchange(bad_shards_, {}), 0, options_.consumed + placed_};
     return Outcome::finished;
 }
 

@@ -1,11 +1,7 @@
 // One pass over image shards: a reader, decoding threads and batches in a fixed order. Plain C++17, no Python.
 //
-// A shard is a tar or a listing. The reader reads a tar's samples, since they lie in a row; what a listing names
-// may lie anywhere, and is read by the decoding threads.
-//
-// The samples' order is a function of (shards, seed, epoch, rank, world size, shuffle buffer, shares). Each has a place in
-// it; places in batches are given in that order, once all earlier samples are known to be good or bad. So neither the
-// number of threads nor their timing shows in the batches.
+// Each sample has a place in the pass's order (samples.hpp). Places in batches are given in that order, once all earlier
+// samples are known to be good or bad. So neither the number of threads nor their timing shows in the batches.
 #pragma once
 
 #include <chrono>
@@ -21,44 +17,21 @@
 #include <thread>
 #include <vector>
 
-#include "captions.hpp"
-#include "listing.hpp"
 #include "resize.hpp"
-#include "tar.hpp"
+#include "samples.hpp"
 #include "transform.hpp"
 
 namespace efficientclip {
 
-// Behind the first `skip` samples of an order, each run of `block` samples goes to the next of `of` readers: this one
-// takes those of `number`.
-struct Share {
-    std::int64_t skip = 0, block = 1, number = 0, of = 1;
-};
-
-// A listing, which is borrowed, or else the tar at `path`.
-struct Shard {
-    std::string path;
-    const Listing* listing = nullptr;
-};
-
-struct ImageOptions {
-    std::vector<Shard> shards;
+struct ImageOptions : PassOptions {
     TransformOptions transform;
     OtherDecoder other;
     PixelFormat format;
     int batch_size = 1;
     int threads = 1;
-    bool shuffle = true;
-    int shuffle_buffer = 1;
-    std::uint64_t seed = 0;
-    std::uint32_t epoch = 0;
-    int rank = 0, world_size = 1;
-    std::vector<Share> shares;  // of the rank's order, then of what is left of it, and so on
-    bool captions = true;       // a sample without is a bad one
+    bool captions = true;  // a sample without is a bad one
     bool keep_encoded = false;
     bool drop_last = false;
-    // Samples at the start of all this, good or bad, that were consumed before: passed over without reading them.
-    std::int64_t consumed = 0;
 };
 
 struct ImageRecord {
@@ -81,6 +54,7 @@ struct BadImage {
 struct ImageBatch {
     std::vector<ImageRecord> records;
     std::vector<BadImage> bad;    // met since the batch before
+    std::vector<BadShard> bad_shards;  // from then on known
     int by_other = 0;             // records of pictures that the other decoder decoded
     std::int64_t consumed = 0;    // samples of the order up to here, good and bad
 };
@@ -102,16 +76,16 @@ class ImageLoader {
     Outcome next(ImageBatch& batch, std::chrono::milliseconds patience);
 
   private:
-    struct Sample;
-    struct Shards;
     struct Place;
     struct Pending;
 
     void read();
-    void read_shards();
     bool emit(Sample&& sample);
+    void gather();
+    void gather(Place& place, PictureReader& reader) const;
     void work();
-    void make(Place& place, PictureReader& reader, Transform& transform) const;
+    void decode(Place& place, Transform& transform) const;
+    bool can_decode() const;
     void give_places();
     void seal();
     void start(void (ImageLoader::*task)());
@@ -120,15 +94,17 @@ class ImageLoader {
 
     const ImageOptions options_;
     std::mutex mutex_;
-    std::condition_variable work_, space_, ready_;
+    std::condition_variable gather_, work_, space_, ready_;
     std::vector<Place> places_;       // a ring over the order: from the sample read last back to the oldest not stored
     std::int64_t read_ = 0;           // samples read; all numbers count from options_.consumed
+    std::int64_t gathered_ = 0;       // samples that gather() took, or passed
     std::int64_t taken_ = 0;          // samples whose decoding began
     std::int64_t placed_ = 0;         // samples that have a place in a batch, or are bad
     std::deque<std::size_t> to_store_;  // places whose tiles can be written
     std::deque<std::byte*> memory_;
     std::deque<std::shared_ptr<Pending>> batches_;  // the last one may be growing
     std::vector<BadImage> bad_;
+    std::vector<BadShard> bad_shards_;
     bool all_read_ = false;
     bool stopping_ = false;
     std::exception_ptr error_;

@@ -11,9 +11,11 @@
 namespace efficientclip {
 namespace {
 
-constexpr std::int64_t kRecord = 512;
+constexpr std::int64_t kRecord = kTarRecord;
 // Long enough for a member's neighbours, short beside a picture.
 constexpr std::size_t kBlock = 16 * 1024;
+// Of what is read on in order; a millisecond each is no bound, then.
+constexpr std::size_t kLargestBlock = 1024 * 1024;
 // A name or a set of pax records longer than this is no shard's.
 constexpr std::int64_t kLongestName = 1024 * 1024;
 
@@ -126,16 +128,16 @@ bool names_image(const std::string& suffix) {
 
 }  // namespace
 
-ShardFile::ShardFile(std::string path) : path_(std::move(path)) {
+ShardFile::ShardFile(std::string name, const std::string& path) : name_(std::move(name)) {
     try {
-        file_.emplace(path_);
+        file_.emplace(path);
     } catch (const std::system_error& error) {
-        throw ShardError("shard " + path_ + ": " + error.code().message() + "; put it back, or leave it out of `shards`");
+        throw ShardError("shard " + name_ + ": " + error.code().message() + "; put it back, or leave it out of `shards`");
     }
 }
 
 void ShardFile::fail(const std::string& cause, std::int64_t offset) const {
-    throw ShardError("shard " + path_ + ": not a whole tar file (" + cause + " at byte " + std::to_string(offset) +
+    throw ShardError("shard " + name_ + ": not a whole tar file (" + cause + " at byte " + std::to_string(offset) +
                      "); copy or download it again");
 }
 
@@ -143,7 +145,7 @@ std::size_t ShardFile::read_at(std::int64_t offset, char* out, std::size_t wante
     try {
         return file_->read(offset, out, wanted);
     } catch (const std::system_error& error) {
-        throw ShardError("shard " + path_ + ": " + error.code().message() + "; copy or download it again");
+        throw ShardError("shard " + name_ + ": " + error.code().message() + "; copy or download it again");
     }
 }
 
@@ -157,18 +159,23 @@ void ShardFile::read(Extent extent, char* out) {
             offset += count;
             out += count;
             size -= count;
-        } else if (size >= static_cast<std::int64_t>(kBlock)) {
+            continue;
+        }
+        const bool onward = offset >= read_to_ && offset - read_to_ <= static_cast<std::int64_t>(at_once_);
+        at_once_ = onward ? std::clamp(2 * at_once_, kBlock, kLargestBlock) : kBlock;
+        if (size >= static_cast<std::int64_t>(at_once_)) {
             if (read_at(offset, out, static_cast<std::size_t>(size)) < static_cast<std::size_t>(size)) {
                 fail("it ends early", this->size());
             }
+            read_to_ = offset + size;
             return;
-        } else {
-            block_.resize(kBlock);
-            block_size_ = 0;
-            block_offset_ = offset;
-            block_size_ = read_at(offset, block_.data(), kBlock);
-            if (block_size_ == 0) fail("it ends early", this->size());
         }
+        block_.resize(at_once_);
+        block_size_ = 0;
+        block_offset_ = offset;
+        block_size_ = read_at(offset, block_.data(), at_once_);
+        if (block_size_ == 0) fail("it ends early", this->size());
+        read_to_ = offset + static_cast<std::int64_t>(block_size_);
     }
 }
 
@@ -183,6 +190,7 @@ bool TarReader::next(TarMember& member) {
     PaxRecords pax;
     for (;;) {
         const std::int64_t at = offset_;
+        if (end_ && at >= *end_) return false;
         // Without the mark of its end, a shard may have lost samples.
         if (at > file_.size() - kRecord) file_.fail("it ends early", file_.size());
         char record[kRecord];
@@ -233,28 +241,51 @@ bool TarReader::next(TarMember& member) {
     }
 }
 
+// The first kind of image counts; a member that is written twice holds the last.
+void TarSample::add(const TarMember& member, std::string& image_suffix) {
+    const std::string suffix = lowered(split(member.name).suffix);
+    if (names_image(suffix) && (!image || suffix == image_suffix)) {
+        image = member.extent;
+        image_suffix = suffix;
+    }
+    if (suffix == "txt") text = member.extent;
+    if (suffix == "json") json = member.extent;
+}
+
 bool SampleReader::next(TarSample& sample) {
+    const auto go_on = [&] {
+        begins_ = tar_.offset();
+        has_member_ = tar_.next(member_);
+    };
     if (!started_) {
         started_ = true;
-        has_member_ = tar_.next(member_);
+        go_on();
     }
     if (!has_member_) return false;
     sample = {};
     sample.key = split(member_.name).key;
-    sample.ordinal = ordinal_++;
+    sample.ordinal = static_cast<std::int64_t>(index_.size());
+    const std::int64_t begin = index_.empty() ? 0 : begins_;
     std::string image_suffix;
     do {
-        const std::string suffix = lowered(split(member_.name).suffix);
-        // The first kind of image counts; a member that is written twice holds the last.
-        if (names_image(suffix) && (!sample.image || suffix == image_suffix)) {
-            sample.image = member_.extent;
-            image_suffix = suffix;
-        }
-        if (suffix == "txt") sample.text = member_.extent;
-        if (suffix == "json") sample.json = member_.extent;
-        has_member_ = tar_.next(member_);
+        sample.add(member_, image_suffix);
+        go_on();
     } while (has_member_ && split(member_.name).key == sample.key);
+    index_.push_back(static_cast<std::uint32_t>((begins_ - begin) / kRecord));
     return true;
+}
+
+TarSample read_sample(ShardFile& file, Extent extent, std::int64_t ordinal) {
+    TarReader tar(file, extent.offset, extent.offset + extent.size);
+    TarSample sample;
+    sample.ordinal = ordinal;
+    TarMember member;
+    std::string image_suffix;
+    while (tar.next(member)) {
+        sample.key = split(member.name).key;
+        sample.add(member, image_suffix);
+    }
+    return sample;
 }
 
 }  // namespace efficientclip

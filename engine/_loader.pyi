@@ -6,7 +6,7 @@ other.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,19 @@ def decode_square(encoded: bytes, size: int, other: _Other) -> NDArray[np.uint8]
 class ShardError(Exception):
     """A shard that cannot be opened or is no whole tar: which, where it breaks, and the remedy."""
 
+class _Keeper(Protocol):
+    """Who knows more of the shards; the reader's thread asks."""
+
+    def fetch(self, shard: int, following: list[int], /) -> tuple[bytes, dict[str, Any] | None, Any] | str:
+        """(path of its tar, columns of the same pictures if it has some, owner of both), or what is wrong.
+
+        The columns take the place of the shard's own. `following` are those elsewhere that will be asked for next.
+        """
+    def index(self, shard: int, /) -> NDArray[np.uint32] | None:
+        """Of a tar, how many 512-byte records each of its samples takes, from the first one on; None: not known."""
+    def keep(self, shard: int, index: NDArray[np.uint32], /) -> None:
+        """Called when a tar without an index was read to its end."""
+
 class ImageLoader:
     """One pass over image shards, made by threads ahead of the consumer: the engine of `efficientclip.ImageLoader`.
 
@@ -82,6 +95,10 @@ class ImageLoader:
         *,
         shards: list[bytes],
         listings: list[dict[str, Any] | None],
+        elsewhere: list[bool],
+        keeper: _Keeper,
+        max_bad_shards: int,
+        bad_shards: list[tuple[int, int, str]],
         other: _Other,
         batch_size: int,
         size: int,
@@ -108,6 +125,8 @@ class ImageLoader:
     ) -> None:
         """A shard is the tar at that path, unless it has a listing, the columns of `efficientclip.data.listing`.
 
+        One that is `elsewhere` is fetched from the keeper. `max_bad_shards` may be broken or not to be had; of those of
+        this pass that are known, `bad_shards`, as many samples are read as they gave.
         `consumed` samples of the order or share, good or bad, are passed over; `dtype` is a name of torch's.
         """
 
@@ -120,15 +139,17 @@ class ImageLoader:
         object | None,
         list[tuple[Any, ...]],
         list[tuple[int, str, str]],
+        list[tuple[int, int, str]],
         int,
         int,
     ]:
-        """The next batch: (owner, samples, bad samples, samples of the order consumed up to here, images by `other`).
+        """The next batch: (owner, samples, bad samples, bad shards, samples consumed up to here, images by `other`).
 
         Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
         shard, its place in it, byte offset and length of its image, then as `read_captions` has it captions, noise,
         source and English captions, why it has no captions or None, .json, the image's file if kept); a bad one (shard,
-        key, cause). Raises ShardError after all whole samples before a shard's end.
+        key, cause), a bad shard (shard, how many samples it gave, cause). Raises ShardError, after all whole samples
+        before, for one bad shard too many.
         """
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ PLACES = {
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
     "training.keep_checkpoints", "training.validate_every", "training.validate_every_steps", "training.report_to",
-    "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute",
+    "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute", "data.max_bad_shards",
 }  # fmt: skip
 
 
@@ -322,6 +322,9 @@ class Data(Section):
         64, ge=8, le=TOKENS, description="longer unpaired texts are cut into pieces of this length"
     )
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad samples above which preparing stops")
+    max_bad_shards: int = Field(
+        0, ge=0, le=COUNT, description="tars that may be missing or not whole, of an epoch or of what is prepared"
+    )
 
 
 class DemoData(Section):

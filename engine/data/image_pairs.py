@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config, ImageTower
-from ..errors import UserError
+from ..errors import UserError, tell
 from .batches import Batch, BatchLoader, pack, packed_inputs
 from .images import ImageBatch, ImageLoader
 from .pairs import PairSource
@@ -53,7 +53,8 @@ class ImagePairLoader:
     There are as many orders as ranks began the run, and each gives as many pairs to a global batch. Where ranks are
     fewer now, one reads several orders; where they are more, several share one, in runs as long as what each gives to a
     batch. So ranks may change and batches stay, but for a shared order's bad samples: each of its readers steps over
-    its own. No pair comes twice in an epoch.
+    its own. No pair comes twice in an epoch. A bad shard, of which data.max_bad_shards are allowed, stays out until the
+    epoch ends, whatever is stopped and started. Where samples of a tar begin is kept in the run's `index` folder.
 
     An image with several captions shows another one each epoch. Ranks may have different numbers of batches: the epoch
     is over when one of them has `ended`. So one batch is held ahead.
@@ -89,6 +90,7 @@ class ImagePairLoader:
             raise StopIteration
         images, self._ahead = self._ahead, []
         self._consumed = [loader.state()["consumed"] for loader in self._images]
+        self._bad_shards = [loader.state()["bad_shards"] for loader in self._images]
         batch = self._batch(images)
         self.epoch_step += 1
         self.step += 1
@@ -101,9 +103,13 @@ class ImagePairLoader:
     def state(self) -> dict[str, Any]:
         """Where all ranks are, each of which must call: a rank's samples count with its bad ones."""
         counters = {name: np.int64(getattr(self, name)) for name in ("epoch", "epoch_step", "step", "orders")}
-        consumed = [count for counts in self._of_all(self._consumed) for count in counts]
+        places = self._of_all((self._consumed, self._bad_shards))
+        consumed = [count for counts, _ in places for count in counts]
+        bad = [found for _, of_loaders in places for found in of_loaders]
+        numbers = [(part, shard, samples) for part, found in enumerate(bad) for shard, samples, _ in found]
         shares = np.array(self._shares, np.int64).reshape(len(self._shares), -1, 4)
-        return {**counters, "shares": shares, "consumed": np.array(consumed, np.int64)}
+        held = {"shares": shares, "consumed": np.array(consumed, np.int64)}
+        return {**counters, **held, "bad_shards": np.array(numbers, np.int64).reshape(-1, 3)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken; every rank must call."""
@@ -113,7 +119,10 @@ class ImagePairLoader:
             )
         self.step, self.orders = int(state["step"]), int(state["orders"])
         shares = [[tuple(share) for share in part] for part in state["shares"].tolist()]
-        self._go_to(int(state["epoch"]), int(state["epoch_step"]), shares, state["consumed"].tolist())
+        bad: list[list[Any]] = [[] for _ in shares]
+        for part, shard, samples in state.get("bad_shards", np.empty((0, 3), np.int64)).tolist():
+            bad[part].append((shard, samples, "it was bad before the run was stopped"))
+        self._go_to(int(state["epoch"]), int(state["epoch_step"]), shares, state["consumed"].tolist(), bad)
         # What is left may make a batch for the ranks that there were, and none for these.
         if any(self._of_all(self.ended)):
             self.next_epoch()
@@ -123,9 +132,12 @@ class ImagePairLoader:
             loader.close()
 
     def _begin(self, epoch: int) -> None:
-        self._go_to(epoch, 0, [[] for _ in range(self.orders)], [0] * self.orders)
+        nothing: list[list[Any]] = [[] for _ in range(self.orders)]
+        self._go_to(epoch, 0, nothing, [0] * self.orders, nothing)
 
-    def _go_to(self, epoch: int, epoch_step: int, shares: list[list[Share]], consumed: list[int]) -> None:
+    def _go_to(
+        self, epoch: int, epoch_step: int, shares: list[list[Share]], consumed: list[int], bad: list[list[Any]]
+    ) -> None:
         """Read this rank's of the given parts of the orders behind what is consumed of each.
 
         Where they do not go round, each is split into as many as do.
@@ -137,10 +149,11 @@ class ImagePairLoader:
             behind = zip(shares, consumed, strict=True)
             shares = [[*part, (skip, pairs, number, times)] for part, skip in behind for number in range(times)]
             consumed = [0] * len(shares)
+            bad = [found for found in bad for _ in range(times)]
         self.epoch, self.epoch_step, self._shares = epoch, epoch_step, shares
         each = len(shares) // self.world_size
         mine = range(self.rank * each, (self.rank + 1) * each)
-        self._consumed = [consumed[part] for part in mine]
+        self._consumed, self._bad_shards = [consumed[part] for part in mine], [bad[part] for part in mine]
         self._ahead, self._over = [], False
         self._images = [
             ImageLoader(
@@ -156,12 +169,14 @@ class ImagePairLoader:
                 rank=part * self.orders // len(shares),
                 world_size=self.orders,
                 shares=shares[part],
+                indexes=self.config.run / "index",
+                max_bad_shards=self.config.data.max_bad_shards,
                 drop_last=True,
             )
             for part in mine
         ]
-        for loader, count in zip(self._images, self._consumed, strict=True):
-            loader.restore({**loader.state(), "epoch": epoch, "consumed": count})
+        for loader, count, found in zip(self._images, self._consumed, self._bad_shards, strict=True):
+            loader.restore({**loader.state(), "epoch": epoch, "consumed": count, "bad_shards": found})
 
     def _of_all(self, word: T) -> list[T]:
         words: list[Any] = [word] * self.world_size
@@ -171,7 +186,11 @@ class ImagePairLoader:
 
     def _look_ahead(self) -> None:
         if not self._ahead and not self._over:
+            known = [len(loader.bad_shards) for loader in self._images]
             found = [next(loader, None) for loader in self._images]
+            for loader, before in zip(self._images, known, strict=True):
+                for bad in loader.bad_shards[before:]:
+                    tell(f"{bad.cause}; left out of this epoch, data.max_bad_shards allows {loader.max_bad_shards}")
             self._ahead = [batch for batch in found if batch is not None]
             self._over = len(self._ahead) < len(found)
 

@@ -18,8 +18,9 @@ import torch
 
 from .. import _loader
 from ..errors import UserError
+from .ahead import Ahead
 from .pictures import by_pillow
-from .shards import BadSample
+from .shards import BadSample, BadShard
 from .sources import Source, open_source
 from .threaded import ThreadedLoader
 
@@ -65,7 +66,7 @@ class ImageLoader(ThreadedLoader):
 
     source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
         name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in the order
-        of the source count as a shard. Those in a .parquet are written to a temporary file first.
+        of the source count as a shard. Those in a .parquet are written to a temporary file, a few shards ahead.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
         by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
@@ -83,6 +84,10 @@ class ImageLoader(ThreadedLoader):
     scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster, but
         640 x 480 photographs to 224 were off by 0.9/255 on average, 15/255 at one value in a thousand, 39/255 at most.
         Without it, images are those of Pillow and torchvision but for rounding (2/255 at most).
+    indexes: a folder where the tars' indexes are kept: with them `restore()` and `shares` jump to their samples instead
+        of reading the headers of those before.
+    max_bad_shards: so many shards of an epoch may be missing or not whole, and are named in `bad_shards`; the next one
+        is a UserError, after all whole samples before its end.
     captions: False lets samples without captions pass.
     keep_encoded: keep each image's file in `ImageBatch.encoded`.
     drop_last: leave out an epoch's last incomplete batch.
@@ -90,9 +95,9 @@ class ImageLoader(ThreadedLoader):
 
     Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
     `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`; rows without a
-    caption are named by the first loader of an order. Both are of the current epoch. A shard that is no whole tar is a
-    UserError, after all whole samples before its end. Transparency lies over white; orientation (EXIF, XMP) is
-    applied; images of more than 100 million pixels are refused. After a fork, a RuntimeError in the child.
+    caption are named by the first loader of an order. Both are of the current epoch. Transparency lies over white;
+    orientation (EXIF, XMP) is applied; images of more than 100 million pixels are refused. After a fork, a
+    RuntimeError in the child.
     """
 
     def __init__(
@@ -117,6 +122,8 @@ class ImageLoader(ThreadedLoader):
         flip: bool = False,
         scaled_decoding: bool = False,
         shuffle_buffer: int = 1000,
+        indexes: Path | None = None,
+        max_bad_shards: int = 0,
         captions: bool = True,
         keep_encoded: bool = False,
         drop_last: bool = False,
@@ -125,7 +132,7 @@ class ImageLoader(ThreadedLoader):
         super().__init__()
         given = [source] if isinstance(source, str | Path | Source) else source
         opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
-        self._parts = [part for one in opened for part in one.unpacked().parts]
+        self._parts = [part for one in opened for part in one.parts]
         _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
         _check(1 <= size <= 4096, f"size: {size}; give 1 to 4096 pixels")
         _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
@@ -139,17 +146,22 @@ class ImageLoader(ThreadedLoader):
         _check(0 < scale[0] <= scale[1] <= 1, f"scale: {scale}; give two ascending shares of an image, up to 1")
         _check(0 < ratio[0] <= ratio[1], f"ratio: {ratio}; give two ascending ratios of width to height")
         _check(1 <= shuffle_buffer < 2**31, f"shuffle_buffer: {shuffle_buffer}; give 1 or more")
+        _check(max_bad_shards >= 0, f"max_bad_shards: {max_bad_shards}; give 0 or more")
         _check(prefetch >= 1, f"prefetch: {prefetch}; give 1 or more")
 
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
+        self.max_bad_shards = max_bad_shards
         # Of all loaders of an order, the first one tells of them.
         first = rank == 0 and not any(number for _, _, number, _ in shares)
         self._bad_rows = [row for part in self._parts for row in part.bad] if first else []
         listings = [part.listing for part in self._parts]
+        self._indexes, self._ahead = indexes, Ahead([], None)
         self._settings: dict[str, Any] = {
             "shards": [os.fsencode(part.path) for part in self._parts],
             "listings": [None if listing is None else listing.columns() for listing in listings],
+            "elsewhere": [part.elsewhere for part in self._parts],
+            "max_bad_shards": max_bad_shards,
             "other": by_pillow,
             "batch_size": batch_size,
             "size": size,
@@ -184,7 +196,7 @@ class ImageLoader(ThreadedLoader):
         self._free: deque[np.ndarray] = deque(maxlen=prefetch + 2)
         self._images = self._epoch = self._consumed = 0
         self._started = 0.0
-        self._go_to(epoch, 0, {})
+        self._go_to(epoch, 0, {}, [])
 
     @property
     def epoch(self) -> int:
@@ -192,7 +204,7 @@ class ImageLoader(ThreadedLoader):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._go_to(epoch, 0, {})
+        self._go_to(epoch, 0, {}, [])
 
     @property
     def bad_counts(self) -> dict[str, int]:
@@ -200,14 +212,26 @@ class ImageLoader(ThreadedLoader):
         return dict(self._bad_before + Counter(sample.cause for sample in self.bad_samples))
 
     @property
+    def bad_shards(self) -> list[BadShard]:
+        """Those of the current epoch that cannot be had or are not whole, also before a restore."""
+        return [BadShard(self._parts[shard].path.name, cause) for shard, _, cause in self._bad_shards]
+
+    @property
     def images_per_second(self) -> float:
         """Since this epoch's first batch was asked for, the consumer's own time included."""
         return self._images / max(time.perf_counter() - self._started, 1e-9) if self._images else 0.0
 
     def state(self) -> dict[str, Any]:
-        """Where the consumer is: a small dictionary for this rank, of strings and integers."""
-        bad = self.bad_counts if self._consumed else {}
-        return {**self._identity, "epoch": self._epoch, "consumed": self._consumed, "bad": bad}
+        """Where the consumer is: a small dictionary for this rank, which JSON can hold."""
+        known = {"bad": self.bad_counts, "bad_shards": [*map(list, self._bad_shards)]} if self._consumed else {}
+        return {
+            **self._identity,
+            "epoch": self._epoch,
+            "consumed": self._consumed,
+            "bad": {},
+            "bad_shards": [],
+            **known,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken."""
@@ -217,20 +241,21 @@ class ImageLoader(ThreadedLoader):
                     f"loader state: {name} is {state.get(name)}, this loader has {expected}; make the loader with the"
                     " settings and shards that the state was taken with"
                 )
-        self._go_to(state["epoch"], state["consumed"], state["bad"])
+        self._go_to(state["epoch"], state["consumed"], state["bad"], state["bad_shards"])
 
     def __next__(self) -> ImageBatch:
         started = time.perf_counter()
         try:
             if self._threads is None:
                 self._start()
-            images, records, bad, consumed, by_other = self._threads.next()
+            images, records, bad, bad_shards, consumed, by_other = self._threads.next()
             self.waited_seconds += time.perf_counter() - started
             batch = None
             if images is not None:
                 self._lend()
                 batch = self._batch(images, records)
             self.bad_samples += [BadSample(self._parts[shard].path.name, key, cause) for shard, key, cause in bad]
+            self._bad_shards += bad_shards
             self.slow_pictures += by_other
             self._consumed = consumed
         except _loader.ShardError as error:
@@ -247,21 +272,34 @@ class ImageLoader(ThreadedLoader):
         self._images += len(batch)
         return batch
 
-    def _go_to(self, epoch: int, consumed: int, bad: dict[str, int]) -> None:
+    def _go_to(self, epoch: int, consumed: int, bad: dict[str, int], bad_shards: Sequence[Sequence[Any]]) -> None:
         _check(0 <= epoch < 2**32, f"epoch: {epoch}; give 0 to 2^32 - 1")
         self._stop()
         self._epoch, self._consumed, self._bad_before = epoch, consumed, Counter(bad)
         self.bad_samples: list[BadSample] = [*self._bad_rows] if consumed == 0 else []
+        self._bad_shards = [(int(shard), int(samples), str(cause)) for shard, samples, cause in bad_shards]
         self.slow_pictures = 0
 
     def _start(self) -> None:
         self._require_open()
         if self._consumed == 0:
-            self._go_to(self._epoch, 0, {})
+            self._go_to(self._epoch, 0, {}, [])
         self._images, self._started = 0, time.perf_counter()
-        self._threads = _loader.ImageLoader(**self._settings, epoch=self._epoch, consumed=self._consumed)
+        self._ahead = Ahead(self._parts, self._indexes)
+        self._threads = _loader.ImageLoader(
+            **self._settings,
+            epoch=self._epoch,
+            consumed=self._consumed,
+            bad_shards=self._bad_shards,
+            keeper=self._ahead,
+        )
         for _ in range(self.prefetch):
             self._lend()
+
+    def _stop(self) -> None:
+        # What waits for a fetch holds up the threads' end.
+        self._ahead.stop()
+        super()._stop()
 
     def _lend(self) -> None:
         """Give the threads memory for one more batch."""
@@ -287,7 +325,7 @@ class ImageLoader(ThreadedLoader):
         (
             keys, shards, places, offsets, lengths, captions, noise, sources, captions_en, uncaptioned, jsons, encoded
         ) = (list(column) for column in zip(*records, strict=True))  # fmt: skip
-        parts = [self._parts[shard] for shard in shards]
+        parts = [self._ahead.parts[shard] for shard in shards]
         found = [part.place_of(*at) for part, *at in zip(parts, places, offsets, strict=True)]
         return ImageBatch(
             images=images[: len(records)],

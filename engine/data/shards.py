@@ -28,6 +28,14 @@ class BadSample:
     cause: str
 
 
+@dataclass(frozen=True)
+class BadShard:
+    """One that cannot be had or is not whole: the name of its tar or table, and the message that tells why."""
+
+    shard: str
+    cause: str
+
+
 def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
     """Key and members of each sample of one tar in order; a sample is the run of members that share a name up to the
     first dot."""

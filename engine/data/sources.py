@@ -19,7 +19,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import Any
+from threading import Event
+from typing import IO, Any
 
 import numpy as np
 
@@ -59,7 +60,8 @@ class Source:
 
     A picture without captions stands in it only to be mistaken for another. `files` are those whose change makes it
     another source; `bad` are rows of text that make no picture. `tables` are the sources of a folder's files. `unpack`,
-    of pictures in cells of a .parquet, lists them where they are written to.
+    of pictures in cells of a .parquet, lists them where they are written to. `fetch`, of a tar that is elsewhere, gives
+    it as a local file until the event is set.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Source:
     bad: Sequence[BadSample] = ()
     tables: Sequence[Source] = ()
     unpack: Callable[[Listing], Listing] | None = None
+    fetch: Callable[[Event], IO[bytes]] | None = None
 
     @property
     def pictures(self) -> int | None:
@@ -77,27 +80,28 @@ class Source:
         return None if self.listing is None else len(self.listing) + len(self.bad)
 
     @property
-    def packed(self) -> bool:
-        return self.unpack is not None or any(table.packed for table in self.tables)
+    def elsewhere(self) -> bool:
+        """Whether the pictures of a part are not at hand for the reader."""
+        return self.unpack is not None or self.fetch is not None
+
+    @property
+    def identity(self) -> list[Any]:
+        """Of a part that is a tar: changed with its content."""
+        found = self.path.stat()
+        return [os.path.realpath(self.path), found.st_size, found.st_mtime_ns]
 
     @property
     def parts(self) -> list[Source]:
         """The source in pieces, in order: a tar each, or PART pictures; the last one has the bad rows."""
         if self.tables:
             return [part for table in self.tables for part in table.parts]
+        if self.fetch is not None:
+            return [self]
         if self.listing is None:
             return [Source(tar, [tar]) for tar in self.files]
         starts = range(0, max(len(self.listing), 1), PART)
         parts = [replace(self, listing=self.listing.part(start, start + PART), bad=()) for start in starts]
         return [*parts[:-1], replace(parts[-1], bad=self.bad)]
-
-    def unpacked(self) -> Source:
-        """The same, with its pictures in files: those in a .parquet are written to one without a name."""
-        if self.tables:
-            return replace(self, tables=[table.unpacked() for table in self.tables])
-        if self.unpack is None or self.listing is None:
-            return self
-        return replace(self, listing=self.unpack(self.listing), unpack=None)
 
     def place_of(self, picture: int, offset: int) -> tuple[str, int]:
         """(path, offset) by which a store names a picture of this part, which was read at `offset`."""

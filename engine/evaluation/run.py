@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
-from ..data.images import ImageBatch, ImageLoader
+from ..data.images import ImageBatch
 from ..data.sources import Source, require_few
 from ..data.store import Store, Texts, TextStore
 from ..data.tokenizer import fingerprint, load_tokenizer
@@ -97,17 +97,15 @@ class Run:
         when they are more than data.max_bad_share: a result over part of a data set would pass for one over all of it.
         """
         first, good = "", 0
-        with tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
-            # Of pictures in a .parquet no more than a part is unpacked at once.
-            for piece in source.parts if source.packed else [source]:
-                with self.frozen.loader(piece, captions=False, keep_encoded=keep_encoded) as loader:
-                    for batch in loader:
-                        yield batch, self.frozen.encode_pixels(batch.images)
-                        good += len(batch)
-                        bar.update(len(batch))
-                    for sample in loader.bad_samples:
-                        bad[sample.cause] += 1
-                        first = first or f"{sample.key} in {sample.shard}"
+        loader = self.frozen.loader(source, captions=False, keep_encoded=keep_encoded)
+        with loader, tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
+            for batch in loader:
+                yield batch, self.frozen.encode_pixels(batch.images)
+                good += len(batch)
+                bar.update(len(batch))
+            for sample in loader.bad_samples:
+                bad[sample.cause] += 1
+                first = first or f"{sample.key} in {sample.shard}"
         samples = good + bad.total()
         if not samples:
             raise UserError(f"source {source.path}: empty, no sample found")

@@ -244,7 +244,7 @@ def both_towers(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.start_from is not None:
         _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
-    sources = [open_source(path).unpacked() for path in config.data.shards]
+    sources = [open_source(path) for path in config.data.shards]
     held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -69,7 +69,7 @@ void read_shard(std::string tar) {
     const int file = memfd_create("shard", 0);
     if (file < 0 || write(file, tar.data(), tar.size()) != static_cast<ssize_t>(tar.size())) std::abort();
     try {
-        ShardFile shard("/proc/self/fd/" + std::to_string(file));
+        ShardFile shard("tar", "/proc/self/fd/" + std::to_string(file));
         SampleReader samples(shard);
         TarSample sample;
         while (samples.next(sample)) {

@@ -14,6 +14,7 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
@@ -89,11 +90,34 @@ void test_base64() {
     for (const char* text : {"=", "====", "A===", "A=AA", "AA=A", "AAA=AAAA"}) check(!from_base64(text), text);
 }
 
+// Keeps indexes, and gives shards that are elsewhere; those of `absent` cannot be had.
+struct Shelf : Keeper {
+    std::map<int, TarIndex> indexes;
+    std::map<int, std::string> elsewhere;
+    std::set<int> absent;
+    std::vector<int> asked;
+    std::map<int, std::vector<int>> told;
+    std::shared_ptr<int> alive = std::make_shared<int>();
+
+    Fetched fetch(int shard, const std::vector<int>& next) override {
+        asked.push_back(shard);
+        told[shard] = next;
+        if (absent.count(shard) != 0) throw ShardError("shard " + std::to_string(shard) + " cannot be had");
+        return {elsewhere.at(shard), {}, alive};
+    }
+    std::optional<TarIndex> index(int shard) override {
+        const auto found = indexes.find(shard);
+        return found == indexes.end() ? std::nullopt : std::optional(found->second);
+    }
+    void keep(int shard, const TarIndex& index) override { indexes[shard] = index; }
+};
+
 struct Found {
     std::vector<std::string> keys;
     std::vector<std::byte> images;
     std::vector<std::int64_t> consumed;
     std::map<std::string, std::string> bad;
+    std::vector<BadShard> bad_shards;
     std::string error;
 
     bool operator==(const Found& other) const {
@@ -120,6 +144,7 @@ Found run(const ImageOptions& options, int ahead, std::size_t most = 1'000'000) 
                 const auto outcome = loader.next(batch, milliseconds(below(3)));
                 if (outcome == ImageLoader::Outcome::waiting) continue;
                 for (const BadImage& bad : batch.bad) found.bad[bad.key] = bad.cause;
+                for (const BadShard& bad : batch.bad_shards) found.bad_shards.push_back(bad);
                 if (outcome == ImageLoader::Outcome::finished) break;
                 for (const ImageRecord& record : batch.records) found.keys.push_back(record.key);
                 const std::byte* first = lent.front().get();
@@ -133,6 +158,89 @@ Found run(const ImageOptions& options, int ahead, std::size_t most = 1'000'000) 
         }
     }
     return found;
+}
+
+Found joined(Found first, const Found& rest) {
+    first.keys.insert(first.keys.end(), rest.keys.begin(), rest.keys.end());
+    first.images.insert(first.images.end(), rest.images.begin(), rest.images.end());
+    first.bad.insert(rest.bad.begin(), rest.bad.end());
+    first.bad_shards.insert(first.bad_shards.end(), rest.bad_shards.begin(), rest.bad_shards.end());
+    return first;
+}
+
+// Indexes and fetches change no batch; `whole` is the pass over `options` without them.
+void test_keepers(ImageOptions options, const Found& whole) {
+    Shelf shelf;
+    options.keeper = &shelf;
+    check(run(options, 2) == whole && shelf.indexes.size() == options.shards.size(), "indexes are made");
+    const std::map<int, TarIndex> indexes = shelf.indexes;
+    check(run(options, 2) == whole, "the same batches by indexes");
+    const Found some = run(options, 2, 2);
+    options.consumed = some.consumed.back();
+    check(joined(some, run(options, 2)) == whole, "restored by indexes");
+    options.consumed = 0;
+    options.shares = {{3, 2, 1, 2}};
+    const Found share = run(options, 2);
+    shelf.indexes.clear();
+    check(run(options, 2) == share, "the same share by indexes");
+    options.shares.clear();
+
+    ImageOptions far = options;
+    for (int shard = 0; shard < static_cast<int>(far.shards.size()); ++shard) {
+        if (shard == 1) continue;
+        Shard& one = far.shards[static_cast<std::size_t>(shard)];
+        shelf.elsewhere[shard] = std::exchange(one.path, "elsewhere " + std::to_string(shard));
+        one.elsewhere = true;
+    }
+    for (const bool by_index : {false, true}) {
+        shelf.indexes = by_index ? indexes : std::map<int, TarIndex>();
+        shelf.asked.clear();
+        check(run(far, 2) == whole && shelf.asked.size() == far.shards.size() - 1, "each shard fetched once");
+        for (std::size_t i = 0; i < shelf.asked.size(); ++i) {
+            const std::vector<int> rest(shelf.asked.begin() + static_cast<std::ptrdiff_t>(i) + 1, shelf.asked.end());
+            check(shelf.told.at(shelf.asked[i]) == rest, "what follows is told");
+        }
+        check(shelf.alive.use_count() == 1, "nothing is held behind the pass");
+    }
+    // Behind the last sample but two nothing is fetched that holds none of them.
+    far.shuffle = false;
+    const Found in_order = run(far, 2);
+    far.consumed = in_order.consumed.back() - 2;
+    shelf.asked.clear();
+    check(run(far, 2).keys.size() <= 2 && shelf.asked == std::vector<int>{4}, "passed over without a fetch");
+    far.consumed = 0;
+    far.shuffle = true;
+
+    for (const bool by_index : {false, true}) {
+        shelf.indexes = by_index ? indexes : std::map<int, TarIndex>();
+        shelf.absent = {0, 3};
+        far.max_bad_shards = 1;
+        check(run(far, 2).error.find("cannot be had") != std::string::npos, "one bad shard too many");
+        far.max_bad_shards = 2;
+        const Found found = run(far, 2);
+        check(found.error.empty() && found.bad_shards.size() == 2, "two bad shards are allowed");
+        for (const std::string& key : found.keys) check(key[0] != '0' && key[0] != '3', "of a bad shard nothing comes");
+        std::multiset<std::string> expected, got(found.keys.begin(), found.keys.end());
+        for (const std::string& key : whole.keys) {
+            if (key[0] != '0' && key[0] != '3') expected.insert(key);
+        }
+        check(got == expected, "all of the others come");
+        // Both can be had again: the epoch goes on as it was.
+        const Found begun = run(far, 2, 3);
+        ImageOptions again = far;
+        again.bad_shards = found.bad_shards;
+        again.consumed = begun.consumed.back();
+        shelf.absent.clear();
+        const Found both = joined(begun, run(again, 2));
+        got = {both.keys.begin(), both.keys.end()};
+        if (!by_index) check(got == expected, "restored beside bad shards");
+        check(std::set<std::string>(got.begin(), got.end()).size() == got.size(), "no sample twice");
+        again = far;
+        again.consumed = begun.consumed.back();
+        again.bad_shards = {};
+        shelf.absent = {0, 3};
+        if (!by_index) check(!run(again, 2).error.empty(), "passing over, a bad shard that is not known ends the pass");
+    }
 }
 
 void test_passes() {
@@ -175,14 +283,12 @@ void test_passes() {
     // Given up anywhere and started again behind the batch received last: no sample twice, none lost.
     for (std::size_t most = 0; most <= whole.consumed.size(); ++most) {
         ImageOptions again = options;
-        Found first = run(again, 3, most);
+        const Found first = run(again, 3, most);
         again.consumed = most == 0 ? 0 : first.consumed.back();
-        const Found rest = run(again, 2);
-        first.keys.insert(first.keys.end(), rest.keys.begin(), rest.keys.end());
-        first.images.insert(first.images.end(), rest.images.begin(), rest.images.end());
-        first.bad.insert(rest.bad.begin(), rest.bad.end());
-        check(first == whole, "restored after batch " + std::to_string(most));
+        check(joined(first, run(again, 2)) == whole, "restored after batch " + std::to_string(most));
     }
+
+    test_keepers(options, whole);
 
     for (const int world_size : {2, 3, 7}) {
         std::multiset<std::string> seen;
@@ -233,6 +339,19 @@ void test_passes() {
     cut.shards[1].path = write_file("cut.tar", bytes);
     const Found before = run(cut, 2);
     check(before.error.find("cut.tar") != before.error.npos && before.keys.size() > 9 + 3, "a shard that is cut");
+    for (const bool shuffle : {false, true}) {
+        cut.shuffle = shuffle;
+        cut.max_bad_shards = 1;
+        const Found past = run(cut, 2);
+        check(past.error.empty() && past.bad_shards.size() == 1 && past.bad_shards[0].shard == 1, "behind a cut shard");
+        check(past.bad_shards[0].samples > 3 && past.bad_shards[0].samples < 14, "how many samples it gave");
+        check(past.keys.size() > good.size() - 14 && past.keys.size() < good.size(), "all but its end");
+        const Found begun = run(cut, 2, 3);
+        ImageOptions again = cut;
+        again.consumed = begun.consumed.back();
+        again.bad_shards = begun.bad_shards;
+        check(joined(begun, run(again, 2)).keys == past.keys, "restored around a cut shard");
+    }
 }
 
 // The pictures of tars as files of their own and as base64 give the same batches, whichever the order.
@@ -280,13 +399,9 @@ void test_listings() {
         check(whole.bad.size() == 8 && whole.keys.size() == 42, "a tar's samples");
         for (ImageOptions options : {files, texts}) {
             check(run(options, 1 + below(3)) == whole, "a listing's batches");
-            Found first = run(options, 3, 3);
+            const Found first = run(options, 3, 3);
             options.consumed = first.consumed.back();
-            const Found rest = run(options, 2);
-            first.keys.insert(first.keys.end(), rest.keys.begin(), rest.keys.end());
-            first.images.insert(first.images.end(), rest.images.begin(), rest.images.end());
-            first.bad.insert(rest.bad.begin(), rest.bad.end());
-            check(first == whole, "a listing's batches, restored");
+            check(joined(first, run(options, 2)) == whole, "a listing's batches, restored");
             options.consumed = 0;
             options.world_size = 3;
             std::multiset<std::string> seen;

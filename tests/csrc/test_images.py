@@ -13,7 +13,7 @@ import pytest
 from .sanitized import ROOT, compile_sanitized, output
 from .seeds import write_seeds
 
-PARTS = ["file", "tar", "listing", "captions", "picture", "resize", "transform", "image_loader"]
+PARTS = ["file", "tar", "listing", "captions", "picture", "resize", "transform", "samples", "image_loader"]
 LIBRARIES = ["libjpeg", "libpng", "libwebp", "libwebpdemux"]
 # Each with another of the resampling's three codes, which must give the same bits.
 SANITIZERS = {
