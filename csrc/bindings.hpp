@@ -11,6 +11,28 @@
 void bind_images(pybind11::module_& module);
 void bind_pairs(pybind11::module_& module);
 
+// Threads that want the interpreter once it ends would wait for ever, or be killed with what they hold.
+class Asking {
+  public:
+    Asking();
+    ~Asking();
+    // Then the thread must not ask.
+    bool too_late() const;
+};
+
+// The interpreter is free for other threads as long as this lives. A thread that comes back when the program ends never
+// goes on, as Python's own do.
+class Unlocked {
+  public:
+    Unlocked() : state_(PyEval_SaveThread()) {}
+    ~Unlocked();
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+  private:
+    PyThreadState* state_;
+};
+
 constexpr int kAligned = pybind11::detail::npy_api::NPY_ARRAY_ALIGNED_;
 
 inline std::string described(const pybind11::array& array) {

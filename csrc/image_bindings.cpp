@@ -1,11 +1,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <pthread.h>
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <deque>
@@ -15,7 +13,6 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -80,26 +77,11 @@ py::bytes read_picture(const std::string& path, std::int64_t offset, std::int64_
     }
 }
 
-// Threads that ask for the interpreter once it ends wait for ever, or are killed: from then on they do not ask.
-std::atomic<bool> ending = false;
-std::atomic<int> asking = 0;
-
-void stop_asking() {
-    ending = true;
-    const py::gil_scoped_release release;
-    while (asking > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-}
-
-struct Asking {
-    Asking() { ++asking; }
-    ~Asking() { --asking; }
-};
-
 // `decode` is borrowed: the threads that hold the result have no right to let go of an object.
 efficientclip::OtherDecoder other_decoder(py::handle decode) {
     return [decode](const std::uint8_t* encoded, std::size_t size) -> efficientclip::Pixels {
         const Asking asked;
-        if (ending) throw efficientclip::BadPicture{"undecodable image"};
+        if (asked.too_late()) throw efficientclip::BadPicture{"undecodable image"};
         const py::gil_scoped_acquire acquire;
         try {
             const py::object found = decode(py::bytes(reinterpret_cast<const char*>(encoded), size));
@@ -123,7 +105,7 @@ py::array_t<std::uint8_t> decode_square(const std::string_view& encoded, int siz
     auto* out = reinterpret_cast<std::byte*>(square.mutable_data());
     std::string cause;
     {
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         try {
             efficientclip::Transform transform(options, other_decoder(other));
             efficientclip::Tile tile;
@@ -166,8 +148,8 @@ efficientclip::Listing listing_of(const py::dict& columns) {
 // What `ask`, which calls Python, gives in a thread of C++.
 template <class Ask>
 auto asked(const Ask& ask) {
-    const Asking count;
-    if (ending) throw efficientclip::ShardError("the program ends");
+    const Asking asked;
+    if (asked.too_late()) throw efficientclip::ShardError("the program ends");
     const py::gil_scoped_acquire acquire;
     try {
         return ask();
@@ -193,7 +175,7 @@ class PythonKeeper : public efficientclip::Keeper {
             // Whichever thread lets go of it last may do so without the interpreter.
             fetched.owner = std::shared_ptr<void>(found.release().ptr(), [](void* object) {
                 const Asking asked;
-                if (ending) return;
+                if (asked.too_late()) return;
                 const py::gil_scoped_acquire acquire;
                 Py_DECREF(static_cast<PyObject*>(object));
             });
@@ -251,7 +233,7 @@ class BoundImageLoader {
     void supply(std::uintptr_t address, py::object owner) {
         ImageLoader& loader = open_loader();
         lent_.push_back(std::move(owner));
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         loader.supply(reinterpret_cast<std::byte*>(address));
     }
 
@@ -262,7 +244,7 @@ class BoundImageLoader {
         auto outcome = ImageLoader::Outcome::waiting;
         while (outcome == ImageLoader::Outcome::waiting) {
             {
-                const py::gil_scoped_release release;
+                const Unlocked unlocked;
                 outcome = loader.next(batch, kBetweenSignals);
             }
             if (outcome == ImageLoader::Outcome::waiting && PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -298,7 +280,7 @@ class BoundImageLoader {
             return;
         }
         {
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             closing.reset();
         }
         lent_.clear();
@@ -374,9 +356,6 @@ void bind_images(py::module_& module) {
     module.def("read_picture", &read_picture, py::arg("path"), py::arg("offset"), py::arg("size"), py::arg("base64"));
     module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"),
                py::arg("other"));
-    // A forked child has none of these threads.
-    pthread_atfork(nullptr, nullptr, [] { asking = 0; });
-    py::module_::import("atexit").attr("register")(py::cpp_function(&stop_asking));
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
         .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("elsewhere"),
              py::arg("keeper"), py::arg("max_bad_shards"), py::arg("bad_shards"), py::arg("other"), py::arg("batch_size"), py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),

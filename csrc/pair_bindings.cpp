@@ -46,7 +46,7 @@ py::tuple pack_tokens(const py::array& tokens_array, const py::array& offsets_ar
     py::array_t<std::int32_t> cu_seqlens(ids.size + 1);
     std::int32_t* lengths = cu_seqlens.mutable_data();
     {
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         std::visit([&](const auto& tokens) {
             efficientclip::measure_texts(texts.offsets, tokens.size, ids, max_length, lengths);
         }, texts.tokens);
@@ -56,7 +56,7 @@ py::tuple pack_tokens(const py::array& tokens_array, const py::array& offsets_ar
     std::int64_t* inputs = input_ids.mutable_data();
     std::int64_t* positions = position_ids.mutable_data();
     {
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         std::visit([&](const auto& tokens) {
             efficientclip::pack_texts(tokens, texts.offsets, ids, lengths, inputs, positions);
         }, texts.tokens);
@@ -78,7 +78,7 @@ py::array gather_rows(const py::array& table, const py::array& rows_array, int t
     const auto* source = static_cast<const std::byte*>(table.data());
     auto* target = static_cast<std::byte*>(out.mutable_data());
     {
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         efficientclip::gather_rows(source, table.shape(0), table.shape(1) * item, rows, threads, target);
     }
     return out;
@@ -92,7 +92,7 @@ py::tuple linked_pairs(const py::array& indptr_array, const py::array& indices_a
     const auto columns = view<std::int64_t>(columns_array, "columns");
     efficientclip::Pairs pairs;
     {
-        const py::gil_scoped_release release;
+        const Unlocked unlocked;
         pairs = efficientclip::linked_pairs(indptr, indices, left_ids, columns, diagonal);
     }
     return py::make_tuple(owning_array(std::move(pairs.rows)), owning_array(std::move(pairs.cols)));
@@ -137,7 +137,7 @@ class BoundPairLoader {
         std::shared_ptr<efficientclip::Batch> batch;
         while (batch == nullptr) {
             {
-                const py::gil_scoped_release release;
+                const Unlocked unlocked;
                 batch = loader.next(kBetweenSignals);
             }
             if (batch == nullptr && PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -148,7 +148,7 @@ class BoundPairLoader {
     void close() {
         std::unique_ptr<efficientclip::PairLoader> closing = std::move(loader_);
         {
-            const py::gil_scoped_release release;
+            const Unlocked unlocked;
             closing.reset();
         }
         arrays_.clear();
