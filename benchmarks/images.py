@@ -32,8 +32,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 ROUND, BATCHES, PREFETCHED = 1.5, 8, 4
 KEY = ("height", "width", "batch", "hardware", "torch", "implementation", "threads")
 COLUMNS = (
-    *KEY, "images_per_s", "over_open_clip", "over_decoding", "mean_error", "max_error", "extra_mib", "mean_bytes",
-    "rounds", "note", "date",
+    *KEY, "images_per_s", "over_open_clip", "over_spdl", "over_decoding", "mean_error", "max_error",
+    "extra_mib", "mean_bytes", "rounds", "note", "date",
 )  # fmt: skip
 
 
@@ -133,6 +133,47 @@ def dali(shards: list[Path], threads: int) -> Batches:
         yield len(out)
 
 
+def spdl(shards: list[Path], threads: int) -> Batches:
+    """A pipeline of threads as its manual builds them: JPEGs decoded at a fraction of their size, cut, resized."""
+    import cv2
+    from simplejpeg import decode_jpeg
+    from spdl.pipeline import PipelineBuilder
+
+    cv2.setNumThreads(1)
+    random = np.random.default_rng(0)
+    mean, std = (255 * np.array(values, np.float32) for values in (MEAN, STD))
+
+    def samples() -> Generator[bytes, None, None]:
+        for shard in itertools.cycle(shards):
+            with tarfile.open(shard) as tar:
+                for member in tar:
+                    if member.name.endswith(".jpg"):
+                        yield tar.extractfile(member).read()  # type: ignore[union-attr]
+
+    def made(encoded: bytes) -> np.ndarray[Any, Any]:
+        picture = decode_jpeg(encoded, min_height=224, min_width=224)
+        height, width = (int(side * random.uniform(0.95, 1)) for side in picture.shape[:2])
+        top, left = (
+            int(random.integers(whole - part + 1))
+            for whole, part in zip(picture.shape[:2], (height, width), strict=True)
+        )
+        small = cv2.resize(picture[top : top + height, left : left + width], (224, 224), interpolation=cv2.INTER_AREA)
+        return np.ascontiguousarray(((small - mean) / std).transpose(2, 0, 1))
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(samples())
+        .pipe(made, concurrency=threads)
+        .aggregate(BATCH)
+        .pipe(lambda rows: torch.from_numpy(np.stack(rows)))
+        .add_sink(PREFETCHED)
+        .build(num_threads=threads)
+    )
+    with pipeline.auto_stop():
+        for images in pipeline.get_iterator():
+            yield len(images)
+
+
 def decoding(shards: list[Path], threads: int) -> Batches:
     """libjpeg-turbo alone: whole pictures from memory to RGB, no crop, no resize, no batch."""
     from simplejpeg import decode_jpeg
@@ -152,12 +193,13 @@ class Implementation:
     package: str = ""
 
 
-OPEN_CLIP, DECODING = "open_clip", "libjpeg-turbo alone"
+OPEN_CLIP, SPDL, DECODING = "open_clip", "SPDL, scaled decoding", "libjpeg-turbo alone"
 IMPLEMENTATIONS = (
     Implementation("ours", 2, lambda shards: ours(shards, 2, False)),
     Implementation("ours", 1, lambda shards: ours(shards, 1, False)),
     Implementation("ours, scaled decoding", 2, lambda shards: ours(shards, 2, True)),
     Implementation(OPEN_CLIP, 2, lambda shards: open_clip(shards, 2), "open_clip_train", "'open_clip_torch[training]'"),
+    Implementation(SPDL, 2, lambda shards: spdl(shards, 2), "spdl.pipeline", "spdl simplejpeg opencv-python-headless"),
     Implementation("DALI", 2, lambda shards: dali(shards, 2), "nvidia.dali", "nvidia-dali-cuda130"),
     Implementation(DECODING, 2, lambda shards: decoding(shards, 2), "simplejpeg", "simplejpeg"),
     Implementation(DECODING, 1, lambda shards: decoding(shards, 1), "simplejpeg", "simplejpeg"),
@@ -256,7 +298,11 @@ def _rows(shards: list[Path], rates: dict[tuple[str, int], float], rounds: int) 
             row["note"] = f"not installed: pip install {one.package}"
         else:
             row |= {"images_per_s": f"{rate:.0f}", "rounds": rounds}
-            for column, name in (("over_open_clip", OPEN_CLIP), ("over_decoding", DECODING)):
+            for column, name in (
+                ("over_open_clip", OPEN_CLIP),
+                ("over_spdl", SPDL),
+                ("over_decoding", DECODING),
+            ):
                 if (base := rates.get((name, one.threads))) is not None:
                     row[column] = f"{rate / base:.2f}"
         rows.append(row)

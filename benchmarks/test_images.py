@@ -1,4 +1,4 @@
-"""The image loader beside open_clip's pipeline, DALI and libjpeg-turbo alone, in one run; see README.md.
+"""The image loader beside open_clip's pipeline, SPDL, DALI and libjpeg-turbo alone, in one run; see README.md.
 
 pytest benchmarks/test_images.py --benchmark-only
 """
@@ -18,8 +18,8 @@ from benchmarks.measuring import record
 TESTS = ("tests/data/test_images.py",)
 ROUNDS = 5
 SHOWN = (
-    "implementation", "threads", "images_per_s", "over_open_clip", "over_decoding", "mean_error", "max_error",
-    "extra_mib", "note",
+    "implementation", "threads", "images_per_s", "over_open_clip", "over_spdl", "over_decoding", "mean_error",
+    "max_error", "extra_mib", "note",
 )  # fmt: skip
 
 

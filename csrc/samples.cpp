@@ -116,7 +116,7 @@ bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) 
     shard->samples = 0;
     try {
         fetch(*shard);
-        ShardFile tar(options_.shards[static_cast<std::size_t>(shard->number)].path, shard->path);
+        ShardFile tar(options_.shards[static_cast<std::size_t>(shard->number)].path, shard->path, all_are_read());
         SampleReader reader(tar);
         Sample sample;
         while (shard->samples < most && !shard->broken) {
@@ -140,6 +140,9 @@ bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) 
 }
 
 bool Pass::mine() { return at_ < dealt_ || shared_++ % options_.world_size == options_.rank; }
+
+// Whether samples are loaded in the order in which they lie in the shard that is read.
+bool Pass::all_are_read() const { return at_ < dealt_ && seen_.empty() && emitted_ >= options_.consumed; }
 
 // Whether the next sample of the order is to be read.
 bool Pass::wanted() {
@@ -190,7 +193,7 @@ void Pass::load(Sample& sample, ShardFile* tar) {
         if (!shard.broken && shard.listing == nullptr) {
             if (tar == nullptr && again_of_ != sample.shard) {
                 again_of_ = nullptr;
-                again_.emplace(options_.shards[static_cast<std::size_t>(shard.number)].path, shard.path);
+                again_.emplace(options_.shards[static_cast<std::size_t>(shard.number)].path, shard.path, all_are_read());
                 again_of_ = sample.shard;
             }
             read_members(sample, tar != nullptr ? *tar : *again_);

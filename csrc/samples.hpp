@@ -114,6 +114,7 @@ class Pass {
     bool read_indexed(const std::shared_ptr<OpenShard>& shard, const TarIndex& index);
     bool read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most);
     bool mine();
+    bool all_are_read() const;
     bool wanted();
     bool shuffled(Sample&& sample, ShardFile* tar);
     bool take(Sample&& sample, ShardFile* tar);

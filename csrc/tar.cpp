@@ -14,8 +14,8 @@ namespace {
 constexpr std::int64_t kRecord = kTarRecord;
 // Long enough for a member's neighbours, short beside a picture.
 constexpr std::size_t kBlock = 16 * 1024;
-// Of what is read on in order; a millisecond each is no bound, then.
-constexpr std::size_t kLargestBlock = 1024 * 1024;
+// Long beside a picture.
+constexpr std::size_t kBlockOfWhole = 1024 * 1024;
 // A name or a set of pax records longer than this is no shard's.
 constexpr std::int64_t kLongestName = 1024 * 1024;
 
@@ -128,7 +128,8 @@ bool names_image(const std::string& suffix) {
 
 }  // namespace
 
-ShardFile::ShardFile(std::string name, const std::string& path) : name_(std::move(name)) {
+ShardFile::ShardFile(std::string name, const std::string& path, bool whole)
+    : name_(std::move(name)), block_(whole ? kBlockOfWhole : kBlock) {
     try {
         file_.emplace(path);
     } catch (const std::system_error& error) {
@@ -161,21 +162,19 @@ void ShardFile::read(Extent extent, char* out) {
             size -= count;
             continue;
         }
-        const bool onward = offset >= read_to_ && offset - read_to_ <= static_cast<std::int64_t>(at_once_);
-        at_once_ = onward ? std::clamp(2 * at_once_, kBlock, kLargestBlock) : kBlock;
-        if (size >= static_cast<std::int64_t>(at_once_)) {
-            if (read_at(offset, out, static_cast<std::size_t>(size)) < static_cast<std::size_t>(size)) {
-                fail("it ends early", this->size());
-            }
-            read_to_ = offset + size;
-            return;
+        // Behind the block's start lies the picture whose neighbours the block was read for.
+        if (inside < 0 || size >= static_cast<std::int64_t>(block_.size())) {
+            const auto wanted = static_cast<std::size_t>(inside < 0 ? std::min(size, -inside) : size);
+            if (read_at(offset, out, wanted) < wanted) fail("it ends early", this->size());
+            offset += static_cast<std::int64_t>(wanted);
+            out += wanted;
+            size -= static_cast<std::int64_t>(wanted);
+            continue;
         }
-        block_.resize(at_once_);
         block_size_ = 0;
         block_offset_ = offset;
-        block_size_ = read_at(offset, block_.data(), at_once_);
+        block_size_ = read_at(offset, block_.data(), block_.size());
         if (block_size_ == 0) fail("it ends early", this->size());
-        read_to_ = offset + static_cast<std::int64_t>(block_size_);
     }
 }
 

@@ -18,12 +18,12 @@ struct ShardError : std::runtime_error {
 };
 
 // A tar opened for reading at any place. The first bytes of a span are served from a block that is kept, because headers
-// and small members lie together. What is read in one go grows as the tar is read on, gap by gap: where each read waits,
-// as over a network, their number is what counts.
+// and small members lie together.
 class ShardFile {
   public:
-    // `name` is for messages. Throws ShardError if `path` cannot be opened.
-    ShardFile(std::string name, const std::string& path);
+    // `name` is for messages. `whole`: all of it will be read, so large blocks are: where each read waits, as over a
+    // network, their number is what counts. Throws ShardError if `path` cannot be opened.
+    ShardFile(std::string name, const std::string& path, bool whole);
 
     std::int64_t size() const { return file_->size(); }
 
@@ -42,8 +42,6 @@ class ShardFile {
     std::vector<char> block_;
     std::int64_t block_offset_ = 0;
     std::size_t block_size_ = 0;
-    std::int64_t read_to_ = 0;  // where the last read ended
-    std::size_t at_once_ = 0;
 };
 
 struct TarMember {

@@ -64,15 +64,29 @@ void repair_checksums(std::string& tar) {
     }
 }
 
+std::vector<std::int64_t> places(const TarSample& sample) {
+    std::vector<std::int64_t> found{sample.ordinal};
+    for (const auto& member : {sample.image, sample.text, sample.json}) {
+        found.push_back(member ? member->offset : -1);
+        found.push_back(member ? member->size : -1);
+    }
+    return found;
+}
+
 void read_shard(std::string tar) {
     repair_checksums(tar);
     const int file = memfd_create("shard", 0);
     if (file < 0 || write(file, tar.data(), tar.size()) != static_cast<ssize_t>(tar.size())) std::abort();
     try {
-        ShardFile shard("tar", "/proc/self/fd/" + std::to_string(file));
+        ShardFile shard("tar", "/proc/self/fd/" + std::to_string(file), tar.size() % 2 == 0);
         SampleReader samples(shard);
         TarSample sample;
+        std::int64_t begin = 0;
         while (samples.next(sample)) {
+            const Extent span{begin, samples.index().back() * kTarRecord};
+            begin += span.size;
+            const TarSample again = read_sample(shard, span, sample.ordinal);
+            if (again.key != sample.key || places(again) != places(sample)) std::abort();
             std::optional<std::string> text, json;
             if (sample.text && sample.text->size < shard.size()) text = shard.read_text(*sample.text);
             if (sample.json && sample.json->size < shard.size()) json = shard.read_text(*sample.json);

@@ -26,7 +26,7 @@ namespace {
 std::vector<TarSample> samples_of(const std::string& path, std::string* error = nullptr) {
     std::vector<TarSample> found;
     try {
-        ShardFile file(path, path);
+        ShardFile file(path, path, below(2) == 0);
         SampleReader reader(file);
         for (TarSample sample; reader.next(sample);) found.push_back(sample);
     } catch (const ShardError& broken) {
@@ -49,7 +49,7 @@ void test_tar() {
     std::vector<std::string> keys;
     for (const TarSample& sample : found) keys.push_back(sample.key);
     check(keys == std::vector<std::string>{"k1", "a/k2", std::string(130, 'd') + "/k3", "pax/k4", "k5"}, "keys");
-    ShardFile file(path, path);
+    ShardFile file(path, path, below(2) == 0);
     check(file.read_text(*found[0].image) == "one" && file.read_text(*found[0].text) == std::string(700, 't'), "members");
     check(file.read_text(*found[2].image) == "three" && !found[3].image && found[3].ordinal == 3, "long names");
 
