@@ -206,8 +206,8 @@ class PythonKeeper : public efficientclip::Keeper {
 // The loader, the columns that its threads read and the memory that they write to.
 class BoundImageLoader {
   public:
-    // A shard is the tar of that path, unless it has columns.
-    BoundImageLoader(ImageOptions options, const std::vector<std::string>& shards,
+    // A shard is the tar of that path, unless it has columns; of its samples that share is read.
+    BoundImageLoader(ImageOptions options, const std::vector<std::string>& shards, const std::vector<double>& shard_shares,
                      std::vector<std::optional<py::dict>> listings, const std::vector<bool>& elsewhere,
                      py::object keeper, py::function other)
         : keep_encoded_(options.keep_encoded),
@@ -220,7 +220,7 @@ class BoundImageLoader {
         options.keeper = &keeper_;
         listings_.reserve(columns_.size());
         for (std::size_t i = 0; i < shards.size(); ++i) {
-            options.shards.push_back({shards[i], nullptr, elsewhere.at(i)});
+            options.shards.push_back({shards[i], nullptr, shard_shares.at(i), elsewhere.at(i)});
             if (!columns_.at(i)) continue;
             listings_.push_back(listing_of(*columns_[i]));
             options.shards.back().listing = &listings_.back();
@@ -261,7 +261,7 @@ class BoundImageLoader {
                 text(record.key), record.shard, record.ordinal, record.extent.offset, record.extent.size, captions[0],
                 captions[1], captions[2], captions[3], record.without,
                 record.json ? py::object(py::bytes(*record.json)) : py::none(),
-                keep_encoded_ ? py::object(bytes_of(record.encoded)) : py::none()));
+                keep_encoded_ ? py::object(bytes_of(record.encoded)) : py::none(), record.consumed));
         }
         for (const auto& sample : batch.bad) {
             bad.append(py::make_tuple(sample.shard, text(sample.key), text(sample.cause)));
@@ -307,9 +307,11 @@ class BoundImageLoader {
 };
 
 std::unique_ptr<BoundImageLoader> make_image_loader(
-    const std::vector<std::string>& shards, std::vector<std::optional<py::dict>> listings,
-    const std::vector<bool>& elsewhere, py::object keeper, int max_bad_shards,
-    const std::vector<std::tuple<int, std::int64_t, std::string>>& bad_shards, py::function other, int batch_size, int size, bool train, int threads, std::uint64_t seed, std::uint32_t epoch, int rank, int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
+    const std::vector<std::string>& shards, const std::vector<double>& shard_shares,
+    std::vector<std::optional<py::dict>> listings, const std::vector<bool>& elsewhere, py::object keeper,
+    int max_bad_shards, const std::vector<std::tuple<int, std::int64_t, std::string>>& bad_shards, py::function other,
+    int batch_size, int size, bool train, int threads, std::uint64_t seed, std::uint32_t epoch, int rank,
+    int world_size, const std::vector<std::array<std::int64_t, 4>>& shares,
     const std::array<float, 3>& mean, const std::array<float, 3>& std, const std::string& dtype, bool channels_last,
     const std::array<double, 2>& scale, const std::array<double, 2>& ratio, bool flip, bool scaled_decoding,
     int shuffle_buffer, bool captions, bool keep_encoded, bool drop_last, std::int64_t consumed) {
@@ -341,7 +343,7 @@ std::unique_ptr<BoundImageLoader> make_image_loader(
     options.keep_encoded = keep_encoded;
     options.drop_last = drop_last;
     options.consumed = consumed;
-    return std::make_unique<BoundImageLoader>(std::move(options), shards, std::move(listings), elsewhere, std::move(keeper),
+    return std::make_unique<BoundImageLoader>(std::move(options), shards, shard_shares, std::move(listings), elsewhere, std::move(keeper),
                                               std::move(other));
 }
 
@@ -357,9 +359,10 @@ void bind_images(py::module_& module) {
     module.def("decode_square", &decode_square, py::arg("encoded"), py::arg("size"),
                py::arg("other"));
     py::class_<BoundImageLoader>(module, "ImageLoader", "One pass over image shards, made by threads ahead of the consumer.")
-        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("listings"), py::arg("elsewhere"),
-             py::arg("keeper"), py::arg("max_bad_shards"), py::arg("bad_shards"), py::arg("other"), py::arg("batch_size"), py::arg("size"), py::arg("train"), py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"),
-             py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
+        .def(py::init(&make_image_loader), py::kw_only(), py::arg("shards"), py::arg("shard_shares"),
+             py::arg("listings"), py::arg("elsewhere"), py::arg("keeper"), py::arg("max_bad_shards"),
+             py::arg("bad_shards"), py::arg("other"), py::arg("batch_size"), py::arg("size"), py::arg("train"),
+             py::arg("threads"), py::arg("seed"), py::arg("epoch"), py::arg("rank"), py::arg("world_size"), py::arg("shares"), py::arg("mean"), py::arg("std"), py::arg("dtype"),
              py::arg("channels_last"), py::arg("scale"), py::arg("ratio"), py::arg("flip"), py::arg("scaled_decoding"),
              py::arg("shuffle_buffer"), py::arg("captions"), py::arg("keep_encoded"), py::arg("drop_last"),
              py::arg("consumed"))

@@ -226,7 +226,7 @@ void ImageLoader::decode(Place& place, Transform& transform) const {
     const Sample& sample = place.sample;
     try {
         // By shard and place in it: the same picture is cut the same way whatever the number of ranks.
-        const auto item = static_cast<std::uint64_t>(sample.number) << 32 | static_cast<std::uint64_t>(sample.where.ordinal);
+        const std::uint64_t item = item_of(sample.number, sample.where.ordinal);
         place.turn = transform.apply(reinterpret_cast<const std::uint8_t*>(sample.image.data.get()), sample.image.size,
                                      Random(options_.seed, Purpose::crops, options_.epoch, item), place.tile);
         place.by_other = transform.by_other();
@@ -269,7 +269,8 @@ void ImageLoader::give_places() {
         pending.batch.records.push_back({sample.number, sample.where.ordinal, std::move(sample.where.key),
                                          *sample.where.image, std::move(place.captions), place.without,
                                          std::move(sample.json),
-                                         options_.keep_encoded ? std::move(sample.image) : Blob()});
+                                         options_.keep_encoded ? std::move(sample.image) : Blob(),
+                                         options_.consumed + placed_ + 1});
         sample = {};
         pending.batch.by_other += place.by_other ? 1 : 0;
         ++pending.unwritten;

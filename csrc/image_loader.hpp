@@ -43,6 +43,7 @@ struct ImageRecord {
     const char* without = nullptr;    // why it has no captions
     std::optional<std::string> json;  // a tar's member
     Blob encoded;                     // empty unless kept
+    std::int64_t consumed = 0;        // samples of the order up to here and with it, good and bad
 };
 
 struct BadImage {

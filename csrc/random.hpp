@@ -23,7 +23,7 @@ inline Philox4 philox(Philox4 counter, std::array<std::uint32_t, 2> key) {
 }
 
 // What numbers are drawn for: streams of one seed that never meet.
-enum class Purpose : std::uint32_t { kept_pairs = 1, dropped_pairs, texts, masks, shards, shuffle_buffer, crops };
+enum class Purpose : std::uint32_t { kept_pairs = 1, dropped_pairs, texts, masks, shards, shuffle_buffer, crops, visits };
 
 // The stream of one item (a window, a text, a picture) in one epoch.
 class Random {

@@ -87,7 +87,7 @@ void Pass::run() {
 bool Pass::read_listing(const std::shared_ptr<OpenShard>& shard) {
     const std::int64_t n = std::min(shard->listing->size(), shard->samples);
     for (std::int64_t ordinal = 0; ordinal < n; ++ordinal) {
-        if (!mine()) continue;
+        if (!mine(*shard, ordinal)) continue;
         Sample sample;
         sample.number = shard->number;
         sample.shard = shard;
@@ -104,10 +104,10 @@ bool Pass::read_indexed(const std::shared_ptr<OpenShard>& shard, const TarIndex&
         Sample sample;
         sample.number = shard->number;
         sample.shard = shard;
-        sample.where.ordinal = ordinal++;
+        sample.where.ordinal = ordinal;
         sample.span = Extent{offset, records * kTarRecord};
         offset += sample.span->size;
-        if (mine() && !shuffled(std::move(sample), nullptr)) return false;
+        if (mine(*shard, ordinal++) && !shuffled(std::move(sample), nullptr)) return false;
     }
     return true;
 }
@@ -125,7 +125,7 @@ bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) 
                 break;
             }
             ++shard->samples;
-            if (!mine()) continue;
+            if (!mine(*shard, sample.where.ordinal)) continue;
             sample.number = shard->number;
             sample.shard = shard;
             if (!shuffled(std::move(sample), &tar)) return false;
@@ -139,7 +139,13 @@ bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) 
     return true;
 }
 
-bool Pass::mine() { return at_ < dealt_ || shared_++ % options_.world_size == options_.rank; }
+bool Pass::mine(const OpenShard& shard, std::int64_t ordinal) {
+    // Ranks that share a shard draw alike.
+    const double share = options_.shards[static_cast<std::size_t>(shard.number)].share;
+    Random draw(options_.seed, Purpose::visits, options_.epoch, item_of(shard.number, ordinal));
+    if (share < 1 && draw.uniform() >= share) return false;
+    return at_ < dealt_ || shared_++ % options_.world_size == options_.rank;
+}
 
 // Whether samples are loaded in the order in which they lie in the shard that is read.
 bool Pass::all_are_read() const { return at_ < dealt_ && seen_.empty() && emitted_ >= options_.consumed; }

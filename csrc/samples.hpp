@@ -27,12 +27,19 @@ struct Share {
     std::int64_t skip = 0, block = 1, number = 0, of = 1;
 };
 
-// A listing, which is borrowed, or else the tar at `path`. What is `elsewhere` must be fetched.
+// A listing, which is borrowed, or else the tar at `path`. Of its samples each epoch draws a share anew. What is
+// `elsewhere` must be fetched.
 struct Shard {
     std::string path;
     const Listing* listing = nullptr;
+    double share = 1;
     bool elsewhere = false;
 };
+
+// The number of a sample among all.
+inline std::uint64_t item_of(int shard, std::int64_t ordinal) {
+    return static_cast<std::uint64_t>(shard) << 32 | static_cast<std::uint64_t>(ordinal);
+}
 
 // What was elsewhere: where the tar lies now, or columns of the same pictures instead of the shard's own.
 struct Fetched {
@@ -113,7 +120,7 @@ class Pass {
     bool read_listing(const std::shared_ptr<OpenShard>& shard);
     bool read_indexed(const std::shared_ptr<OpenShard>& shard, const TarIndex& index);
     bool read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most);
-    bool mine();
+    bool mine(const OpenShard& shard, std::int64_t ordinal);
     bool all_are_read() const;
     bool wanted();
     bool shuffled(Sample&& sample, ShardFile* tar);

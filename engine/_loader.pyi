@@ -94,6 +94,7 @@ class ImageLoader:
         self,
         *,
         shards: list[bytes],
+        shard_shares: list[float],
         listings: list[dict[str, Any] | None],
         elsewhere: list[bool],
         keeper: _Keeper,
@@ -126,7 +127,8 @@ class ImageLoader:
         """A shard is the tar at that path, unless it has a listing, the columns of `efficientclip.data.listing`.
 
         One that is `elsewhere` is fetched from the keeper. `max_bad_shards` may be broken or not to be had; of those of
-        this pass that are known, `bad_shards`, as many samples are read as they gave.
+        this pass that are known, `bad_shards`, as many samples are read as they gave. Of each shard's samples a share,
+        drawn anew each epoch, is read: `shard_shares`, 1 for all of them.
         `consumed` samples of the order or share, good or bad, are passed over; `dtype` is a name of torch's.
         """
 
@@ -147,8 +149,8 @@ class ImageLoader:
 
         Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
         shard, its place in it, byte offset and length of its image, then as `read_captions` has it captions, noise,
-        source and English captions, why it has no captions or None, .json, the image's file if kept); a bad one (shard,
-        key, cause), a bad shard (shard, how many samples it gave, cause). Raises ShardError, after all whole samples
+        source and English captions, why it has no captions or None, .json, the image's file if kept, samples consumed
+        up to it and with it); a bad one (shard, key, cause), a bad shard (shard, how many samples it gave, cause). Raises ShardError, after all whole samples
         before, for one bad shard too many.
         """
 

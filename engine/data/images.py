@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 import weakref
@@ -47,6 +48,9 @@ class ImageBatch:
     uncaptioned: list[str | None]  # why an image has no captions
     json: list[bytes | None]  # the .json members
     encoded: list[bytes | None]  # with `keep_encoded`
+    consumed: list[int]  # samples of the order up to each image and with it, good and bad
+    origins: list[int]  # which of the loader's sources it came from
+    visits: list[int]  # which of the epoch's visits of that source it is
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -75,6 +79,8 @@ class ImageLoader(ThreadedLoader):
     seed, epoch, rank, world_size: the order depends on these and on the source alone. Ranks share all samples out
         between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
         different numbers of batches.
+    weights: how many times an epoch visits each source, once without. The fraction is a visit of a share of its
+        samples, which are drawn anew each epoch.
     shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after the
         other, runs of `block` samples of what is left behind the first `skip` go round `of` loaders, of which this one
         is `number`. All of them read every shard's headers, each only its own samples.
@@ -112,6 +118,7 @@ class ImageLoader(ThreadedLoader):
         epoch: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        weights: Sequence[float] = (),
         shares: Sequence[tuple[int, int, int, int]] = (),
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
@@ -132,7 +139,16 @@ class ImageLoader(ThreadedLoader):
         super().__init__()
         given = [source] if isinstance(source, str | Path | Source) else source
         opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
-        self._parts = [part for one in opened for part in one.parts]
+        weights = weights or [1.0] * len(opened)
+        held = len(weights) == len(opened) and all(weight > 0 and math.isfinite(weight) for weight in weights)
+        _check(held, f"weights: {list(weights)} of {len(opened)} sources; give one above 0 for each")
+        self._parts, self._visits, parts_shares = [], [], []
+        for origin, (one, weight) in enumerate(zip(opened, weights, strict=True)):
+            parts = one.parts
+            for visit in range(math.ceil(weight)):
+                self._parts += parts
+                self._visits += [(origin, visit)] * len(parts)
+                parts_shares += [min(weight - visit, 1.0)] * len(parts)
         _check(batch_size >= 1, f"batch_size: {batch_size}; give 1 or more")
         _check(1 <= size <= 4096, f"size: {size}; give 1 to 4096 pixels")
         _check(threads is None or threads >= 1, f"threads: {threads}; give 1 or more")
@@ -154,11 +170,13 @@ class ImageLoader(ThreadedLoader):
         self.max_bad_shards = max_bad_shards
         # Of all loaders of an order, the first one tells of them.
         first = rank == 0 and not any(number for _, _, number, _ in shares)
-        self._bad_rows = [row for part in self._parts for row in part.bad] if first else []
+        visited = zip(self._parts, self._visits, strict=True)
+        self._bad_rows = [row for part, (_, visit) in visited for row in part.bad if first and visit == 0]
         listings = [part.listing for part in self._parts]
         self._indexes, self._ahead = indexes, Ahead([], None)
         self._settings: dict[str, Any] = {
             "shards": [os.fsencode(part.path) for part in self._parts],
+            "shard_shares": parts_shares,
             "listings": [None if listing is None else listing.columns() for listing in listings],
             "elsewhere": [part.elsewhere for part in self._parts],
             "max_bad_shards": max_bad_shards,
@@ -186,6 +204,7 @@ class ImageLoader(ThreadedLoader):
         }
         names = [part.path.name if part.listing is None else [part.path.name, part.pictures] for part in self._parts]
         order = [names, train, shuffle_buffer if train else 0, *shares]
+        order += [parts_shares] if min(parts_shares, default=1) < 1 else []
         self._identity = {
             "shards": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],
             "seed": seed,
@@ -323,7 +342,8 @@ class ImageLoader(ThreadedLoader):
 
     def _batch(self, images: torch.Tensor, records: list[tuple[Any, ...]]) -> ImageBatch:
         (
-            keys, shards, places, offsets, lengths, captions, noise, sources, captions_en, uncaptioned, jsons, encoded
+            keys, shards, places, offsets, lengths, captions, noise, sources, captions_en, uncaptioned, jsons, encoded,
+            consumed,
         ) = (list(column) for column in zip(*records, strict=True))  # fmt: skip
         parts = [self._ahead.parts[shard] for shard in shards]
         found = [part.place_of(*at) for part, *at in zip(parts, places, offsets, strict=True)]
@@ -342,6 +362,9 @@ class ImageLoader(ThreadedLoader):
             uncaptioned=uncaptioned,
             json=jsons,
             encoded=encoded,
+            consumed=consumed,
+            origins=[self._visits[shard][0] for shard in shards],
+            visits=[self._visits[shard][1] for shard in shards],
         )
 
 

@@ -323,6 +323,33 @@ void test_passes() {
         check(seen == std::multiset<std::string>(good.begin(), good.end()), "readers of one order share it out");
     }
 
+    // Of a share the ranks draw alike, and each epoch anew; what stands twice is visited twice.
+    ImageOptions half = options;
+    for (Shard& shard : half.shards) shard.share = 0.5;
+    const auto seen_of = [&](ImageOptions given, int world_size) {
+        std::multiset<std::string> seen;
+        given.world_size = world_size;
+        for (given.rank = 0; given.rank < world_size; ++given.rank) {
+            const Found found = run(given, 2);
+            seen.insert(found.keys.begin(), found.keys.end());
+        }
+        return seen;
+    };
+    const std::multiset<std::string> drawn = seen_of(half, 1);
+    check(drawn.size() > good.size() / 4 && drawn.size() < good.size() * 3 / 4, "half of the samples");
+    for (const int world_size : {2, 3, 7}) check(seen_of(half, world_size) == drawn, "ranks draw alike");
+    half.epoch = 1;
+    check(seen_of(half, 1) != drawn, "another epoch, another draw");
+    half.epoch = 0;
+    half.shards.insert(half.shards.end(), options.shards.begin(), options.shards.end());
+    const std::multiset<std::string> more = seen_of(half, 2);
+    check(more == seen_of(half, 1) && more.size() == good.size() + drawn.size(), "a visit and a share of one");
+    const Found begun = run(half, 2, 3);
+    half.consumed = begun.consumed.back();
+    std::multiset<std::string> both(begun.keys.begin(), begun.keys.end());
+    both.merge(seen_of(half, 1));
+    check(both == more, "a share, restored");
+
     ImageOptions other = options;
     other.epoch = 1;
     check(run(other, 2).keys != whole.keys, "another epoch, another order");

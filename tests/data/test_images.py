@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import pickle
 import random
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,65 @@ def test_loaders_share_an_order_in_runs(shards: Path) -> None:
             assert all(torch.equal(image, whole[int(key)]) for key, image in zip(batch.keys, batch.images, strict=True))
     with pytest.raises(UserError, match="loader state: shards"):
         loader(shards).restore(state)
+
+
+def counted(sources: list[Path], weights: list[float], **options: Any) -> Counter[int]:
+    with loader(sources, weights=weights, **options) as batches:
+        return Counter(numbers(batches))
+
+
+def test_sources_are_visited_as_often_as_they_weigh(shards: Path) -> None:
+    sources = [shards / "1.tar", shards / "3.tar"]
+    assert_same(kept(loader(sources, weights=[1, 1.0])), kept(loader(sources)))
+    for weights in ([1, 2], [0.5, 1], [2.5, 0.25]):
+        epochs = [counted(sources, weights, epoch=epoch) for epoch in range(20)]
+        assert epochs[0] == counted(sources, weights)
+        # Each epoch draws anew.
+        assert len({tuple(sorted(seen.items())) for seen in epochs}) == (1 if weights == [1, 2] else 20)
+        for weight, (first, end) in zip(weights, [(20, 60), (65, 125)], strict=True):
+            whole, fraction = divmod(weight, 1)
+            times = np.array([[seen[number] for number in range(first, end)] for seen in epochs])
+            assert set(np.unique(times)) == ({whole, whole + 1} if fraction else {whole})
+            # Five deviations of a mean of so many draws.
+            error = 5 * math.sqrt(fraction * (1 - fraction) / times.size)
+            assert times.mean() == pytest.approx(weight, abs=error + 1e-9)
+        for world_size in (2, 3):
+            of_ranks = [counted(sources, weights, rank=rank, world_size=world_size) for rank in range(world_size)]
+            assert sum(of_ranks, Counter()) == epochs[0]
+
+
+def test_a_sample_tells_its_source_and_visit_and_each_visit_is_cut_anew(shards: Path) -> None:
+    sources, of = [shards / "0.tar", shards / "4.tar"], {}
+    with loader(sources, weights=[1, 2.5]) as batches:
+        for batch in batches:
+            for key, origin, visit, image in zip(batch.keys, batch.origins, batch.visits, batch.images, strict=True):
+                of[int(key), origin, visit] = image.clone()
+    assert {(origin, visit) for _, origin, visit in of} == {(0, 0), (1, 0), (1, 1), (1, 2)}
+    assert {number for number, origin, _ in of if origin == 0} == set(range(20))
+    assert any(not torch.equal(of[number, 1, 0], of[number, 1, 1]) for number in range(125, 150))
+
+
+def test_a_weighted_order_goes_on_behind_any_sample(shards: Path) -> None:
+    options: dict[str, Any] = {"weights": [0.5, 2.5], "batch_size": 4}
+    sources = [shards / "1.tar", shards / "2.tar"]
+    with loader(sources, **options) as batches:
+        whole = list(batches)
+        state = batches.state()
+    keys = [key for batch in whole for key in batch.keys]
+    consumed = [place for batch in whole for place in batch.consumed]
+    for place in (0, 5, len(keys) - 1):
+        with loader(sources, **options) as batches:
+            batches.restore({**state, "epoch": 0, "consumed": consumed[place], "bad": {}})
+            assert [key for batch in batches for key in batch.keys] == keys[place + 1 :]
+    for other in ([0.5, 2.25], [0.5, 1.5], [0.75, 2.5]):
+        with pytest.raises(UserError, match="loader state: shards"):
+            loader(sources, weights=other).restore(state)
+
+
+@pytest.mark.parametrize("weights", [[1], [0, 1], [-1, 1], [math.inf, 1], [math.nan, 1]])
+def test_weights_that_are_none_are_refused(shards: Path, weights: list[float]) -> None:
+    with pytest.raises(UserError, match=r"weights: .* of 2 sources; give one above 0 for each"):
+        loader([shards / "0.tar", shards / "1.tar"], weights=weights)
 
 
 def test_a_picture_is_cut_the_same_way_on_every_rank(shards: Path) -> None:
