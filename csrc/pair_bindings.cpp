@@ -98,12 +98,27 @@ py::tuple linked_pairs(const py::array& indptr_array, const py::array& indices_a
     return py::make_tuple(owning_array(std::move(pairs.rows)), owning_array(std::move(pairs.cols)));
 }
 
+// `weights` is (groups, weight of each group).
+efficientclip::Weights weights_of(const std::optional<py::tuple>& weights) {
+    if (!weights) return {};
+    return {view<std::uint8_t>((*weights)[0], "groups"), view<double>((*weights)[1], "weights")};
+}
+
+std::int64_t count_visits(const py::array& kept, const std::optional<py::tuple>& weights, std::int64_t pairs,
+                          std::uint64_t seed, std::uint32_t epoch) {
+    const auto bits = view<std::uint8_t>(kept, "kept");
+    const efficientclip::Weights weighted = weights_of(weights);
+    const py::gil_scoped_release release;
+    return efficientclip::Order(pairs, bits, true, seed, efficientclip::Purpose::kept_pairs, epoch, weighted).size();
+}
+
 // The loader and the arrays that it reads.
 class BoundPairLoader {
   public:
     BoundPairLoader(const py::array& trained_ids, const py::array& frozen_ids, const py::array& features,
                     const std::optional<py::tuple>& captions, const std::optional<py::dict>& masked,
-                    const py::array& kept, efficientclip::EpochSettings settings)
+                    const py::array& kept, const std::optional<py::tuple>& weights,
+                    efficientclip::EpochSettings settings)
         : width_(features.ndim() == 2 ? features.shape(1) : 0) {
         if (features.ndim() != 2 || features.dtype().char_() != 'e' || (features.flags() & py::array::c_style) == 0) {
             throw py::type_error("features must be a C-contiguous 2-D float16 array, not " + described(features));
@@ -126,6 +141,8 @@ class BoundPairLoader {
                  given["mask_share"].cast<double>(), given["whole_words"].cast<bool>()}};
         }
         settings.kept = held<std::uint8_t>(kept, "kept");
+        settings.weights = weights_of(weights);
+        if (weights) arrays_.insert(arrays_.end(), {(*weights)[0], (*weights)[1]});
         loader_ = std::make_unique<efficientclip::PairLoader>(store, settings);
     }
 
@@ -215,13 +232,13 @@ class BoundPairLoader {
 std::unique_ptr<BoundPairLoader> make_pair_loader(
     const py::array& trained_ids, const py::array& frozen_ids, const py::array& features,
     const std::optional<py::tuple>& captions, const std::optional<py::dict>& masked, const py::array& kept,
-    std::int64_t batch_size, std::int64_t auditions, std::int64_t rank, std::int64_t world_size,
+    const std::optional<py::tuple>& weights, std::int64_t batch_size, std::int64_t auditions, std::int64_t rank, std::int64_t world_size,
     std::int64_t max_tokens, std::int64_t pairs_per_micro_batch, std::int64_t tokens_per_micro_batch,
     std::uint64_t seed, std::uint32_t epoch, std::int64_t epoch_step, std::int64_t step, int threads, int prefetch) {
     return std::make_unique<BoundPairLoader>(
-        trained_ids, frozen_ids, features, captions, masked, kept,
+        trained_ids, frozen_ids, features, captions, masked, kept, weights,
         efficientclip::EpochSettings{{}, batch_size, auditions, rank, world_size, max_tokens, pairs_per_micro_batch,
-                                     tokens_per_micro_batch, seed, epoch, epoch_step, step, threads, prefetch});
+                                     tokens_per_micro_batch, seed, epoch, epoch_step, step, threads, prefetch, {}});
 }
 
 }  // namespace
@@ -234,9 +251,11 @@ void bind_pairs(py::module_& module) {
     module.def("linked_pairs", &linked_pairs, py::arg("indptr"), py::arg("indices"), py::arg("left_ids"),
                py::arg("columns"), py::arg("diagonal"),
                "Places (rows, cols) of a batch's similarity matrix that are edges of the store's graph.");
+    module.def("count_visits", &count_visits, py::arg("kept"), py::arg("weights"), py::arg("pairs"), py::arg("seed"),
+               py::arg("epoch"), "How many visits of the kept pairs an epoch has.");
     py::class_<BoundPairLoader>(module, "PairLoader", "One epoch's batches, made by threads ahead of the consumer.")
         .def(py::init(&make_pair_loader), py::kw_only(), py::arg("trained_ids"), py::arg("frozen_ids"),
-             py::arg("features"), py::arg("captions"), py::arg("masked"), py::arg("kept"), py::arg("batch_size"),
+             py::arg("features"), py::arg("captions"), py::arg("masked"), py::arg("kept"), py::arg("weights"), py::arg("batch_size"),
              py::arg("auditions"), py::arg("rank"), py::arg("world_size"), py::arg("max_tokens"),
              py::arg("pairs_per_micro_batch"), py::arg("tokens_per_micro_batch"), py::arg("seed"), py::arg("epoch"),
              py::arg("epoch_step"), py::arg("step"), py::arg("threads"), py::arg("prefetch"))

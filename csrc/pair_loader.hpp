@@ -56,6 +56,7 @@ struct EpochSettings {
     std::int64_t step;               // that batch's number over all epochs, which chooses the masked texts
     int threads;
     int prefetch;                    // finished batches that wait at most
+    Weights weights;                 // of the kept pairs
 };
 
 // Pairs begin .. end of a rank's share, and where their packed texts lie in a batch.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <numeric>
 #include <utility>
 
@@ -44,12 +45,17 @@ Pass::Pass(const PassOptions& options, Emit emit, std::function<bool()> stopping
     if (options.shuffle) {
         Random(options.seed, Purpose::shards, options.epoch, 0).shuffle(all.data(), static_cast<std::uint32_t>(n));
     }
-    // Whole shards as far as they can be dealt out evenly; of the rest each rank reads every world_size-th sample.
-    const int dealt = n - n % options.world_size;
-    for (int i = 0; i < n; ++i) {
-        if (i < dealt && i % options.world_size != options.rank) continue;
-        order_.push_back(all[static_cast<std::size_t>(i)]);
-        if (i < dealt) ++dealt_;
+    // Whole shards as far as those of one share can be dealt out evenly; of the rest each rank reads every world_size-th
+    // sample.
+    std::map<double, int> shards_of, met;
+    for (const Shard& shard : options.shards) ++shards_of[shard.share];
+    for (const int number : all) {
+        const double share = options.shards[static_cast<std::size_t>(number)].share;
+        const int place = met[share]++;
+        const bool dealt = place < shards_of[share] - shards_of[share] % options.world_size;
+        if (dealt && place % options.world_size != options.rank) continue;
+        order_.push_back(number);
+        dealt_.push_back(dealt);
     }
 }
 
@@ -144,11 +150,11 @@ bool Pass::mine(const OpenShard& shard, std::int64_t ordinal) {
     const double share = options_.shards[static_cast<std::size_t>(shard.number)].share;
     Random draw(options_.seed, Purpose::visits, options_.epoch, item_of(shard.number, ordinal));
     if (share < 1 && draw.uniform() >= share) return false;
-    return at_ < dealt_ || shared_++ % options_.world_size == options_.rank;
+    return dealt_[at_] || shared_++ % options_.world_size == options_.rank;
 }
 
 // Whether samples are loaded in the order in which they lie in the shard that is read.
-bool Pass::all_are_read() const { return at_ < dealt_ && seen_.empty() && emitted_ >= options_.consumed; }
+bool Pass::all_are_read() const { return dealt_[at_] && seen_.empty() && emitted_ >= options_.consumed; }
 
 // Whether the next sample of the order is to be read.
 bool Pass::wanted() {

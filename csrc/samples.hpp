@@ -136,7 +136,7 @@ class Pass {
     const std::function<void(BadShard)> bad_;
     std::vector<int> order_;     // this rank's shards
     std::size_t at_ = 0;         // which of them is read
-    std::size_t dealt_ = 0;      // of order_, those that are this rank's alone
+    std::vector<bool> dealt_;    // those that are this rank's alone
     std::int64_t shared_ = 0, emitted_ = 0, passed_ = 0;
     int bad_shards_;
     std::vector<std::int64_t> seen_;

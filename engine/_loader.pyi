@@ -150,12 +150,18 @@ class ImageLoader:
         Batches lie in the memory that was lent, in that order; `owner` is None after the last one. A sample is (key,
         shard, its place in it, byte offset and length of its image, then as `read_captions` has it captions, noise,
         source and English captions, why it has no captions or None, .json, the image's file if kept, samples consumed
-        up to it and with it); a bad one (shard, key, cause), a bad shard (shard, how many samples it gave, cause). Raises ShardError, after all whole samples
-        before, for one bad shard too many.
+        up to it and with it); a bad one (shard, key, cause), a bad shard (shard, how many samples it gave, cause).
+        Raises ShardError, after all whole samples before, for one bad shard too many.
         """
 
     def close(self) -> None:
         """End the threads."""
+
+_Weights = tuple[NDArray[np.uint8], NDArray[np.float64]]
+"""How often an epoch visits pairs: the group of each, and the weight of each group."""
+
+def count_visits(kept: NDArray[np.uint8], weights: _Weights | None, pairs: int, seed: int, epoch: int) -> int:
+    """Of the kept pairs, as PairLoader takes them. ValueError for a weight below 0 or above 100."""
 
 class PairLoader:
     """One epoch's batches in order from `epoch_step` on, made by `threads` threads ahead of the consumer.
@@ -180,6 +186,7 @@ class PairLoader:
         captions: tuple[NDArray[np.uint16] | NDArray[np.int32], NDArray[np.int64]] | None,
         masked: dict[str, Any] | None,
         kept: NDArray[np.uint8],
+        weights: _Weights | None,
         batch_size: int,
         auditions: int,
         rank: int,

@@ -24,8 +24,8 @@ PIXELS, TOKENS = 4096, 2**16
 # Keys that hold a hub id or a path.
 HUB_OR_PATH = ("pretrained", "clip_layers", "tokenizer")
 PLACES = {
-    "run", "deepspeed", "data.store", "data.shards", "data.tokenizer", "mlm.texts", "confidence.cross_fit",
-    "model.start_from", "model.teacher.mean",
+    "run", "deepspeed", "data.store", "data.tokenizer", "mlm.texts", "confidence.cross_fit", "model.start_from",
+    "model.teacher.mean",
 }  # fmt: skip
 # They may change while a run is under way.
 ASIDE = {
@@ -311,10 +311,23 @@ class Training(Section):
         return ended is not None and ended % (self.validate_every or 1) == 0
 
 
+class DataSource(Section):
+    """Pictures with captions, or parallel text; `PATH` alone stands for `{path: PATH}`."""
+
+    path: Place | None = Field(None, description="what `prepare` takes; a run on a store needs none")
+    weight: float = Field(
+        1.0, gt=0, le=100, description="visits an epoch; by the fraction a share is visited, drawn anew each epoch"
+    )
+    captions: Literal["first", "random", "all"] = Field(
+        "random", description="what both towers see on a visit: the first, another each time, or a pair of each"
+    )
+
+
 class Data(Section):
     store: Place | None = Field(None, description="pair store made by `efficientclip prepare`")
-    shards: list[Place] = Field(
-        default_factory=list, description="pictures that an image tower or both towers train on: what `prepare` takes"
+    sources: dict[Name, DataSource] = Field(
+        default_factory=dict,
+        description="name: what an image tower or both train on, or `prepare STORE` reads; or names of data.store's",
     )
     validation: dict[Name, Place] = Field(default_factory=dict, description="name: labelled store or tar")
     tokenizer: Name | None = Field(None, description="hub id, folder, or a BERT vocab.txt")
@@ -325,6 +338,20 @@ class Data(Section):
     max_bad_shards: int = Field(
         0, ge=0, le=COUNT, description="tars that may be missing or not whole, of an epoch or of what is prepared"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_sources(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "shards" in given:
+            raise ValueError("data.shards: sources have names; write `data.sources: {NAME: PATH}`, each path by one")
+        return given
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _paths_alone(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {name: {"path": held} if isinstance(held, str | Path) else held for name, held in given.items()}
 
 
 class DemoData(Section):
@@ -365,6 +392,18 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _sources_suit(self) -> Config:
+        tower = self.training.tower
+        for name, source in self.data.sources.items():
+            if tower != "text" and source.path is None:
+                raise ValueError(f"data.sources.{name}.path: not set; training.tower={tower} reads pictures there")
+            if tower != "both" and source.captions != "random":
+                raise ValueError(
+                    f"data.sources.{name}.captions: only training.tower=both chooses captions as it reads; remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _frozen_side(self) -> Config:
         """What rests on frozen rows, or on their absence."""
         both, objective = self.training.tower == "both", self.objective
@@ -389,12 +428,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, saved: bool = Fals
     """Read a YAML run file and apply `section.key=value` overrides; every mistake is a UserError naming the key.
 
     Paths come out absolute; relative ones start at the working directory. `saved`: the file is a run's own, of another
-    machine perhaps, so whether the folders and cores suit this one is not asked.
+    machine or an earlier version perhaps, so whether the folders and cores suit this one is not asked.
     """
     wrong = [item for item in overrides if "=" not in item]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: write it as section.key=value, for instance optimizer.lr=1e-4")
     tree = _read(path, overrides)
+    if saved:
+        _name_shards(tree)
     try:
         given = Config.model_validate(tree)
     except ValidationError as error:
@@ -421,6 +462,13 @@ def _read(path: Path, overrides: Sequence[str]) -> Any:
         raise UserError(f"config {path}: not readable as YAML: {error}") from error
     except OSError as error:
         raise UserError(f"config {path}: not readable: {error.strerror or error}; give another file") from error
+
+
+def _name_shards(tree: Any) -> None:
+    """Earlier versions saved a list of sources, `data.shards`."""
+    data = tree.get("data") if isinstance(tree, dict) else None
+    if isinstance(data, dict) and isinstance(data.get("shards"), list):
+        data["sources"] = {f"shards-{number}": path for number, path in enumerate(data.pop("shards"))}
 
 
 def _absolute(value: Any, key: str = "") -> Any:
@@ -453,7 +501,7 @@ def _misplaced(given_run: Path, config: Config) -> Iterator[str]:
     read = _named(
         {"data.store": data.store, "mlm.texts": config.mlm.texts}
         | {f"data.validation.{name}": path for name, path in data.validation.items()}
-        | {f"data.shards.{number}": path for number, path in enumerate(data.shards)}
+        | {f"data.sources.{name}": source.path for name, source in data.sources.items()}
     )
     for key, path in written.items():
         barrier = next(place for place in (path, *path.parents) if os.path.lexists(place))
@@ -494,9 +542,12 @@ def dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def identity_keys(config: Config, *, aside: bool = False) -> dict[str, Any]:
     """Dotted keys and values of what a run is: no paths, nor, without `aside`, what changes nothing that is learned."""
-    return {
+    tree = config.model_dump(mode="json", exclude={"data": {"validation", "sources"}})
+    # What a source is called makes no difference as long as nothing is told by it.
+    told = {name: one.model_dump(exclude={"path"}, exclude_defaults=True) for name, one in config.data.sources.items()}
+    return dotted(told, "data.sources.") | {
         key: value
-        for key, value in dotted(config.model_dump(mode="json", exclude={"data": {"validation"}})).items()
+        for key, value in dotted(tree).items()
         if key not in PLACES
         and (aside or key not in ASIDE)
         and not (key.rpartition(".")[2] in HUB_OR_PATH and str(value).startswith("/"))
@@ -538,7 +589,10 @@ def _explain(path: Path, error: ValidationError) -> str:
 def _fields_at(location: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        # A name that the user gave.
+        if str(part) not in model.model_fields:
+            continue
+        annotation = model.model_fields[str(part)].annotation
         options = [annotation, *getattr(annotation, "__args__", ())]
         nested = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
         if not nested:

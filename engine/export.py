@@ -232,7 +232,8 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
 def _data(opened: Run) -> Iterator[str]:
     manifest = opened.manifest
     if opened.store is None:
-        yield f"- images and captions of {', '.join(shard.name for shard in opened.config.data.shards)}"
+        paths = (source.path for source in opened.config.data.sources.values())
+        yield f"- images and captions of {', '.join(path.name for path in paths if path is not None)}"
         return
     source = Path(str(manifest["source"])).name if "source" in manifest else opened.store.name
     # Without its store, a run does not know how many pairs it had.

@@ -109,7 +109,18 @@ BERT = "model.text_tower.architecture={model_type: bert, "
         ("mlm.texts_per_batch=4", ["\n  mlm.texts: not set, though mlm.texts_per_batch is"]),
         ("objective.contrastive_weight=0", ["\n  objective.contrastive_weight: 0, as are", "nothing is learned; set"]),
         ("data.store=''", ["data.store: empty; give a name"]),
-        ("data.shards=[a, '']", ["data.shards.1: empty; give a name"]),
+        ("data.sources={a: b, c: ''}", ["data.sources.c.path: empty; give a name"]),
+        ("data.sources={'': b}", ["data.sources.: empty; give a name"]),
+        ("data.sources=[a]", ["data.sources: Input should be a valid dictionary, got ['a']"]),
+        ("data.sources={a: {wieght: 2}}", ["data.sources.a.wieght", "did you mean `weight`? Keys here: captions, pa"]),
+        ("data.sources={a: {weight: 0}}", ["data.sources.a.weight: Input should be greater than 0, got 0"]),
+        ("data.sources={a: {weight: -1}}", ["data.sources.a.weight: Input should be greater than 0, got -1"]),
+        ("data.sources={a: {weight: .nan}}", ["data.sources.a.weight: Input should be a finite number"]),
+        ("data.sources={a: {weight: 101}}", ["data.sources.a.weight: Input should be less than or equal to 100"]),
+        ("data.sources={a: {captions: some}}", ["data.sources.a.captions", "'first', 'random' or 'all', got 'some'"]),
+        ("data.sources={a: {captions: all}}", ["data.sources.a.captions: only training.tower=both chooses"]),
+        ("data.shards=[a]", ["\n  data.shards: sources have names; write `data.sources: {NAME: PATH}`"]),
+        ("data.shards=[]", ["\n  data.shards: sources have names"]),
         ("data.validation={'': a}", ["data.validation.: empty; give a name"]),
         ("data.validation={a: ''}", ["data.validation.a: empty; give a name"]),
         ('mlm.texts="a\\0"', ["mlm.texts: no name that a file could have"]),
@@ -117,7 +128,7 @@ BERT = "model.text_tower.architecture={model_type: bert, "
         ('run="\\ud800"', ["invalid Unicode character"]),
         ("seed=" + "1" * 5000, ["not readable as YAML"]),
         ("seed=${seed}", ["not readable as YAML: Recursive interpolation"]),
-        ("data.shards=[", ["not readable as YAML"]),
+        ("data.sources=[", ["not readable as YAML"]),
     ],
 )
 def test_mistakes_name_key_and_remedy(file: Path, override: str, parts: list[str]) -> None:
@@ -196,7 +207,7 @@ def test_the_ends_of_the_ranges_are_taken(file: Path, override: str, value: Any)
         ("run=alias/x data.store=store", ["data.store", "overlap"]),
         ("run=store/x mlm.texts=alias", ["mlm.texts", "overlap"]),
         ("run=store data.validation.held=store", ["data.validation.held", "overlap"]),
-        ("run=store/x data.shards=[runs,store]", ["data.shards.1", "overlap"]),
+        ("run=store/x data.sources.one=runs data.sources.two=store", ["data.sources.two", "overlap"]),
         ("run=judged/x confidence.cross_fit=judged", ["run: ", "confidence.cross_fit, ", "overlap"]),
         ("run=judged confidence.cross_fit=judged", ["confidence.cross_fit, ", "overlap"]),
         ("run=judged confidence.cross_fit=judged/x", ["confidence.cross_fit, ", "overlap"]),
@@ -221,20 +232,22 @@ def test_neighbouring_folders_are_taken(file: Path, folders: Path) -> None:
         "data.validation={held: store, too: runs/held}",
     ]
     given += ["confidence.cross_fit=judged", "model.start_from=runs/old", "model.image_tower.pretrained=runs/old"]
-    load_config(file, [*given, "data.shards=[runs/tars, file]"])
+    load_config(file, [*given, "data.sources={tars: runs/tars, one: file}"])
     load_config(file, ["run=runs/old", "model.start_from=runs/old/fold-0"])
 
 
 def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tower = "{architecture: {model_type: efficientclip_text, label: store}, pooling: last, clip_layers: store}"
     given = [
-        "run=alias/../runs/new", "data.store=store", "data.shards=[a, /b]", "data.validation.held=./c", "deepspeed=d",
+        "run=alias/../runs/new", "data.store=store", "data.sources={a: a, b: {path: /b}}", "deepspeed=d",
         "mlm.texts=~/texts", "confidence.cross_fit=judged", "model.start_from=runs/old", f"model.text_tower={tower}",
+        "data.validation.held=./c",
         "data.tokenizer=hfl/chinese-roberta", "model.image_tower.pretrained=of/a/run", "model.teacher.mean=e.npy",
     ]  # fmt: skip
     config, model = (found := load_config(file, given)), found.model
     assert config.run == folders / "runs/new" and config.data.store == folders / "store"
-    assert config.data.shards == [folders / "a", Path("/b")] and config.data.validation == {"held": folders / "c"}
+    sources = {name: source.path for name, source in config.data.sources.items()}
+    assert sources == {"a": folders / "a", "b": Path("/b")} and config.data.validation == {"held": folders / "c"}
     assert config.deepspeed == folders / "d" and config.mlm.texts == Path.home() / "texts"
     assert config.confidence.cross_fit == folders / "judged" and model.start_from == folders / "runs/old"
     assert model.text_tower is not None and model.text_tower.clip_layers == str(folders / "store")
@@ -250,7 +263,7 @@ def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypa
 
 def test_where_things_are_makes_no_other_run(file: Path, folders: Path) -> None:
     one = ["data.store=store", "model.start_from=runs/old", "model.image_tower.pretrained=./here", "data.tokenizer=a/b"]
-    two = ["data.store=elsewhere", "model.image_tower.pretrained=./there", "deepspeed=d.json", "data.shards=[x]"]
+    two = ["data.store=elsewhere", "model.image_tower.pretrained=./there", "deepspeed=d.json", "data.sources.a=x"]
     moved = ["run=runs/moved", "data.validation={held: x}", "mlm.texts=y", "confidence.cross_fit=judged", "seed=3"]
     here, there = load_config(file, one), load_config(file, [*two, *moved])
     assert differing_keys(here, there) == ["seed"]
@@ -259,6 +272,34 @@ def test_where_things_are_makes_no_other_run(file: Path, folders: Path) -> None:
     keys = identity_keys(there)
     assert keys["seed"] == 3 and "training.final" not in keys and keys["optimizer.betas"] == [0.9, 0.95]
     assert not [value for value in keys.values() if "/" in str(value) and "openai" not in str(value)]
+
+
+def test_names_of_sources_make_no_other_run_and_weights_do(file: Path) -> None:
+    both = ["training.tower=both", "objective.bank_size=0"]
+
+    def differing(*sources: str) -> list[str]:
+        one, other = (load_config(file, [*both, f"data.sources={given}"]) for given in sources)
+        return differing_keys(one, other)
+
+    assert differing("{a: x, b: y}", "{c: z, d: {path: w, weight: 1, captions: random}}") == []
+    assert differing("{a: x}", "{a: {path: x, weight: 2}}") == ["data.sources.a.weight"]
+    assert differing("{a: {path: x, captions: all}}", "{a: {path: y, captions: first}}") == ["data.sources.a.captions"]
+    refused(file, [*both, "data.sources={a: {weight: 2}}"], ["data.sources.a.path: not set; training.tower=both reads"])
+    assert load_config(file, ["data.sources={a: {weight: 2}}"]).data.sources["a"].weight == 2
+
+
+def test_a_saved_config_of_an_earlier_version_names_its_shards(file: Path, folders: Path) -> None:
+    config = load_config(file, ["data.sources={shards-0: a, shards-1: b}"])
+    save_config(config, folders / "saved.yaml")
+    tree = yaml.safe_load((folders / "saved.yaml").read_text())
+    del tree["data"]["sources"]
+    for shards in (["a", str(folders / "b")], []):
+        tree["data"]["shards"] = shards
+        (folders / "saved.yaml").write_text(yaml.safe_dump(tree))
+        found = load_config(folders / "saved.yaml", saved=True)
+        assert list(found.data.sources.values()) == list(config.data.sources.values())[: len(shards)]
+        with pytest.raises(UserError, match=r"data\.shards: sources have names"):
+            load_config(folders / "saved.yaml")
 
 
 def test_sections_made_in_code_keep_their_paths() -> None:

@@ -81,6 +81,8 @@ class Batch:
     excluded: tuple[torch.Tensor, torch.Tensor] | None = None
     # int64 [M], where no store links pairs: equal captions are no negatives of each other.
     caption_ids_M: torch.Tensor | None = None
+    # int64 [M], where a picture may come twice: equal pictures are none, either.
+    image_ids_M: torch.Tensor | None = None
     keys: Sequence[str] = ()
 
 

@@ -167,7 +167,6 @@ class ImageLoader(ThreadedLoader):
 
         self.batch_size, self.size, self.dtype, self.channels_last = batch_size, size, dtype, channels_last
         self.seed, self.rank, self.world_size, self.prefetch = seed, rank, world_size, prefetch
-        self.max_bad_shards = max_bad_shards
         # Of all loaders of an order, the first one tells of them.
         first = rank == 0 and not any(number for _, _, number, _ in shares)
         visited = zip(self._parts, self._visits, strict=True)

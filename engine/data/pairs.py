@@ -7,7 +7,10 @@ global batch's rows and takes its slice, so any world size sees the same pairs i
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,10 +21,12 @@ from .. import _loader
 from ..config import Config
 from ..errors import UserError
 from .batches import Batch, BatchLoader, FrozenTable, IntArray, Segments
-from .store import Edges, Store, TextStore, edges
+from .store import Edges, Sources, Store, TextStore, edges
 from .threaded import ThreadedLoader
 
 SPECIAL, CONTINUING = 1, 2
+# How often an epoch visits pairs: the group of each, uint8 [pairs], and the weight of each group, float64.
+Weights = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,22 @@ class MaskedTexts:
         }
 
 
+def weighted(of: npt.NDArray[np.integer[Any]], weights: Sequence[float]) -> Weights | None:
+    """Weights of pairs whose sources are `of`, numbers in `weights`; None where all are 1."""
+    values, group = np.unique(np.asarray(weights, np.float64), return_inverse=True)
+    if (values == 1).all():
+        return None
+    if len(values) > 256:
+        raise UserError(f"data.sources: {len(values)} different weights; give 256 at most")
+    return group.astype(np.uint8)[of], values
+
+
 class PairSource:
     """Pairs between a trained side and frozen rows: ids int32 [pairs] of both, features fp16 [frozen rows, D]."""
 
     captions: TextStore | None = None
     masked: MaskedTexts | None = None
+    weights: Weights | None = None
 
     def __init__(
         self,
@@ -92,6 +108,10 @@ class PairSource:
     def names(self, rows: IntArray) -> list[str]:
         """How a user finds these pairs again."""
         raise NotImplementedError
+
+    def by_source(self) -> Sources | None:
+        """What the pairs are of, where that is told."""
+        return None
 
     def inputs(self, trained_ids_M: IntArray, step: int, rank: int, world_size: int) -> dict[str, Any]:
         """The model's arguments, where the trained side is no text."""
@@ -116,10 +136,17 @@ class PairSource:
 class CaptionPairs(PairSource):
     """Captions against the frozen features of a store, with masked unpaired texts packed behind them.
 
-    Of `rows` alone, int64 [pairs], where they are given: edges between other rows are unknown then.
+    Of `rows` alone, int64 [pairs], where they are given: edges between other rows are unknown then. `weights`: how
+    often an epoch visits the pairs of a source, by its name in the store, once if it is not named.
     """
 
-    def __init__(self, store: Store, masked: MaskedTexts | None = None, rows: IntArray | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        masked: MaskedTexts | None = None,
+        rows: IntArray | None = None,
+        weights: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
         captions, images = store.caption_ids, store.image_ids
         if rows is not None:
             captions, images = captions[rows], images[rows]
@@ -130,9 +157,21 @@ class CaptionPairs(PairSource):
             edges=store.caption_edges if rows is None else edges(captions, images, len(store.offsets) - 1),
         )
         self.captions, self.masked, self.store, self.rows = store, masked, store, rows
+        if weights:
+            found = self.by_source()
+            if absent := [name for name in weights if name not in found.names]:
+                raise UserError(
+                    f"data.sources.{absent[0]}: store {store.path} has no such source; it has"
+                    f" {', '.join(repr(name) for name in found.names[:20])}"
+                )
+            self.weights = weighted(found.of, [weights.get(name, 1.0) for name in found.names])
 
     def names(self, rows: IntArray) -> list[str]:
         return self.store.pairs()["key"].take(rows if self.rows is None else self.rows[rows]).to_pylist()
+
+    def by_source(self) -> Sources:
+        found = self.store.sources()
+        return found if self.rows is None else replace(found, of=found.of[self.rows])
 
 
 class PairLoader(ThreadedLoader):
@@ -185,6 +224,7 @@ class PairLoader(ThreadedLoader):
             "features": self.source.table.features,
             "captions": None if captions is None else (captions.tokens, captions.offsets),
             "masked": None if masked is None else masked.arguments(),
+            "weights": self.source.weights,
             "batch_size": batch_size,
             "rank": rank,
             "world_size": world_size,
@@ -195,6 +235,8 @@ class PairLoader(ThreadedLoader):
             "threads": threads,
             "prefetch": prefetch,
         }
+        weights = self.source.weights or ()
+        self._weights_crc = zlib.crc32(b"".join(array.tobytes() for array in weights))
         if kept is None:
             bits = np.full(-(-len(self.source) // 8), 255, np.uint8)
             # Bits behind the last pair stay 0: they are counted.
@@ -222,12 +264,26 @@ class PairLoader(ThreadedLoader):
         self.kept_count = int(np.bitwise_count(bits).sum(dtype=np.int64))
         dropped = len(self.source) - self.kept_count
         self._auditions = min(round(self.batch_size * self.reaudition_share), dropped)
-        self.steps = self.kept_count // (self.batch_size - self._auditions)
+        self._steps: int | None = None
         if self.steps == 0:
             raise UserError(
-                f"training.batch_size: {self.batch_size} pairs, but only {self.kept_count} are left to train on;"
+                f"training.batch_size: {self.batch_size} pairs, but only {self._visits()} are left to train on;"
                 " lower it, or let confidence.selection drop less"
             )
+
+    @property
+    def steps(self) -> int:
+        """Batches in the whole epoch."""
+        if self._steps is None:
+            self._steps = self._visits() // (self.batch_size - self._auditions)
+        return self._steps
+
+    def _visits(self) -> int:
+        """Of kept pairs in the epoch."""
+        weights, pairs = self.source.weights, len(self.source)
+        if weights is None:
+            return self.kept_count
+        return _loader.count_visits(self._kept_bits, weights, pairs, self.seed, self.epoch)
 
     @property
     def kept_share(self) -> float:
@@ -260,10 +316,13 @@ class PairLoader(ThreadedLoader):
         self._stop()
         self.epoch += 1
         self.epoch_step = 0
+        self._steps = None
 
     def state(self) -> dict[str, Any]:
         """Where the consumer is, as small arrays: n/8 bytes and some integers."""
+        weighted = {"weights": np.int64(self._weights_crc)} if self._weights_crc else {}
         return {
+            **weighted,
             "epoch": np.int64(self.epoch),
             "epoch_step": np.int64(self.epoch_step),
             "step": np.int64(self.step),
@@ -280,6 +339,8 @@ class PairLoader(ThreadedLoader):
             )
         found = [*(int(value) for value in state["identity"]), float(state["reaudition_share"])]
         expected = [len(self.source), self.batch_size, self.seed, self.reaudition_share]
+        if int(state.get("weights", 0)) != self._weights_crc:
+            raise UserError("loader state: other weights of its sources; make the loader with those it was taken with")
         if found != expected:
             raise UserError(
                 f"loader state: of (pairs, batch_size, seed, reaudition_share) = {found}, this loader has {expected};"

@@ -16,7 +16,7 @@ from .. import config as settings
 from ..errors import UserError
 from .batches import IntArray
 from .images import ImageLoader
-from .pairs import PairSource
+from .pairs import PairSource, weighted
 from .pictures import standardise
 from .sources import Source
 from .store import edges
@@ -24,11 +24,13 @@ from .store import edges
 
 @dataclass(frozen=True)
 class Pictures:
-    """Decoded pictures uint8 [n, S, S, 3], their keys, and their English captions, the name first."""
+    """Decoded pictures uint8 [n, S, S, 3], their keys, their English captions, the name first, and the number of the
+    source of each."""
 
     pixels: torch.Tensor
     keys: list[str]
     captions: list[list[str]]
+    origins: list[int]
 
 
 def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
@@ -36,6 +38,7 @@ def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
     pixels: list[torch.Tensor] = []
     keys: list[str] = []
     captions: list[list[str]] = []
+    origins: list[int] = []
     with ImageLoader(
         sources, batch_size=256, size=size, train=False, dtype=torch.uint8, channels_last=True, captions=False
     ) as loader:
@@ -44,19 +47,21 @@ def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
             pixels.append(batch.images.permute(0, 2, 3, 1)[chosen])
             keys += [batch.keys[at] for at in chosen]
             captions += [batch.captions_en[at] for at in chosen]
+            origins += [batch.origins[at] for at in chosen]
         if loader.bad_samples:
             bad = loader.bad_samples[0]
             raise UserError(f"shard {bad.shard}, {bad.key}: {bad.cause}; mend the sample or take it out")
     if not keys:
-        paths = ", ".join(str(source.path) for source in sources) or "no shard"
-        raise UserError(f"data.shards: no picture with `captions_en` in {paths}")
-    return Pictures(torch.cat(pixels), keys, captions)
+        paths = ", ".join(str(source.path) for source in sources) or "no source"
+        raise UserError(f"data.sources: no picture with `captions_en` in {paths}")
+    return Pictures(torch.cat(pixels), keys, captions, origins)
 
 
 class PicturePairs(PairSource):
     """Pictures, each paired with one frozen row: what the teacher makes of its English captions.
 
     The row is the mean of the name and of the keywords' mean: it says what the picture is, and what it is near to.
+    `weights`: how often an epoch visits the pictures of each source, once without.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class PicturePairs(PairSource):
         tower: settings.ImageTower,
         augmentation: settings.Augmentation,
         seed: int,
+        weights: Sequence[float] = (),
     ) -> None:
         target_of: dict[tuple[str, ...], int] = {}
         targets = np.array([target_of.setdefault(tuple(captions), len(target_of)) for captions in pictures.captions])
@@ -83,6 +89,8 @@ class PicturePairs(PairSource):
             features=np.stack(rows).astype(np.float16),
             edges=edges(np.arange(len(targets)), targets, len(targets)),
         )
+        if weights:
+            self.weights = weighted(np.array(pictures.origins), weights)
         self.pictures, self.tower, self.augmentation, self.seed = pictures, tower, augmentation, seed
 
     def names(self, rows: IntArray) -> list[str]:

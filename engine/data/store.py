@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,15 @@ PAIR_FILES = (
     "edges.offsets.bin",
     "edges.images.bin",
 )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What pairs are of: the names of their sources, those of most pairs first, and the number of each pair's in these,
+    integers [pairs]."""
+
+    names: tuple[str, ...]
+    of: npt.NDArray[np.integer[Any]]
 
 
 class TextStore:
@@ -147,6 +157,19 @@ class Store(TextStore):
         """The whole pair table: for reports and search, never for training."""
         with reading("pair table", self.path / "pairs.parquet", ANEW):
             return pq.read_table(self.path / "pairs.parquet", memory_map=True)
+
+    def sources(self) -> Sources:
+        """By the pair table's column, where it tells none by the name ""."""
+        file = self.path / "pairs.parquet"
+        with reading("pair table", file, ANEW):
+            column = pq.read_table(file, columns=["source"], memory_map=True)["source"].combine_chunks()
+            told = column.fill_null("").dictionary_encode()
+        names, codes = told.dictionary.to_pylist(), told.indices.to_numpy()
+        counts = np.bincount(codes, minlength=len(names))
+        order = [at for at in sorted(range(len(names)), key=lambda at: (-counts[at], names[at])) if counts[at]]
+        number_of = np.zeros(len(names), np.min_scalar_type(len(names)))
+        number_of[order] = np.arange(len(order))
+        return Sources(tuple(names[at] for at in order), number_of[codes])
 
     def check_contents(self) -> None:
         super().check_contents()

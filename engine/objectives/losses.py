@@ -87,6 +87,7 @@ def both_sides_loss(
     shared: dict[str, Any] = {
         "logit_scale": logit_scale,
         "caption_ids": batch.caption_ids_M,
+        "image_ids": batch.image_ids_M,
         "label_smoothing": objective.label_smoothing,
         "group": dist.group.WORLD,
         "exchange": objective.exchange,

@@ -148,15 +148,16 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
         read_cross_fit(config.confidence.cross_fit, store)
         identity["cross_fit"] = digest_of(config.confidence.cross_fit / CROSS_FIT)
 
+    weights = {name: source.weight for name, source in config.data.sources.items()}
+
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {
             name: store_report(encode_store(module, held, config.training.max_caption_tokens), held)
             for name, held in held_out.items()
         }
 
-    return Inputs(
-        CaptionPairs(store, masked, rows), validate, identity, store.manifest["vocabulary"], store.path / "tokenizer"
-    )
+    pairs = CaptionPairs(store, masked, rows, weights)
+    return Inputs(pairs, validate, identity, store.manifest["vocabulary"], store.path / "tokenizer")
 
 
 def _same_tokenizer(field: str, other: TextStore, store: Store) -> None:
@@ -206,9 +207,10 @@ def _image_start(config: Config) -> Inputs:
     if tower is None or config.model.teacher is None:
         raise UserError("model: training.tower=image needs image_tower (what trains) and teacher (what it learns from)")
     teacher = Teacher(config.model.teacher)
-    sources = [open_source(path) for path in config.data.shards]
+    sources = _opened(config)
+    weights = [source.weight for source in config.data.sources.values()]
     source = PicturePairs(
-        load_pictures(sources, tower.size), teacher.encode, tower, config.training.augmentation, config.seed
+        load_pictures(sources, tower.size), teacher.encode, tower, config.training.augmentation, config.seed, weights
     )
     held_out = {}
     for name, path in config.data.validation.items():
@@ -223,6 +225,10 @@ def _image_start(config: Config) -> Inputs:
 
     identity = {"store": None, "tower": None, "tokenizer": None, "pictures": _listed(sources)}
     return Inputs(source, validate, identity | {"teacher": teacher_name(config.model.teacher)})
+
+
+def _opened(config: Config) -> list[Source]:
+    return [open_source(source.path) for source in config.data.sources.values() if source.path is not None]
 
 
 def _listed(sources: Sequence[Source]) -> list[list[Any]]:
@@ -244,7 +250,7 @@ def both_towers(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.start_from is not None:
         _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
-    sources = [open_source(path) for path in config.data.shards]
+    sources = _opened(config)
     held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:

@@ -199,6 +199,8 @@ class Trainer:
             batch.frozen_MD = moved(batch.frozen_MD, self.device)
         if batch.caption_ids_M is not None:
             batch.caption_ids_M = moved(batch.caption_ids_M, self.device)
+        if batch.image_ids_M is not None:
+            batch.image_ids_M = moved(batch.image_ids_M, self.device)
         batch.weights_M = moved(batch.weights_M, self.device)
         if batch.excluded is not None:
             batch.excluded = (moved(batch.excluded[0], self.device), moved(batch.excluded[1], self.device))

@@ -106,6 +106,58 @@ void test_order() {
         "a mask of another size");
 }
 
+// Rows are visited as often as their group weighs, by a draw of each epoch's own, and dropped ones never.
+void test_weights() {
+    const std::int64_t n = kBlockRows * kWindowBlocks + 5'000;
+    const std::vector<bool> kept = random_mask(n, 0.8);
+    const std::vector<std::uint8_t> bits = bits_of(kept);
+    const std::vector<double> of_group{1, 0.5, 2.5, 0, 3};
+    std::vector<std::uint8_t> groups(static_cast<std::size_t>(n));
+    for (auto& group : groups) group = static_cast<std::uint8_t>(below(5));
+    const Weights weights{view(groups), view(of_group)};
+    std::vector<std::int64_t> before;
+    for (const std::uint32_t epoch : {0u, 1u}) {
+        Order order(n, view(bits), true, 5, Purpose::kept_pairs, epoch, weights);
+        std::vector<std::int64_t> rows = all_of(order);
+        check(rows == all_of(order), "an order is read again alike");
+        std::vector<std::int64_t> part(1'000);
+        order.read(order.size() / 2, 1'000, part.data());
+        check(std::equal(part.begin(), part.end(), rows.begin() + order.size() / 2), "any place is read alike");
+        std::vector<int> times(static_cast<std::size_t>(n));
+        for (const std::int64_t row : rows) ++times[static_cast<std::size_t>(row)];
+        double total[5] = {}, count[5] = {};
+        for (std::size_t row = 0; row < times.size(); ++row) {
+            if (!kept[row]) {
+                check(times[row] == 0, "a dropped row is not visited");
+                continue;
+            }
+            const double weight = of_group[groups[row]];
+            check(times[row] == std::floor(weight) || times[row] == std::ceil(weight), "whole visits, and a draw");
+            total[groups[row]] += times[row];
+            count[groups[row]] += 1;
+        }
+        // Six deviations of the mean of about 42,000 draws.
+        for (std::size_t group = 0; group < 5; ++group) {
+            check(std::abs(total[group] / count[group] - of_group[group]) < 0.015, "visits as the weights say");
+        }
+        std::sort(rows.begin(), rows.end());
+        check(rows != before, "another epoch, another draw");
+        before = rows;
+    }
+    const std::vector<double> once(5, 1.0);
+    check(all_of(Order(n, view(bits), true, 5, Purpose::kept_pairs, 1, {view(groups), view(once)})) ==
+              all_of(Order(n, view(bits), true, 5, Purpose::kept_pairs, 1)),
+          "weight 1 is the order without weights");
+    const auto made = [&](const std::vector<std::uint8_t>& of, const std::vector<double>& given) {
+        Order(n, view(bits), true, 5, Purpose::kept_pairs, 1, {view(of), view(given)});
+    };
+    check_throws<std::out_of_range>([&] { made(groups, {1, 1, 1, 1}); }, "a group without a weight");
+    check_throws<std::invalid_argument>([&] { made({0, 1}, of_group); }, "groups of other rows");
+    for (const double wrong : {-1.0, 101.0, std::nan("")}) {
+        check_throws<std::invalid_argument>([&] { made(groups, {1, 1, 1, 1, wrong}); }, "no weight");
+    }
+}
+
 // Each row is as likely at each place, and neighbours in the store do not stay neighbours.
 void test_order_is_mixed() {
     constexpr int kRounds = 4'000, kRows = 6;
@@ -218,7 +270,7 @@ struct Made {
         store.feature_bytes = width;
         store.captions = Texts{view(tokens), view(offsets)};
         store.masked = MaskedTexts{{view(text_tokens), view(text_offsets)}, 7, 12, {view(kinds), 4, 0.15, false}};
-        settings = {view(bits), 24, 2, 0, 1, 9, 24, 0, 3, 0, 0, 0, 1, 3};
+        settings = {view(bits), 24, 2, 0, 1, 9, 24, 0, 3, 0, 0, 0, 1, 3, {}};
     }
 };
 
@@ -452,6 +504,7 @@ int main() {
     rng.seed(seed);
     test_random();
     test_order();
+    test_weights();
     test_order_is_mixed();
     test_masks();
     test_loader();

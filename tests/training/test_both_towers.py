@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import shutil
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
@@ -30,6 +32,7 @@ from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.model.efficientclip import load_model
+from efficientclip.objectives.losses import both_sides_loss
 from tests import tiny
 from tests.formats import chinese_clip, files
 from tests.training.launch import metrics, run
@@ -93,7 +96,7 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
     settings: dict[str, Any] = {
         "run": str(folder / name),
         "data__store": None,
-        "data__shards": [str(folder / "train")],
+        "data__sources": {"train": str(folder / "train")},
         "data__tokenizer": str(folder / "vocab.txt"),
         "data__validation": {"held": str(folder / "held.tar")},
         "model__teacher": None,
@@ -112,7 +115,7 @@ def config(folder: Path, name: str, **changes: Any) -> Path:
 def pairs(given: Config) -> ImagePairs:
     tower = given.model.image_tower
     assert tower is not None
-    sources = [open_source(path) for path in given.data.shards]
+    sources = [open_source(source.path) for source in given.data.sources.values() if source.path]
     return ImagePairs(sources, tower, load_tokenizer(given.data.tokenizer))
 
 
@@ -214,7 +217,7 @@ def two_epochs(given: Config, *worlds: int) -> list[tuple[int, list[str], torch.
 
 @pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (2, 3, 4), (4, 1, 3)])
 def test_batches_stay_when_ranks_change(folder: Path, worlds: tuple[int, ...]) -> None:
-    changes = {"data__shards": [str(folder / "whole")], "training__batch_size": 24}
+    changes = {"data__sources": {"whole": str(folder / "whole")}, "training__batch_size": 24}
     given = load_config(config(folder, "stay", **changes, training__augmentation={"flip": True, "colour": 0.5}))
     found, expected = two_epochs(given, *worlds), two_epochs(given, worlds[0])
     assert [epoch for epoch, _, _ in found] == [0] * 5 + [1] * 5
@@ -250,7 +253,7 @@ def test_batches_of_other_sources_are_those_of_the_tar(folder: Path, tmp_path: P
         source.write_text("image,caption\n" + "".join(f"{key},{text}\n" for key, text in texts))
     batches: list[list[Batch]] = []
     for path in (tar, source):
-        given = load_config(config(folder, "other", data__shards=[str(path)], training__batch_size=20))
+        given = load_config(config(folder, "other", data__sources={"x": str(path)}, training__batch_size=20))
         loader = pairs(given).batches(given, 0, 1)
         batches.append([next(loader) for _ in range(6) if not loader.ended or loader.next_epoch() is None])
         loader.close()
@@ -262,7 +265,7 @@ def test_batches_of_other_sources_are_those_of_the_tar(folder: Path, tmp_path: P
 def test_what_makes_no_batch_for_other_ranks_ends_the_epoch(folder: Path, tmp_path: Path) -> None:
     tar, epochs = shard(tmp_path / "17.tar", 17, 3), []
     for seed in range(16):
-        given = load_config(config(folder, "odd", data__shards=[str(tar)], training__batch_size=8, seed=seed))
+        given = load_config(config(folder, "odd", data__sources={"x": str(tar)}, training__batch_size=8, seed=seed))
         alone = pairs(given).batches(given, 0, 1)
         next(alone)
         assert not alone.ended
@@ -278,6 +281,136 @@ def test_what_makes_no_batch_for_other_ranks_ends_the_epoch(folder: Path, tmp_pa
     assert set(epochs) == {0, 1}
 
 
+def epoch_of(given: Config, epoch: int = 0, world: int = 1) -> list[tuple[str, int]]:
+    """Keys and ids of the captions of an epoch's pairs, rank after rank."""
+    found: list[tuple[str, int]] = []
+    for rank in range(world):
+        loader = pairs(given).batches(given, rank, world)
+        for _ in range(epoch):
+            loader.next_epoch()
+        while not loader.ended:
+            batch = next(loader)
+            assert batch.caption_ids_M is not None and len(batch.inputs[0]["pixels"]) == len(batch.keys)
+            found += zip(batch.keys, batch.caption_ids_M.tolist(), strict=True)
+        loader.close()
+    return found
+
+
+def weighing(folder: Path, *weights: float, captions: str = "random", batch: int = 1) -> Config:
+    """Both whole shards as sources of their own: 60 pictures each, of which every third has two captions."""
+    sources = {
+        f"s{number}": {"path": str(folder / "whole" / f"{number}.tar"), "weight": weight, "captions": captions}
+        for number, weight in enumerate(weights)
+    }
+    return load_config(config(folder, "weighing", data__sources=sources, training__batch_size=batch))
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.5, 1), (1, 2.5)], ids=str)
+def test_sources_come_as_often_as_they_weigh_whatever_the_ranks(folder: Path, weights: tuple[float, ...]) -> None:
+    given = weighing(folder, *weights)
+    epochs = [Counter(key for key, _ in epoch_of(given, epoch)) for epoch in range(8)]
+    for number, weight in enumerate(weights):
+        times = np.array([[seen[f"{number}-{at:04d}"] for at in range(60)] for seen in epochs])
+        assert {*times.flat} == {math.floor(weight), math.ceil(weight)}
+        # Five deviations of the mean of 480 draws.
+        assert times.mean() == pytest.approx(weight, abs=0 if weight == int(weight) else 5 * 0.5 / 480**0.5)
+    assert len({tuple(sorted(seen.items())) for seen in epochs}) == (1 if set(weights) == {1} else 8)
+    two = given.model_copy(update={"training": given.training.model_copy(update={"batch_size": 2})})
+    of_ranks = Counter(key for key, _ in epoch_of(two, world=2))
+    assert of_ranks == epochs[0] or (of_ranks - epochs[0] == Counter() and (epochs[0] - of_ranks).total() <= 1)
+
+
+def test_each_visit_shows_another_caption_or_the_first_or_all(folder: Path) -> None:
+    captions: dict[str, list[int]] = {}
+    for key, caption in epoch_of(weighing(folder, 1, captions="all")):
+        captions.setdefault(key, []).append(caption)
+    assert [len(texts) for _, texts in sorted(captions.items())] == [2 if at % 3 == 0 else 1 for at in range(60)]
+    first = [epoch_of(weighing(folder, 1, captions="first"), epoch) for epoch in range(2)]
+    assert all(caption == captions[key][0] for seen in first for key, caption in seen)
+    shown = [dict(epoch_of(weighing(folder, 1), epoch)) for epoch in range(2)]
+    twice = epoch_of(weighing(folder, 2))
+    for key, texts in captions.items():
+        assert {seen[key] for seen in shown} == {caption for name, caption in twice if name == key} == {*texts}
+
+
+def test_a_picture_that_comes_twice_is_no_negative_of_itself(folder: Path) -> None:
+    given = weighing(folder, 1, captions="all", batch=80)
+    loader = pairs(given).batches(given, 0, 1)
+    batch = next(loader)
+    assert loader.ended
+    loader.close()
+    ids = batch.image_ids_M
+    assert ids is not None
+    equal = np.array(batch.keys)[:, None] == np.array(batch.keys)
+    assert ((ids[:, None] == ids).numpy() == equal).all() and equal.sum() == 40 * 1 + 20 * 4
+    random = torch.Generator().manual_seed(0)
+    text, image = (F.normalize(torch.randn(80, 8, generator=random), dim=1) for _ in range(2))
+    captions = batch.caption_ids_M
+    assert captions is not None
+    masked = (torch.from_numpy(equal) | (captions[:, None] == captions)) & ~torch.eye(80, dtype=torch.bool)
+    logits = (10 * text @ image.T).masked_fill(masked, -torch.inf)
+    target = torch.arange(80)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    with patch.object(torch.distributed, "get_world_size", lambda *_: 1):
+        found = both_sides_loss(text, image, torch.tensor(10.0), batch, given.objective)
+    assert float(found.contrastive) == pytest.approx(float(expected), rel=1e-5)
+    # Where none comes twice, the loss is told nothing.
+    once = weighing(folder, 1, 1, batch=8)
+    loader = pairs(once).batches(once, 0, 1)
+    assert next(loader).image_ids_M is None
+    loader.close()
+
+
+@pytest.mark.parametrize("worlds", [(1,), (1, 2), (2, 1), (2, 3, 4), (4, 1, 3)])
+@pytest.mark.parametrize("captions", ["all", "random"])
+def test_weighted_pairs_go_on_when_ranks_change(folder: Path, worlds: tuple[int, ...], captions: str) -> None:
+    given = weighing(folder, 1.5, 2, captions=captions, batch=24)
+    found = two_epochs(given, *worlds)
+    expected = two_epochs(given, worlds[0])
+    if captions == "random" or worlds in [(1,), (2, 1)]:
+        for (_, keys, pixels), (_, other_keys, other_pixels) in zip(found, expected, strict=True):
+            assert keys == other_keys and torch.equal(pixels, other_pixels)
+    most = weighing(folder, 1.5, 2, captions=captions)
+    for epoch in range(2):
+        whole = Counter(key for key, _ in epoch_of(most, epoch))
+        seen = Counter(key for when, keys, _ in found if when == epoch for key in keys)
+        # None comes more often than in the epoch, which ends with the first order that makes no batch.
+        assert seen - whole == Counter() and seen.total() >= 0.6 * whole.total()
+
+
+def test_a_loader_goes_on_amid_the_captions_of_a_picture(folder: Path) -> None:
+    given = weighing(folder, 1.5, 1, captions="all", batch=5)
+    loader = pairs(given).batches(given, 0, 1)
+    whole, states = [], []
+    while not loader.ended:
+        whole.append(next(loader))
+        states.append(loader.state())
+    loader.close()
+    assert any(state["given"].any() for state in states)
+    for at in range(0, len(whole) - 1, 4):
+        again = pairs(given).batches(given, 0, 1)
+        again.restore(states[at])
+        for batch in whole[at + 1 : at + 3]:
+            found = next(again)
+            assert found.keys == batch.keys and torch.equal(found.caption_ids_M, batch.caption_ids_M)
+            assert torch.equal(found.inputs[0]["pixels"], batch.inputs[0]["pixels"])
+        again.close()
+
+
+def test_a_run_on_weighted_sources_resumes_as_if_never_stopped(folder: Path) -> None:
+    sources = {
+        f"s{number}": {"path": str(folder / "train" / f"{number}.tar"), "weight": weight, "captions": captions}
+        for number, (weight, captions) in enumerate([(0.5, "all"), (1.5, "random")])
+    }
+    whole = config(folder, "weighted", data__sources=sources, training__keep_checkpoints=9)
+    run(2, str(whole))
+    expected = losses(folder / "weighted")
+    shutil.rmtree(folder / "weighted/model")
+    (folder / "weighted/checkpoints/latest").write_text("step-00000010")
+    assert "resuming" in run(2, str(whole))
+    assert losses(folder / "weighted") == expected
+
+
 def test_a_state_of_an_earlier_version_is_refused(folder: Path) -> None:
     given = load_config(config(folder, "earlier"))
     with pytest.raises(UserError, match="loader state: orders, shares missing, so another version wrote it"):
@@ -288,7 +421,7 @@ def test_a_state_of_an_earlier_version_is_refused(folder: Path) -> None:
 def test_a_run_goes_on_with_other_ranks(folder: Path, ranks: int, then: int, objective: dict[str, Any]) -> None:
     def described(name: str, stage: int, **changes: Any) -> str:
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        settings = {"data__shards": [str(folder / "whole")], "deepspeed": str(folder / f"zero{stage}.json")}
+        settings = {"data__sources": {"whole": str(folder / "whole")}, "deepspeed": str(folder / f"zero{stage}.json")}
         settings |= {"training__keep_checkpoints": 9, "training__pair_visits": 16 * 25, **objective}
         return str(config(folder, name, **(settings | changes)).rename(folder / f"{name}.yaml"))
 

@@ -159,8 +159,9 @@ def pictures(path: Path) -> Path:
 def data(config: Config) -> None:
     """Make the shards, stores and texts that `config` names."""
     random = np.random.default_rng(0)
-    for path in config.data.shards:
-        pictures(path)
+    for source in config.data.sources.values():
+        assert source.path is not None
+        pictures(source.path)
     held = {*config.data.validation.values()}
     for path in held:
         if path.suffix == ".tar":
