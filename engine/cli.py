@@ -59,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         _prepare, "prepare", "make a store: frozen features of pictures or parallel text, or plain text", ["features"]
     )
     prepare.add_argument(
-        "source", type=Path, metavar="SOURCE", help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt)"
+        "source",
+        nargs="?",
+        type=Path,
+        metavar="SOURCE",
+        help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt); without it, the config's data.sources",
     )
     prepare.add_argument("store", type=Path, metavar="STORE", help="folder to write")
     _add_columns(prepare, "SOURCE")
@@ -200,13 +204,19 @@ def _demo_data(given: argparse.Namespace) -> None:
 
 
 def _prepare(given: argparse.Namespace) -> None:
-    from .config import load_config
+    from .config import Config, load_config
 
+    if str(given.store).partition("=")[0].partition(".")[0] in Config.model_fields and "=" in str(given.store):
+        # Without a SOURCE the first override stands where the store would.
+        given.source, given.store, given.overrides = None, given.source, [str(given.store), *given.overrides]
     config = load_config(given.config, given.overrides)
+    named = {name: source.path for name, source in config.data.sources.items() if source.path is not None}
+    if given.source is None and not named:
+        raise UserError("prepare: give SOURCE and STORE, or STORE alone and data.sources, with paths, in the config")
     _silence_model_files()
     from .prepare.build import prepare
 
-    manifest = prepare(given.source, given.store, config, given.images, _columns(given), replace=given.replace)
+    manifest = prepare(given.source or named, given.store, config, given.images, _columns(given), replace=given.replace)
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
     longest = config.training.max_caption_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ def tokenizer(folder: Path) -> BertTokenizer:
     return BertTokenizer(vocab=str(vocabulary))
 
 
-def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0) -> Path:
-    """A pair store of random captions and features, tower `usem3`; captions recur, a tenth of the pairs is noise."""
+def pair_store(
+    path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0, sources: Sequence[str] = ("tiny",)
+) -> Path:
+    """A pair store of random captions and features, tower `usem3`; captions recur, a tenth of the pairs is noise, and
+    the pairs are of the `sources` in turns."""
     random = np.random.default_rng(seed)
     tokens = tokenizer(path.parent)
     captions = ["".join(random.choice(list(CHARACTERS), random.integers(1, 9))) for _ in range(pairs // 2)]
@@ -48,7 +52,7 @@ def pair_store(path: Path, *, pairs: int = 240, images: int = 80, seed: int = 0)
         {
             "key": f"pair-{number}",
             "caption": captions[caption],
-            "source": "tiny",
+            "source": sources[number % len(sources)],
             "image_id": image,
             "caption_id": caption,
             "noise": number % 10 == 0,

@@ -516,7 +516,7 @@ def _source(
 
 
 def require_few(
-    source: Path, causes: Counter[str], first: str, samples: int, max_bad_share: float, remedy: str
+    source: str | Path, causes: Counter[str], first: str, samples: int, max_bad_share: float, remedy: str
 ) -> None:
     """UserError where more than `max_bad_share` of the samples were bad, or all; `first` names one of them."""
     bad = causes.total()

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -43,7 +43,7 @@ LISTED_BAD_SAMPLES = 1000
 
 
 def prepare(
-    source: Path,
+    source: Path | Mapping[str, Path],
     path: Path,
     config: Config,
     images: Path | None = None,
@@ -54,32 +54,45 @@ def prepare(
     """Make a store at `path`: of whatever `open_source` reads, a zh<TAB>en `.tsv` or a `.txt`.
 
     Pictures go through the image tower, the English side through the teacher, and a `.txt` needs no tower. `images` is
-    where the picture paths in `source` start, and `columns` names those of a table, as for `open_source`. A store of
-    something else stays, unless `replace`.
+    where the picture paths in `source` start, and `columns` names those of a table, as for `open_source`. Of several
+    sources, all of them pictures or all parallel text, each pair is of the one in which it stands first, by its name,
+    whatever that one tells of sources. A store of something else stays, unless `replace`.
 
     Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest.
     """
-    if not source.exists():
-        raise UserError(f"source {source}: no such file or folder")
-    target = claim(path, "store", sources=[source, *([] if images is None else [images])])
+    given = source if isinstance(source, Mapping) else {"": source}
+    for one in given.values():
+        if not one.exists():
+            raise UserError(f"source {one}: no such file or folder")
+    target = claim(path, "store", sources=[*given.values(), *([] if images is None else [images])])
     tokenizer = load_tokenizer(config.data.tokenizer)
-    of_texts = source.suffix == ".txt"
-    identity: dict[str, Any] = {"kind": "texts" if of_texts else "pairs", "source": os.path.realpath(source)}
+    of_texts = isinstance(source, Path) and source.suffix == ".txt"
+    identity: dict[str, Any] = {"kind": "texts" if of_texts else "pairs"}
+    if isinstance(source, Mapping):
+        identity["sources"] = {name: os.path.realpath(one) for name, one in source.items()}
+        if images is not None or columns.given:
+            option = "--images" if images is not None else columns.given[0]
+            raise UserError(f"{option}: tells of one SOURCE; prepare those of data.sources without it")
+    else:
+        identity["source"] = os.path.realpath(source)
     build: Callable[[Path], dict[str, Any]]
     if columns.given and of_texts:
         raise UserError(f"{columns.given[0]}: {source} is no table; leave it out")
-    if of_texts:
+    if isinstance(source, Path) and of_texts:
         files: Sequence[Path] = [source]
         identity["max_text_tokens"] = config.data.max_text_tokens
         build = partial(build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
     else:
-        parallel = not columns.given and is_parallel(source)
-        recipe = parallel_recipe(source, config) if parallel else picture_recipe(source, config, images, columns)
+        parallel = [not columns.given and is_parallel(one) for one in given.values()]
+        if len({*parallel}) > 1:
+            raise UserError("data.sources: some are parallel text, some pictures; prepare a store of each kind")
+        recipe = parallel_recipe(given, config) if parallel[0] else picture_recipe(given, config, images, columns)
         files = recipe.files
         claim(path, "store", sources=files)
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else os.path.realpath(images)}
         identity |= {"columns": columns.given} if columns.given else {}
-        build = partial(_build_pairs, recipe, source, target.name, config, tokenizer)
+        told = ", ".join(map(str, given.values()))
+        build = partial(_build_pairs, recipe, told, target.name, config, tokenizer)
     identity |= {"source_fingerprint": _fingerprint(files), "tokenizer": fingerprint(tokenizer)}
     if (made := _standing(target, identity, replace)) is not None:
         return made
@@ -168,7 +181,7 @@ def _clear(folder: Path) -> None:
 
 
 def _build_pairs(
-    recipe: Recipe, source: Path, name: str, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
+    recipe: Recipe, source: str, name: str, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> dict[str, Any]:
     """Write a pair store's files into `folder`; returns their part of the manifest."""
     files: list[Path] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,19 @@ from .recipe import Part, Recipe, described, fp16_rows
 PARALLEL_CHUNK = 8192
 
 
-def parallel_recipe(source: Path, config: Config) -> Recipe:
-    """Of the lines zh<TAB>en of `source`."""
+def parallel_recipe(sources_of: Mapping[str, Path], config: Config) -> Recipe:
+    """Of the lines zh<TAB>en of each source, by its name; that of "" is called parallel."""
     if config.model.teacher is None:
+        first = next(iter(sources_of.values()))
         raise UserError(
-            f"model.teacher: not set; {source} is taken as parallel text, zh<TAB>en, which it encodes. A table of"
+            f"model.teacher: not set; {first} is taken as parallel text, zh<TAB>en, which it encodes. A table of"
             f" pictures needs a first line with one of {', '.join(PICTURE_COLUMNS)} and one of"
             f" {', '.join(CAPTION_COLUMNS)}"
         )
     name = teacher_name(config.model.teacher)
     teacher = cache(partial(Teacher, config.model.teacher))
-    lines = read_lines(source)
 
-    def make(start: int, bar: Any) -> Made:
+    def make(source: Path, source_name: str, lines: Sequence[str], start: int, bar: Any) -> Made:
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
@@ -50,7 +51,7 @@ def parallel_recipe(source: Path, config: Config) -> Recipe:
                 hash=digest(english.encode()),
                 feature=feature,
                 key=f"line {number}",
-                source="parallel",
+                source=source_name or "parallel",
                 shard=str(source.resolve()),
                 offset=0,
                 length=0,
@@ -61,6 +62,11 @@ def parallel_recipe(source: Path, config: Config) -> Recipe:
         ]
         return Made(items, bad)
 
-    of = [name, described(source), PARALLEL_CHUNK]
-    parts = [Part([*of, start], partial(make, start)) for start in range(0, len(lines), PARALLEL_CHUNK)]
-    return Recipe([source], name, parts, len(lines), outside=False)
+    parts, total = [], 0
+    for source_name, source in sources_of.items():
+        lines = read_lines(source)
+        of = [name, described(source), PARALLEL_CHUNK, *([source_name] if source_name else [])]
+        for start in range(0, len(lines), PARALLEL_CHUNK):
+            parts.append(Part([*of, start], partial(make, source, source_name, lines, start)))
+        total += len(lines)
+    return Recipe([*sources_of.values()], name, parts, total, outside=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import pickle
 import signal
@@ -80,6 +81,87 @@ def test_an_epoch_visits_kept_pairs_once_and_auditions_dropped_ones_at_weight_ze
     assert len(again) == 2 * len(first) and not kept[again].any()
     assert max(again.count(row) for row in again) <= -(-len(again) // int((~kept).sum()))
     assert rows_of(second, 1) != trained and (loader.epoch, loader.epoch_step) == (2, 0)
+
+
+@pytest.fixture(scope="module")
+def mixed(folder: Path) -> Store:
+    """Pairs of three sources in turns."""
+    return Store(tiny.pair_store(folder / "mixed", pairs=600, images=150, sources=["a", "b", "c"]))
+
+
+def times_of(batches: list[Batch]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.bincount(rows_of(batches, 1), minlength=600)
+
+
+@pytest.mark.parametrize("weights", [{"b": 0.5}, {"a": 1, "b": 2.5, "c": 0.25}, {"c": 3}], ids=str)
+def test_pairs_come_as_often_as_their_source_weighs(mixed: Store, weights: dict[str, float]) -> None:
+    kept = np.random.default_rng(SEED).random(600) < 0.8
+    source = CaptionPairs(mixed, weights=weights)
+    with PairLoader(source, batch_size=1, kept=kept, seed=SEED) as loader:
+        epochs = [times_of(list(loader)) for _ in range(8)]
+    for number, name in enumerate("abc"):
+        times, weight = np.array([times[number::3] for times in epochs]), weights.get(name, 1)
+        assert (times[:, ~kept[number::3]] == 0).all()
+        chosen = times[:, kept[number::3]]
+        assert {*chosen.flat} == {math.floor(weight), math.ceil(weight)}
+        # Five deviations of the mean of so many draws.
+        assert chosen.mean() == pytest.approx(weight, abs=5 * 0.5 / chosen.size**0.5 if weight % 1 else 0)
+    assert len({times.tobytes() for times in epochs}) == (1 if weights == {"c": 3} else 8)
+
+
+def test_weighted_batches_are_the_same_for_any_threads_and_ranks_and_go_on_anywhere(mixed: Store) -> None:
+    common: dict[str, Any] = {"batch_size": 24, "kept": np.arange(600) % 7 > 0, "reaudition_share": 0.1, "seed": SEED}
+    source = CaptionPairs(mixed, weights={"a": 0.5, "b": 2.5})
+    with PairLoader(source, **common) as loader:
+        alone = [batch for _ in range(2) for batch in loader]
+        other = loader.state()
+    with PairLoader(source, **common, threads=3, prefetch=7) as loader:
+        for one, two in zip(alone, [batch for _ in range(2) for batch in loader], strict=True):
+            assert_same(one, two)
+    for at in (1, len(alone) // 2 - 1, len(alone) // 2, len(alone) - 2):
+        with PairLoader(source, **common) as loader:
+            taken = 0
+            while taken < at:
+                for _ in loader:
+                    taken += 1
+                    if taken == at:
+                        break
+            state = loader.state()
+        halves = [PairLoader(source, **common, rank=rank, world_size=2) for rank in range(2)]
+        for half in halves:
+            half.restore(state)
+            if half.ended:
+                half.next_epoch()
+        parts = [next(half) for half in halves]
+        for half in halves:
+            half.close()
+        np.testing.assert_array_equal(parts[0].rows_N, alone[at].rows_N)
+        assert torch.equal(torch.cat([part.frozen_MD for part in parts]), alone[at].frozen_MD)
+    for weights in ({}, {"a": 0.5, "b": 2}, {"a": 2.5, "b": 0.5}):
+        with PairLoader(CaptionPairs(mixed, weights=weights), **common) as loader, pytest.raises(UserError) as caught:
+            loader.restore(other)
+        assert "loader state: other weights of its sources" in str(caught.value)
+
+
+def test_weight_1_is_no_weight(mixed: Store) -> None:
+    with (
+        PairLoader(CaptionPairs(mixed, weights={"a": 1.0, "c": 1}), batch_size=20, seed=SEED) as weighted,
+        PairLoader(mixed, batch_size=20, seed=SEED) as plain,
+    ):
+        for one, other in zip(weighted, plain, strict=True):
+            assert_same(one, other)
+        assert weighted.state().keys() == plain.state().keys()
+
+
+def test_a_source_that_the_store_lacks_is_refused(mixed: Store) -> None:
+    with pytest.raises(UserError) as caught:
+        CaptionPairs(mixed, weights={"a": 2, "d": 2})
+    assert str(caught.value) == f"data.sources.d: store {mixed.path} has no such source; it has 'a', 'b', 'c'"
+    half = CaptionPairs(mixed, rows=np.arange(300), weights={"b": 2})
+    with PairLoader(half, batch_size=400, seed=SEED) as loader:
+        assert loader.steps == 1
+    with pytest.raises(UserError, match=r"training\.batch_size: 401 pairs, but only 400 are left"):
+        PairLoader(half, batch_size=401, seed=SEED)
 
 
 def test_a_batch_holds_the_rows_that_its_numbers_name(store: Store, texts: TextStore) -> None:

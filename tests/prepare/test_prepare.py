@@ -131,6 +131,44 @@ def test_long_texts_are_cut_into_pieces_without_loss(tmp_path: Path, config: Con
     assert (~np.isin(texts.tokens, special)).sum() == 11
 
 
+def test_a_store_of_several_sources_tells_their_names(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {**good(0), "000.json": '{"caption": "猫", "source": "finer"}'.encode()}
+    one = write_tar(tmp_path / "one.tar", told | good(1, "狗"))
+    # Its first pair stands in the other source, too.
+    two = write_tar(tmp_path / "two.tar", good(1, "狗") | good(2, "鸟"))
+    named = {"wukong": one, "coco": two}
+    assert prepare(named, tmp_path / "store", config)["sources"] == {"wukong": str(one), "coco": str(two)}
+    pairs = Store(tmp_path / "store").pairs()
+    assert pairs["source"].to_pylist() == ["wukong", "wukong", "coco"]
+    assert pairs["key"].to_pylist() == ["000", "001", "002"]
+    found = Store(tmp_path / "store").sources()
+    assert found.names == ("wukong", "coco") and found.of.tolist() == [0, 0, 1]
+    prepare(one, tmp_path / "alone", config)
+    assert Store(tmp_path / "alone").pairs()["source"].to_pylist() == ["finer", ""]
+    # The same by the command, overrides before and behind its other arguments.
+    sources, file = f"data.sources={{wukong: {one}, coco: {{path: {two}, weight: 3}}}}", str(tmp_path / "config.yaml")
+    for number, rest in enumerate([[sources, "--config", file], ["--config", file, sources, "seed=1"]]):
+        place = str(tmp_path / f"by-command-{number}")
+        assert main(["prepare", place, *rest]) == 0
+        assert Store(Path(place)).pairs()["source"].to_pylist() == ["wukong", "wukong", "coco"]
+    assert prepare(named, tmp_path / "store", config)["pairs"] == 3
+    for other in ({"renamed": one, "coco": two}, one):
+        with pytest.raises(UserError, match="made of something else"):
+            prepare(other, tmp_path / "store", config)
+    assert main(["prepare", str(tmp_path / "none"), "--config", file]) == 2
+    assert "give SOURCE and STORE, or STORE alone and data.sources" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--images: tells of one SOURCE"):
+        prepare(named, tmp_path / "other", config, images=tmp_path)
+    parallel = tmp_path / "parallel.tsv"
+    parallel.write_text("猫\tcat\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.sources: some are parallel text, some pictures"):
+        prepare({"a": one, "b": parallel}, tmp_path / "other", config)
+    with pytest.raises(UserError, match="no such file or folder"):
+        prepare({"a": one, "b": tmp_path / "absent"}, tmp_path / "other", config)
+
+
 def test_a_damaged_store_is_refused(tmp_path: Path, config: Config) -> None:
     prepare(write_tar(tmp_path / "a.tar", good(0)), tmp_path / "made", config)
     with (tmp_path / "made" / "features.bin").open("ab") as file:
