@@ -37,6 +37,7 @@ Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 FORMAT = 3
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
+TOLD_SOURCES = 20
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
     *TEXT_FILES,
@@ -56,6 +57,18 @@ class Sources:
 
     names: tuple[str, ...]
     of: npt.NDArray[np.integer[Any]]
+
+    def shares(self, chosen: npt.NDArray[np.bool_]) -> dict[str, tuple[int, float]]:
+        """Pairs of each source, and the share of them that are `chosen`, bool [pairs]; "" is (none), and the sources
+        behind the first TOLD_SOURCES are (others)."""
+        counts = np.zeros((2, len(self.names)), np.int64)
+        for start in range(0, len(self.of), CHECKED_AT_ONCE):
+            of, here = self.of[start : start + CHECKED_AT_ONCE], chosen[start : start + CHECKED_AT_ONCE]
+            counts += [np.bincount(part, minlength=len(self.names)) for part in (of, of[here])]
+        told = {name or "(none)": counts[:, at] for at, name in enumerate(self.names[:TOLD_SOURCES])}
+        if len(self.names) > TOLD_SOURCES:
+            told["(others)"] = counts[:, TOLD_SOURCES:].sum(1)
+        return {name: (int(total), float(some / total)) for name, (total, some) in told.items()}
 
 
 class TextStore:

@@ -86,6 +86,7 @@ def write_report(
         charts=list(_training_charts(steps, validations)),
         ecl_charts=[] if verdicts is None else list(_ecl_charts(steps, verdicts, detected)),
         detection=detected,
+        sources={} if verdicts is None else store_trained.sources().shares(verdicts.kept),
         dropped=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=False),
         kept=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=True),
         config=(run / "config.yaml").read_text(encoding="utf-8"),

@@ -11,10 +11,11 @@ large p is noise.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,7 +49,19 @@ LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 ROUNDING = 1e-6
 FILE = "cross_fit.parquet"
 ANEW = "remove the folder and run `efficientclip cross-fit CONFIG` again"
+DRAWS = 10_000  # of an interval
 COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
+
+
+class SourceRate(NamedTuple):
+    """The estimated share of wrong pairs of a source, or of small ones taken together, where a NEGLIGIBLE one is not 0
+    yet; `low` to `high` is its `noise_interval`."""
+
+    name: str
+    pairs: int
+    rate: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class CrossFit:
     p: Floats
     competence: Floats
     clean_log_odds: Floats
+    sources: tuple[SourceRate, ...] = ()
 
 
 def near(features: npt.NDArray[np.float16], seed: int, samples: int = 1 << 20, chance: float = 0.01) -> float:
@@ -246,13 +260,34 @@ def noise_rate(p: Floats, found: Competence, rows: Integers) -> float:
     Among the most competent pairs a p beyond FAILED belongs to a wrong pair; how many wrong pairs are so competent, and
     what share of their p lies there, is known where noise is spread evenly: within a source.
     """
+    counts, expected = _counts(p, found, rows)
+    return float(_rates(counts, expected))
+
+
+def noise_interval(p: Floats, found: Competence, rows: Integers) -> tuple[float, float]:
+    """What chance leaves open of `noise_rate` where so few pairs tell it: 95 % of a Dirichlet distribution of their
+    counts, behind Jeffreys' prior. Whether the towers are right is another question."""
+    counts, expected = _counts(p, found, rows)
+    drawn = np.random.default_rng(0).dirichlet(counts + 0.5, DRAWS).T * counts.sum()
+    low, high = np.quantile(_rates(drawn, expected), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _counts(p: Floats, found: Competence, rows: Integers) -> tuple[npt.NDArray[np.int64], float]:
+    """Of the most competent pairs those of a p beyond FAILED, beyond FOREIGN, and below; and how many of these pairs
+    there would be if all of `rows` were wrong."""
     threshold = float(np.quantile(found.pair[rows], 1 - COMPETENT))
     competent = p[rows][found.pair[rows] >= threshold]
-    beyond = int((competent > FOREIGN).sum())
-    uniform = (int((competent > FAILED).sum()) - beyond) / (FOREIGN - FAILED)
-    wrong = uniform + max(0.0, beyond - (1 - FOREIGN) * uniform)
+    beyond, failed = int((competent > FOREIGN).sum()), int((competent > FAILED).sum())
     expected = len(rows) * found.mismatched_above(threshold, rows)
-    return float(min(wrong / max(expected, 1e-9), 1.0))
+    return np.array([failed - beyond, beyond, len(competent) - failed]), max(expected, 1e-9)
+
+
+def _rates(counts: npt.NDArray[Any], expected: float) -> Floats:
+    """Of counts [3, …] of `expected` pairs."""
+    uniform = counts[0] / (FOREIGN - FAILED)
+    wrong = uniform + np.maximum(0.0, counts[1] - (1 - FOREIGN) * uniform)
+    return np.asarray(np.minimum(wrong / expected, 1.0))
 
 
 def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) -> Floats:
@@ -279,16 +314,23 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) ->
     return odds
 
 
-def sources(store: Store) -> list[npt.NDArray[np.int64]]:
-    """Rows of the pairs of each source; those of sources with fewer than LEAST_SOURCE pairs are taken together, and
-    with the largest source where they are still fewer."""
-    named = pq.read_table(store.path / "pairs.parquet", columns=["source"])["source"].combine_chunks()
-    codes = named.fill_null("").dictionary_encode().indices.to_numpy()
-    sizes = np.bincount(codes)
-    rare = sizes < LEAST_SOURCE
-    together = sizes.argmax() if sizes[rare].sum() < LEAST_SOURCE else len(sizes)
-    codes = np.where(rare[codes], together, codes)
-    return [np.flatnonzero(codes == code) for code in np.unique(codes)]
+def sources(store: Store) -> list[tuple[str, npt.NDArray[np.int64]]]:
+    """Name and rows of the pairs of each source; those of sources with fewer than LEAST_SOURCE pairs are taken
+    together, and with the largest source where they are still fewer."""
+    found = store.sources()
+    sizes, names = np.bincount(found.of), [name or "(none)" for name in found.names]
+    large = int((sizes >= LEAST_SOURCE).sum())
+    small, together = len(sizes) - large, large
+    if sizes[large:].sum() < LEAST_SOURCE:
+        large = max(large, 1)
+        small, together = len(sizes) - large, 0
+    few = f"{small} source(s) of fewer than {LEAST_SOURCE:,} pairs"
+    if together == large:
+        names[large:] = [few]
+    elif small:
+        names[0] += f" and {few}"
+    codes = np.where(found.of < large, found.of, together)
+    return [(names[code], np.flatnonzero(codes == code)) for code in np.unique(codes)]
 
 
 def judge(
@@ -302,7 +344,7 @@ def judge(
     """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
     the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
     p, score, parts = np.empty(len(store)), np.empty(len(store)), sources(store)
-    for part in parts:
+    for _, part in parts:
         for tower, text_KD in enumerate(text_2KD):
             if len(rows := part[fold[part] != tower]):
                 p[rows], score[rows] = p_values(
@@ -311,20 +353,22 @@ def judge(
     caption_cell = cells(text_2KD, seed)[store.caption_ids]
     image_cell = cells([store.features], seed)[store.image_ids]
     found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
-    rate, odds = 0.0, np.zeros(len(store))
-    for rows in parts:
+    rate, odds, told = 0.0, np.zeros(len(store)), []
+    for name, rows in parts:
         rate_here = noise_rate(p, found, rows)
+        told.append(SourceRate(name, len(rows), rate_here, *noise_interval(p, found, rows)))
         rate_here *= rate_here >= NEGLIGIBLE
         odds[rows] = clean_log_odds(p, found, rows, rate_here)
         rate += rate_here * len(rows) / len(store)
-    return CrossFit(rate, visits, fold, score, p, found.pair, odds)
+    return CrossFit(rate, visits, fold, score, p, found.pair, odds, tuple(told))
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
-    """cross_fit.parquet: a row a pair; in its metadata the rate, the store's identity, and a digest of it all."""
+    """cross_fit.parquet: a row a pair; in its metadata the rates, the store's identity, and a digest of it all."""
     columns = {name: getattr(found, name) for name in COLUMNS}
     table = pa.table({"row": np.arange(len(found.p)), **columns})
     told = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
+    told["sources"] = json.dumps(found.sources, ensure_ascii=False)
     told["columns"] = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
     told["sha256"] = _digest_of(*map(str.encode, told.values()))
     with written_aside(folder / FILE) as aside:
@@ -352,7 +396,8 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
             raise ValueError("is not what was written, its digest differs")
     if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
         raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
-    return CrossFit(float(told["rate"]), int(told["visits"]), **columns)
+    by_source = tuple(SourceRate(*source) for source in json.loads(told.get("sources", "[]")))
+    return CrossFit(float(told["rate"]), int(told["visits"]), **columns, sources=by_source)
 
 
 def read_rate(folder: Path) -> float | None:
@@ -367,16 +412,18 @@ def read_rate(folder: Path) -> float | None:
 def _told(schema: pa.Schema) -> dict[str, str]:
     """The metadata of cross_fit.parquet; an error when it is not as it was written."""
     told = {key: (schema.metadata or {})[key.encode()].decode() for key in ("rate", "visits", "pairs")}
-    # Earlier versions wrote no digests.
-    digests = {
-        key: schema.metadata[key.encode()].decode() for key in ("columns", "sha256") if key.encode() in schema.metadata
+    # Earlier versions wrote no digests, and no rates of sources.
+    later = {
+        key: schema.metadata[key.encode()].decode()
+        for key in ("sources", "columns", "sha256")
+        if key.encode() in schema.metadata
     }
     if not 0 <= float(told["rate"]) <= 1 or int(told["visits"]) < 0:
         raise ValueError(f"a rate of {told['rate']} after {told['visits']} visits")
-    if digests:
-        told["columns"] = digests["columns"]
-        if _digest_of(*map(str.encode, told.values())) != digests["sha256"]:
-            raise ValueError("is not what was written, its digest differs")
+    digest = later.pop("sha256", None)
+    told |= later
+    if (later or digest is not None) and _digest_of(*map(str.encode, told.values())) != digest:
+        raise ValueError("is not what was written, its digest differs")
     return told
 
 

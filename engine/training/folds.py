@@ -24,7 +24,7 @@ from ..files import digests
 from ..files.atomic import as_umask, put_in_place
 from ..model.efficientclip import load_model
 from ..model.encode import BATCH, encode_rows
-from ..noise.rate import folds, judge, near, pair_groups, write_cross_fit
+from ..noise.rate import NEGLIGIBLE, folds, judge, near, pair_groups, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled
 from .run_folder import owned, proven
@@ -64,6 +64,10 @@ def cross_fit(config: Config) -> int:
             for file in encoded:
                 file.unlink()
             print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+            for source in found.sources if len(found.sources) > 1 else ():
+                none = f", below {NEGLIGIBLE:.0%}: none is dropped for it" if source.rate < NEGLIGIBLE else ""
+                interval = f"95 % interval {source.low:.1%} to {source.high:.1%}"
+                print(f"  {source.name}: {source.rate:.1%} ({interval}) of {source.pairs:,} pairs{none}")
         assembled()
     return 0
 

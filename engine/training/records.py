@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ class Metrics:
     def add(self, values: dict[str, float]) -> None:
         self.pending.append(values)
 
-    def write(self, step: int, visits: int, epoch: int, batch_size: int, kept: float) -> None:
+    def write(
+        self, step: int, visits: int, epoch: int, batch_size: int, kept: float, kept_by_source: Mapping[str, float]
+    ) -> None:
         """One line for the steps since the last: means, and rates over their time."""
         n = len(self.pending)
         total = {name: sum(values[name] for values in self.pending) for name in self.pending[0]}
@@ -75,7 +77,8 @@ class Metrics:
             "tokens_per_s": total["tokens"] / total["step_seconds"],
             "data_wait_share": total["data_wait_seconds"] / total["step_seconds"],
         }
-        self._write(step, {"visits": visits, "epoch": epoch, **line})
+        by_source = {"kept_share_by_source": kept_by_source} if kept_by_source else {}
+        self._write(step, {"visits": visits, "epoch": epoch, **line, **by_source})
         self.pending = []
 
     def validation(self, step: int, visits: int, epoch: int, reports: dict[str, dict[str, Any]]) -> None:
@@ -83,7 +86,7 @@ class Metrics:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         with writing(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float)}
         for name, report in values.get("validation", {}).items():
             scalars |= {f"{name}/{direction} R@10": report[direction]["R@10"] for direction in ("t2i", "i2t")}

@@ -100,6 +100,9 @@ class Trainer:
         if self.rank == 0:
             record_hardware(self.run / "hardware.json", self.step, self.world_size)
         self.metrics = Metrics(self.run, self.step, opened(config, self.step)) if self.rank == 0 else None
+        chosen = self.rank == 0 and config.confidence.selection != "none"
+        self.by_source = source.by_source() if chosen else None
+        self._count_sources()
         # A finished run writes its last one again, in the place of what is there.
         if self.rank == 0 and self.step < self.total_steps:
             forget_from(self.run, self.loader.epoch)
@@ -440,6 +443,14 @@ class Trainer:
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
         self.loader.next_epoch()
         self.loader.kept = self.confidence.kept
+        self._count_sources()
+
+    def _count_sources(self) -> None:
+        """The share of the pairs of each source that the epoch trains on, where there are several."""
+        self.kept_by_source: dict[str, float] = {}
+        if self.by_source is not None and len(self.by_source.names) > 1:
+            shares = self.by_source.shares(self.confidence.kept)
+            self.kept_by_source = {name: share for name, (_, share) in shares.items()}
 
     def _validate(self) -> bool:
         """Measure the validation sets; True when the mean text->image recall@10 is the best so far."""
@@ -463,7 +474,9 @@ class Trainer:
             self.metrics.add(values)
             if step in (1, self.total_steps) or step % training.log_every == 0:
                 visits = step * training.batch_size
-                self.metrics.write(step, visits, self.loader.epoch, training.batch_size, self.loader.kept_share)
+                self.metrics.write(
+                    step, visits, self.loader.epoch, training.batch_size, self.loader.kept_share, self.kept_by_source
+                )
 
     def anywhere(self) -> tuple[int, bool]:
         """What holds on any rank: they stop together, whichever got the signal, and end an epoch together."""

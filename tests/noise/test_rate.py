@@ -14,6 +14,7 @@ from efficientclip.data.store import Store, edges
 from efficientclip.errors import UserError
 from efficientclip.noise.confidence import ConfidenceTable
 from efficientclip.noise.rate import (
+    NEGLIGIBLE,
     TESTIMONY,
     Competence,
     CrossFit,
@@ -22,6 +23,7 @@ from efficientclip.noise.rate import (
     folds,
     judge,
     near,
+    noise_interval,
     noise_rate,
     p_values,
     pair_groups,
@@ -144,6 +146,22 @@ def test_noise_of_one_source_is_found_there() -> None:
     assert noise_rate(p, around, np.arange(n)) < wrong.mean() - 0.1
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_an_interval_is_as_wide_as_chance_moves_the_rate(rate: float) -> None:
+    """The counts of other pairs of the same kind would lie in it, 95 times of 100."""
+    rates, intervals = [], []
+    for seed in range(40):
+        p, around, _, _ = scored_pairs(rate, seed, 4_000)
+        every = np.arange(len(p))
+        rates.append(noise_rate(p, around, every))
+        intervals.append(noise_interval(p, around, every))
+    assert all(low <= found <= high for found, (low, high) in zip(rates, intervals, strict=True) if found > 0)
+    held = np.mean([low <= np.mean(rates) <= high for low, high in intervals])
+    assert 0.8 <= held <= 1
+    assert 2 * np.std(rates) < np.mean([high - low for low, high in intervals]) < 7 * np.std(rates)
+    assert noise_interval(p, around, every) == noise_interval(p, around, every)
+
+
 def test_captions_from_elsewhere_count_once() -> None:
     """They fit worse than the source's own: their p is not uniform, but near 1."""
     for rate in (0.1, 0.3):
@@ -163,6 +181,12 @@ def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: 
     text_2KD = [unit(random, len(store.offsets) - 1, store.width).numpy() for _ in range(2)]
     found = judge(store, groups, fold, text_2KD, visits=1, seed=0)
     assert found.rate > 0
+    assert [(source.name, source.pairs) for source in found.sources] == [("b", 140), ("a", 100)]
+    assert all(0 <= source.low <= source.rate <= source.high <= 1 for source in found.sources)
+    told = sum(source.rate * source.pairs for source in found.sources if source.rate >= NEGLIGIBLE)
+    assert told / 240 == pytest.approx(found.rate)
+    write_cross_fit(tmp_path, store, found)
+    assert read_cross_fit(tmp_path, store).sources == found.sources
     monkeypatch.setattr("efficientclip.noise.rate.NEGLIGIBLE", 1.1)
     assert judge(store, groups, fold, text_2KD, visits=1, seed=0).rate == 0
     for part in (np.arange(100), np.arange(100, 240)):
@@ -186,8 +210,15 @@ def test_small_sources_are_taken_together(tmp_path: Path, monkeypatch: pytest.Mo
     for least, sizes in ((0, [100, 60, 50, 30]), (60, [100, 60, 80]), (90, [100, 140]), (101, [240])):
         monkeypatch.setattr("efficientclip.noise.rate.LEAST_SOURCE", least)
         parts = sources(store)
-        assert [len(rows) for rows in parts] == sizes
-        assert sorted(np.concatenate(parts)) == list(range(240))
+        assert [len(rows) for _, rows in parts] == sizes
+        assert sorted(np.concatenate([rows for _, rows in parts])) == list(range(240))
+        few = f"source(s) of fewer than {least} pairs"
+        names = {0: ["a", "b", "c", "(none)"], 60: ["a", "b", f"2 {few}"], 90: ["a", f"3 {few}"], 101: [f"4 {few}"]}
+        assert [name for name, _ in parts] == names[least]
+    monkeypatch.setattr("efficientclip.noise.rate.LEAST_SOURCE", 300)
+    assert [name for name, _ in sources(store)] == ["a and 3 source(s) of fewer than 300 pairs"]
+    name_sources(store, ["a"] * 240)
+    assert [(name, len(rows)) for name, rows in sources(store)] == [("a", 240)]
 
 
 def separation(upper: Any, lower: Any) -> float:

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -129,6 +130,16 @@ def launcher(ranks: int, *arguments: str, script: Path | None, module: str) -> l
     target = [str(script)] if script else ["--module", module]
     program = Path(sys.executable).with_name("deepspeed")
     return [str(program), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *target, *arguments]
+
+
+def back_to(run: Path, step: int) -> None:
+    """Leave of a finished run what it had behind the checkpoint of `step`."""
+    shutil.rmtree(run / "model")
+    kept = f"step-{step:08d}"
+    assert (run / "checkpoints" / kept).is_dir()
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if checkpoint.name > kept:
+            shutil.rmtree(checkpoint)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
