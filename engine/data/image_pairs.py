@@ -98,8 +98,9 @@ class ImagePairLoader:
     There are as many orders as ranks began the run, and each gives as many pairs to a global batch. Where ranks are
     fewer now, one reads several orders; where they are more, several share one, in runs as long as what each gives to a
     batch. So ranks may change and batches stay, but for a shared order's bad samples: each of its readers steps over
-    its own. No pair comes twice in an epoch. A bad shard, of which data.max_bad_shards are allowed, stays out until the
-    epoch ends, whatever is stopped and started. Where samples of a tar begin is kept in the run's `index` folder.
+    its own. No pair comes more often in an epoch than its source weighs. A bad shard, of which data.max_bad_shards are
+    allowed, stays out until the epoch ends, whatever is stopped and started. Where samples of a tar begin is kept in
+    the run's `index` folder.
 
     An image with several captions shows what its source's `captions` says: the first, another one on each visit, or
     all, each in a pair of its own, one after the other. A shared order is shared by images, so that all captions shift
@@ -267,7 +268,7 @@ class ImagePairLoader:
         # Drawn for the whole batch, then sliced: the views do not depend on the world size.
         draws = torch.rand((training.batch_size, 11), generator=generator)[first : first + m]
         of_batches = [list(of_one) for _, of_one in groupby(pairs, lambda pair: id(pair.batch))]
-        planes = torch.cat([part[0].batch.images[[pair.image for pair in part]] for part in of_batches])
+        planes = torch.cat([_images(part) for part in of_batches])
         views = augment(planes.float() / 255, draws, training.augmentation)
         pixels = standardise(views, self.source.tower.mean, self.source.tower.std)
         texts = Texts.of(self.source.tokenizer(captions)["input_ids"])
@@ -315,6 +316,12 @@ class HeldOutImages:
         self.texts = Texts.of(tokenizer(list(text_of))["input_ids"])
         self.to_images = edges(np.array(text_ids), np.array(image_ids), len(text_of))
         self.to_texts = edges(np.array(image_ids), np.array(text_ids), len(self.pixels))
+
+
+def _images(pairs: Sequence[_Pair]) -> torch.Tensor:
+    """Of pairs of one batch; the batch's own memory where they are all of it."""
+    images, rows = pairs[0].batch.images, [pair.image for pair in pairs]
+    return images if rows == list(range(len(images))) else images[rows]
 
 
 def _picture_id(pair: _Pair) -> int:

@@ -86,7 +86,7 @@ class Metrics:
 
     def _write(self, step: int, values: dict[str, Any]) -> None:
         with writing(self.file), self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step, **values}) + "\n")
         scalars = {f"train/{name}": value for name, value in values.items() if isinstance(value, float)}
         for name, report in values.get("validation", {}).items():
             scalars |= {f"{name}/{direction} R@10": report[direction]["R@10"] for direction in ("t2i", "i2t")}

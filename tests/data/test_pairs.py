@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import os
 import pickle
@@ -17,11 +18,15 @@ import numpy as np
 import pytest
 import torch
 
+from efficientclip.config import Augmentation, ImageTower
 from efficientclip.data.batches import Batch, pack
 from efficientclip.data.pairs import CaptionPairs, MaskedTexts, PairLoader, PairSource
+from efficientclip.data.pixels import PicturePairs, load_pictures
+from efficientclip.data.sources import open_source
 from efficientclip.data.store import FORMAT, Store, TextStore
 from efficientclip.errors import UserError
 from tests import tiny
+from tests.data.tars import encode, photograph, write_tar
 from tests.forks import exit_code_of_fork
 
 SEED = int(np.random.SeedSequence().generate_state(1)[0])
@@ -151,6 +156,27 @@ def test_weight_1_is_no_weight(mixed: Store) -> None:
         for one, other in zip(weighted, plain, strict=True):
             assert_same(one, other)
         assert weighted.state().keys() == plain.state().keys()
+
+
+def test_an_image_tower_sees_pictures_as_often_as_their_source_weighs(tmp_path: Path) -> None:
+    sources = []
+    for number, count in enumerate((20, 40)):
+        samples = [(f"{number}-{at:02d}", encode(photograph(24, 24, at), "PNG")) for at in range(count)]
+        english = json.dumps({"captions_en": ["a cat"]}).encode()
+        files = [file for key, png in samples for file in ((f"{key}.png", png), (f"{key}.json", english))]
+        sources.append(open_source(write_tar(tmp_path / f"{number}.tar", files)))
+    pictures = load_pictures(sources, 16)
+    assert pictures.origins == [0] * 20 + [1] * 40
+    tower = ImageTower(pretrained="none", size=16)
+
+    def made(weights: list[float]) -> PicturePairs:
+        rows = np.ones((1, 4), np.float32)
+        return PicturePairs(pictures, lambda texts: rows, tower, Augmentation(), SEED, weights)
+
+    with PairLoader(made([2, 0.5]), batch_size=1, seed=SEED) as loader:
+        times = np.bincount(rows_of(list(loader), 1), minlength=60)
+    assert (times[:20] == 2).all() and {*times[20:]} == {0, 1}
+    assert made([1, 1]).weights is None
 
 
 def test_a_source_that_the_store_lacks_is_refused(mixed: Store) -> None:
