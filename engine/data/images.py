@@ -140,8 +140,8 @@ class ImageLoader(ThreadedLoader):
         given = [source] if isinstance(source, str | Path | Source) else source
         opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
         weights = weights or [1.0] * len(opened)
-        held = len(weights) == len(opened) and all(weight > 0 and math.isfinite(weight) for weight in weights)
-        _check(held, f"weights: {list(weights)} of {len(opened)} sources; give one above 0 for each")
+        held = len(weights) == len(opened) and all(0 < weight <= 100 for weight in weights)
+        _check(held, f"weights: {list(weights)} of {len(opened)} sources; give each one above 0, and 100 at most")
         self._parts, self._visits, parts_shares = [], [], []
         for origin, (one, weight) in enumerate(zip(opened, weights, strict=True)):
             parts = one.parts

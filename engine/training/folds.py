@@ -2,7 +2,7 @@
 
 CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumable
           model/               the mean of the two towers: the joint run's start
-          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rate in its metadata
+          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rates in its metadata
 """
 
 from __future__ import annotations

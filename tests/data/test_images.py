@@ -155,7 +155,7 @@ def test_a_weighted_order_goes_on_behind_any_sample(shards: Path) -> None:
 
 @pytest.mark.parametrize("weights", [[1], [0, 1], [-1, 1], [math.inf, 1], [math.nan, 1]])
 def test_weights_that_are_none_are_refused(shards: Path, weights: list[float]) -> None:
-    with pytest.raises(UserError, match=r"weights: .* of 2 sources; give one above 0 for each"):
+    with pytest.raises(UserError, match=r"weights: .* of 2 sources; give each one above 0, and 100 at most"):
         loader([shards / "0.tar", shards / "1.tar"], weights=weights)
 
 
