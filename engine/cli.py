@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 
 from . import __version__, profile, stopping
 from .errors import UserError, reported
+from .files.places import Location, location
 
 if TYPE_CHECKING:
     from .data.tables import Columns
 
 PICTURES = (
     ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
-    " picture paths (a .parquet: or pictures) and captions"
+    " picture paths (a .parquet: or pictures) and captions; at a path, an s3://, gs://, hf:// or https:// URL, or what"
+    " pipe:COMMAND writes"
 )
 
 
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "source",
         nargs="?",
-        type=Path,
+        type=location,
         metavar="SOURCE",
         help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt); without it, the config's data.sources",
     )
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "data",
         nargs="?",
-        type=Path,
+        type=location,
         metavar="DATA",
         help=f"a store, {PICTURES}",
     )
@@ -126,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
     search = command(_search, "search", "find pictures for a text and write them as one picture")
     _add_run(search)
     search.add_argument("query", metavar="QUERY", help="for instance 一只戴帽子的猫")
-    search.add_argument("--data", type=Path, help="a store or pictures to search (default: what the run trained on)")
+    search.add_argument(
+        "--data", type=location, help="a store or pictures to search (default: what the run trained on)"
+    )
     _add_columns(search, "--data")
     search.add_argument("--top", type=int, default=10, help="number of pictures (default: 10)")
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
@@ -171,7 +175,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_columns(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("--images", type=Path, metavar="DIR", help=f"where the picture paths in {source} start")
+    parser.add_argument("--images", type=location, metavar="DIR", help=f"where the picture paths in {source} start")
     for name, held in (
         ("image", "picture paths, or pictures"),
         ("caption", "captions, or labels"),
@@ -228,6 +232,9 @@ def _prepare(given: argparse.Namespace) -> None:
     }
     told = [f"{manifest[count]:,} × {note}" for count, note in notes.items() if manifest.get(count)]
     told += [f"left out: {', '.join(bad)}"] if bad else []
+    if shards := manifest.get("bad_shards"):
+        again = "the same command tries again"
+        told.append(f"left out: {len(shards):,} of its shards, the first: {shards[0]['cause']}; {again}")
     print("; ".join([f"{given.store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}", *told]))
 
 
@@ -335,12 +342,12 @@ def _search(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    tables = {}
+    tables: dict[str, Location] = {}
     for item in given.data or ():
         name, _, path = item.partition("=")
         if not name or not path:
             raise UserError(f"--data {item!r}: write it as NAME=PATH, for instance seen=stores/demo-val_seen")
-        tables[name] = Path(path)
+        tables[name] = location(path)
     _silence_model_files()
     from .evaluation.report import write_report
     from .training.run_folder import run_config
@@ -348,10 +355,16 @@ def _report(given: argparse.Namespace) -> None:
     if not tables and (given.run / "config.yaml").is_file():
         tables = run_config(given.run).data.validation
         for name, path in tables.items():
-            if not path.exists():
-                given_all = (f"{other}={place if place.exists() else 'PATH'}" for other, place in tables.items())
+            if not _is_there(path):
+                given_all = (
+                    f"{other}={place}" if _is_there(place) else f"{other}=PATH" for other, place in tables.items()
+                )
                 raise UserError(f"data.validation.{name} is not at {path}; name it by --data {' '.join(given_all)}")
     print(write_report(given.run, tables, given.output, replace=given.replace, store=given.store))
+
+
+def _is_there(place: Location) -> bool:
+    return not isinstance(place, Path) or place.exists()
 
 
 def _export(given: argparse.Namespace) -> None:

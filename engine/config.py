@@ -3,69 +3,50 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from yaml import YAMLError, safe_dump
 
 from .errors import UserError
 from .files.atomic import write_atomically
+from .files.places import URL, Location
+from .values import (
+    COUNT,
+    PIXELS,
+    SEED,
+    TOKENS,
+    WHOLE,
+    Beta,
+    Name,
+    NotNegative,
+    Place,
+    Positive,
+    Source,
+    check_numbers,
+)
 
-# C++ and torch count in int32 here, and in int64 and float64 there.
-COUNT, WHOLE, SEED = 2**31 - 1, 2**53, 2**63 - 1
-PIXELS, TOKENS = 4096, 2**16
 # Keys that hold a hub id or a path.
 HUB_OR_PATH = ("pretrained", "clip_layers", "tokenizer")
 PLACES = {
-    "run", "deepspeed", "data.store", "data.tokenizer", "mlm.texts", "confidence.cross_fit", "model.start_from",
-    "model.teacher.mean",
+    "run", "deepspeed", "data.store", "data.cache", "data.tokenizer", "mlm.texts", "confidence.cross_fit",
+    "model.start_from", "model.teacher.mean",
 }  # fmt: skip
 # They may change while a run is under way.
 ASIDE = {
     "training.grace_seconds", "training.final", "training.threads", "training.log_every", "training.checkpoint_every",
     "training.keep_checkpoints", "training.validate_every", "training.validate_every_steps", "training.report_to",
-    "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute", "data.max_bad_shards",
+    "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute",
+    "data.cache_gib", "data.max_bad_shards",
 }  # fmt: skip
 
 
-def _nameable(value: Any) -> Any:
-    if isinstance(value, str | Path):
-        name = str(value)
-        if not name.strip():
-            raise ValueError("empty; give a name")
-        if "\0" in name or max(map(len, os.fsencode(name).split(b"/"))) > 255:
-            raise ValueError("no name that a file could have")
-    return value
-
-
-def _check_numbers(key: str, value: Any) -> None:
-    """ValueError when a number in an architecture, under `key` or deeper, can be none."""
-    if isinstance(value, dict):
-        for name, held in value.items():
-            _check_numbers(f"{key}.{name}" if key else str(name), held)
-    elif isinstance(value, list):
-        for held in value:
-            _check_numbers(key, held)
-    elif isinstance(value, int | float):
-        name = key.rpartition(".")[2]
-        if not math.isfinite(value):
-            raise ValueError(f"{key} is {value}; give a finite number")
-        if (name.endswith(("size", "sizes")) or name.startswith("num_")) and not 0 <= value <= COUNT:
-            raise ValueError(f"{key} is {value}; give a number from 0 to {COUNT}")
-
-
-Name = Annotated[str, BeforeValidator(_nameable)]
-Place = Annotated[Path, BeforeValidator(_nameable)]
-NotNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -93,7 +74,7 @@ class Tower(Section):
     @field_validator("architecture")
     @classmethod
     def _has_sizes(cls, described: dict[str, Any] | None) -> dict[str, Any] | None:
-        _check_numbers("", described)
+        check_numbers("", described)
         return described
 
 
@@ -314,7 +295,7 @@ class Training(Section):
 class DataSource(Section):
     """Pictures with captions, or parallel text; `PATH` alone stands for `{path: PATH}`."""
 
-    path: Place | None = Field(None, description="what `prepare` takes; a run on a store needs none")
+    path: Source | None = Field(None, description="what `prepare` takes; a run on a store needs none")
     weight: float = Field(
         1.0, gt=0, le=100, description="visits an epoch; by the fraction a share is visited, drawn anew each epoch"
     )
@@ -329,15 +310,20 @@ class Data(Section):
         default_factory=dict,
         description="name: what an image tower or both train on, or `prepare STORE` reads; or names of data.store's",
     )
-    validation: dict[Name, Place] = Field(default_factory=dict, description="name: labelled store or tar")
+    max_bad_shards: int = Field(
+        0,
+        ge=0,
+        le=COUNT,
+        description="shards that may be left out: they cannot be had, or are not whole",
+    )
+    cache: Place | None = Field(None, description="folder that keeps remote shards; without it each pass fetches them")
+    cache_gib: float = Field(100.0, gt=0, description="size of data.cache: those used least recently go")
+    validation: dict[Name, Source] = Field(default_factory=dict, description="name: labelled store or tar")
     tokenizer: Name | None = Field(None, description="hub id, folder, or a BERT vocab.txt")
     max_text_tokens: int = Field(
         64, ge=8, le=TOKENS, description="longer unpaired texts are cut into pieces of this length"
     )
     max_bad_share: float = Field(0.05, ge=0, le=1, description="share of bad samples above which preparing stops")
-    max_bad_shards: int = Field(
-        0, ge=0, le=COUNT, description="tars that may be missing or not whole, of an epoch or of what is prepared"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -351,7 +337,7 @@ class Data(Section):
     def _paths_alone(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        return {name: {"path": held} if isinstance(held, str | Path) else held for name, held in given.items()}
+        return {name: {"path": held} if isinstance(held, str | Path | URL) else held for name, held in given.items()}
 
 
 class DemoData(Section):
@@ -497,7 +483,7 @@ def _misplaced(given_run: Path, config: Config) -> Iterator[str]:
             f"training.threads: {config.training.threads}, but this process may use {cores} core(s); set it to {cores}"
             " or less, or to 0"
         )
-    written = _named({"run": config.run, "confidence.cross_fit": config.confidence.cross_fit})
+    written = _named({"run": config.run, "confidence.cross_fit": config.confidence.cross_fit, "data.cache": data.cache})
     read = _named(
         {"data.store": data.store, "mlm.texts": config.mlm.texts}
         | {f"data.validation.{name}": path for name, path in data.validation.items()}
@@ -522,8 +508,8 @@ def _misplaced(given_run: Path, config: Config) -> Iterator[str]:
             yield f"{key}: {path} is this run's own folder; give that of the run to start from, or another `run`"
 
 
-def _named(places: dict[str, Path | None]) -> dict[str, Path]:
-    return {key: path for key, path in places.items() if path is not None}
+def _named(places: Mapping[str, Location | None]) -> dict[str, Path]:
+    return {key: path for key, path in places.items() if isinstance(path, Path)}
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -45,8 +45,12 @@ class UserError(Exception):
     """Bad input, named by file and field, with its remedy."""
 
 
+class ShardError(UserError):
+    """A shard that cannot be had, or is not whole; a run may go on without it (data.max_bad_shards)."""
+
+
 @contextmanager
-def reading(what: str, path: Path, remedy: str) -> Iterator[None]:
+def reading(what: str, path: Path | str, remedy: str) -> Iterator[None]:
     """Whatever goes wrong while the block reads `path` becomes a UserError: which file, what is wrong, what to do."""
     try:
         yield

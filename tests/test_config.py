@@ -236,6 +236,19 @@ def test_neighbouring_folders_are_taken(file: Path, folders: Path) -> None:
     load_config(file, ["run=runs/old", "model.start_from=runs/old/fold-0"])
 
 
+def test_urls_stay_as_they_are_and_patterns_of_paths_are_absolute(file: Path, folders: Path, tmp_path: Path) -> None:
+    given = ["s3://bucket/{0..3}.tar", "pipe:cat a/../b.tar", "HTTPS://host/a.tar?b=../c", "train/{0..3}.tar"]
+    listed = ",".join(f"'{one}'" for one in given)
+    overrides = [f"data.shards=[{listed}]", "data.validation={held: 'https://host//held.tar'}", "data.cache=kept"]
+    config = load_config(file, overrides)
+    assert [str(one) for one in config.data.shards] == [*given[:3], str(folders / "train" / "{0..3}.tar")]
+    assert str(config.data.validation["held"]) == "https://host//held.tar" and config.data.cache == folders / "kept"
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", saved=True) == config
+    aside = [*overrides, "data.cache=elsewhere", "data.cache_gib=2", "data.max_bad_shards=3"]
+    assert differing_keys(config, load_config(file, aside)) == []
+
+
 def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tower = "{architecture: {model_type: efficientclip_text, label: store}, pooling: last, clip_layers: store}"
     given = [

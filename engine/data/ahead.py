@@ -69,30 +69,33 @@ class Ahead:
 
     def index(self, shard: int) -> npt.NDArray[np.uint32] | None:
         """uint32 [samples] of a tar: 512-byte records of each; None where there is none, or of another tar."""
-        if self._indexes is None:
+        file = self._file(shard)
+        if file is None:
             return None
         with suppress(OSError):
-            content = self._file(shard).read_bytes()
+            content = file.read_bytes()
             if content[:8] == xxh3_64_digest(content[8:]):
                 return np.frombuffer(content, np.uint32, offset=8)
         return None
 
     def keep(self, shard: int, records: npt.NDArray[np.uint32]) -> None:
         """Without room for it, the next reader walks along the headers, too."""
-        if self._indexes is None:
+        file = self._file(shard)
+        if file is None:
             return
         with suppress(OSError):
-            file, content = self._file(shard), records.tobytes()
-            self._indexes.mkdir(parents=True, exist_ok=True)
+            content = records.tobytes()
+            file.parent.mkdir(parents=True, exist_ok=True)
             # Other ranks may write the same one.
             aside = file.with_name(f".{file.name}.{os.getpid()}.partial")
             aside.write_bytes(xxh3_64_digest(content) + content)
             os.replace(aside, file)
 
-    def _file(self, shard: int) -> Path:
-        part = self.parts[shard]
-        known = hashlib.sha256(json.dumps(part.identity).encode()).hexdigest()[:32]
-        return Path(self._indexes or "", f"{known}.index")
+    def _file(self, shard: int) -> Path | None:
+        known = None if self._indexes is None else self.parts[shard].identity(self._stopped)
+        if self._indexes is None or known is None:
+            return None
+        return self._indexes / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]}.index"
 
     def _bring(self, shard: int, coming: Future[Answer]) -> None:
         part = self.parts[shard]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from .. import _loader
 from ..errors import UserError, reading
+from ..files.places import Location
+from .remote import opened
 
 RECODE = "convert the file with iconv -f GB18030 -t UTF-8, or -f UTF-16 where a spreadsheet wrote it"
 # Without white space and marks at its ends; empty where nothing in it can be seen.
@@ -42,9 +43,9 @@ def escaped(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: Location) -> Iterator[tuple[int, str]]:
     """Each line of a UTF-8 file with its end, and its number from 1; a byte order mark is left out."""
-    with reading("source", file, "copy it again"), file.open("rb") as stream:
+    with reading("source", file, "copy it again"), opened(file) as stream:
         for number, line in enumerate(stream, 1):
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -52,6 +53,6 @@ def numbered_lines(file: Path) -> Iterator[tuple[int, str]]:
                 raise UserError(f"source {file}, line {number}: not UTF-8; {RECODE}") from error
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(file: Location) -> list[str]:
     """Lines as editors and `wc` count them, without their ends."""
     return [line.removesuffix("\n").removesuffix("\r") for _, line in numbered_lines(file)]

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -299,8 +298,10 @@ class ImagePairLoader:
 class HeldOutImages:
     """All images of a source, uint8 [n, S, S, 3], and their distinct captions, for validation."""
 
-    def __init__(self, path: Path, tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
-        loader = ImageLoader(path, batch_size=256, size=tower.size, train=False, dtype=torch.uint8, channels_last=True)
+    def __init__(self, source: Source, tower: ImageTower, tokenizer: PreTrainedTokenizerBase) -> None:
+        loader = ImageLoader(
+            source, batch_size=256, size=tower.size, train=False, dtype=torch.uint8, channels_last=True
+        )
         text_of: dict[str, int] = {}
         pixels: list[torch.Tensor] = []
         text_ids, image_ids = [], []
@@ -311,7 +312,7 @@ class HeldOutImages:
                     image_ids += [image] * len(captions)
                 pixels.append(batch.images.permute(0, 2, 3, 1).clone())
         if not pixels:
-            raise UserError(f"data.validation: {path} holds no usable image with a caption")
+            raise UserError(f"data.validation: {source.path} holds no usable image with a caption")
         self.pixels = torch.cat(pixels)
         self.texts = Texts.of(tokenizer(list(text_of))["input_ids"])
         self.to_images = edges(np.array(text_ids), np.array(image_ids), len(text_of))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import _loader
-from ..errors import UserError
+from ..errors import ShardError, UserError
 from .ahead import Ahead
 from .pictures import by_pillow
 from .shards import BadSample, BadShard
@@ -138,7 +138,7 @@ class ImageLoader(ThreadedLoader):
     ) -> None:
         super().__init__()
         given = [source] if isinstance(source, str | Path | Source) else source
-        opened = [one if isinstance(one, Source) else open_source(Path(one)) for one in given]
+        opened = [one if isinstance(one, Source) else open_source(one) for one in given]
         weights = weights or [1.0] * len(opened)
         held = len(weights) == len(opened) and all(0 < weight <= 100 for weight in weights)
         _check(held, f"weights: {list(weights)} of {len(opened)} sources; give each one above 0, and 100 at most")
@@ -278,7 +278,7 @@ class ImageLoader(ThreadedLoader):
             self._consumed = consumed
         except _loader.ShardError as error:
             self._stop()
-            raise UserError(str(error)) from None
+            raise ShardError(str(error)) from None
         except BaseException:
             # What the threads handed over, nobody received: they start again from the position.
             self._stop()

@@ -42,8 +42,9 @@ class Listing:
     file int32 [n]: which of `files` holds each, -1 where there is none; offset, length int64 [n]: where in it, -1 for
     the whole file. `base64`: what lies there is base64 of either alphabet. keys, sources: UTF-8 [n]. captions: UTF-8,
     those of picture i from caption_ends[i] to caption_ends[i + 1] - 1; lone surrogates stay, and make a bad sample of
-    it. text_ids: as many, or None; they tell equal captions apart. cells int64 [n], of pictures that were unpacked to
-    `memory`: the number of the cell that each came from, -1 where it lies in a file of its own.
+    it. text_ids: as many, or None; they tell equal captions apart. cells int64 [n], of pictures that were written to
+    `memory`: the number of the cell, or the byte of the source's file, that each came from, -1 where it lies in a file
+    of its own. places [n], of remote pictures that were written there: their URLs.
     """
 
     files: Strings
@@ -58,6 +59,7 @@ class Listing:
     text_ids: Strings | None
     cells: npt.NDArray[np.int64] | None = None
     memory: IO[bytes] | None = None
+    places: Strings | None = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -73,6 +75,7 @@ class Listing:
             sources=self.sources.part(first, end),
             caption_ends=self.caption_ends[first : end + 1],
             cells=None if self.cells is None else self.cells[first:end],
+            places=None if self.places is None else self.places.part(first, end),
         )
 
     def file_of(self, picture: int) -> bytes:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import config as settings
-from ..errors import UserError
+from ..errors import UserError, tell
 from .batches import IntArray
 from .images import ImageLoader
 from .pairs import PairSource, weighted
@@ -33,14 +33,21 @@ class Pictures:
     origins: list[int]
 
 
-def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
-    """All pictures of the sources that carry `captions_en`, which tars' .json members do."""
+def load_pictures(sources: Sequence[Source], size: int, max_bad_shards: int = 0) -> Pictures:
+    """All pictures of the sources that carry `captions_en`, which tars' .json members do; bad shards are told."""
     pixels: list[torch.Tensor] = []
     keys: list[str] = []
     captions: list[list[str]] = []
     origins: list[int] = []
     with ImageLoader(
-        sources, batch_size=256, size=size, train=False, dtype=torch.uint8, channels_last=True, captions=False
+        sources,
+        batch_size=256,
+        size=size,
+        train=False,
+        dtype=torch.uint8,
+        channels_last=True,
+        captions=False,
+        max_bad_shards=max_bad_shards,
     ) as loader:
         for batch in loader:
             chosen = [at for at, english in enumerate(batch.captions_en) if english]
@@ -48,6 +55,8 @@ def load_pictures(sources: Sequence[Source], size: int) -> Pictures:
             keys += [batch.keys[at] for at in chosen]
             captions += [batch.captions_en[at] for at in chosen]
             origins += [batch.origins[at] for at in chosen]
+        for shard in loader.bad_shards:
+            tell(f"notice: left out: {shard.cause}")
         if loader.bad_samples:
             bad = loader.bad_samples[0]
             raise UserError(f"shard {bad.shard}, {bad.key}: {bad.cause}; mend the sample or take it out")

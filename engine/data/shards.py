@@ -6,10 +6,12 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from tempfile import TemporaryFile
 
 from .. import _loader
 from ..errors import UserError
+from ..files.places import URL, Location
+from .remote import opened, read_range
 from .tables import read_picture_cell
 
 IMAGE_SUFFIXES = frozenset(_loader.IMAGE_SUFFIXES)
@@ -36,11 +38,11 @@ class BadShard:
     cause: str
 
 
-def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
+def read_members(shard: Location) -> Iterator[tuple[str, Members]]:
     """Key and members of each sample of one tar in order; a sample is the run of members that share a name up to the
     first dot."""
     try:
-        with tarfile.open(shard) as tar:
+        with opened(shard) as file, tarfile.open(fileobj=file) as tar:
             key = ""
             members: Members = {}
             for member in tar:
@@ -61,12 +63,18 @@ def read_members(shard: Path) -> Iterator[tuple[str, Members]]:
         raise UserError(f"shard {shard}: not a whole tar file ({error}); copy or download it again") from error
 
 
-def read_picture(shard: Path, offset: int, length: int) -> bytes:
+def read_picture(shard: Location, offset: int, length: int) -> bytes:
     """The encoded picture that a store row points to; in a .tsv it stands as base64, in a .parquet in a cell."""
     try:
         if shard.suffix == ".parquet":
             return read_picture_cell(shard, offset)
-        return _loader.read_picture(os.fsencode(shard), offset, length, base64=shard.suffix == ".tsv")
+        base64 = shard.suffix == ".tsv"
+        if not isinstance(shard, URL):
+            return _loader.read_picture(os.fsencode(shard), offset, length, base64=base64)
+        with TemporaryFile() as file:
+            file.write(read_range(shard, offset, length))
+            file.flush()
+            return _loader.read_picture(b"/proc/self/fd/%d" % file.fileno(), 0, length, base64=base64)
     except ValueError as error:
         cause = str(error)
         if cause.startswith(UNREADABLE):

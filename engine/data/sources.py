@@ -5,6 +5,9 @@ X_imgs.tsv, X_texts.jsonl   Chinese-CLIP's: id<TAB>base64 picture; {"text_id", "
 *.json                      AI Challenger's [{"image_id", "caption": […]}] or COCO's {"images", "annotations"}
 *.csv, *.tsv, *.parquet     a table with a column of picture paths and one of captions
 *.parquet                   as `datasets` writes it, with the pictures themselves in a column
+
+Each of them may lie anywhere that fsspec reaches (s3://, gs://, hf://, https://), a tar may be what a command writes
+(pipe:COMMAND), and several tars or .parquet may be named by braces and globs.
 """
 
 from __future__ import annotations
@@ -14,19 +17,22 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryFile, gettempdir
 from threading import Event
 from typing import IO, Any
 
 import numpy as np
 
-from ..errors import UserError, writing
+from ..errors import ShardError, UserError
+from ..files.places import URL, Location, is_pattern, location
+from .cache import Cache, fetch
 from .captions import RECODE, captions_of, escaped, is_utf8, numbered_lines
 from .listing import Listing, Strings, ends_of
+from .remote import Described, described, expanded, inside, opened
 from .shards import IMAGE_SUFFIXES, BadSample
 from .tables import (
     CAPTION_COLUMNS,
@@ -43,13 +49,15 @@ from .tables import (
     header_of,
     named,
     picture_column,
-    read_cells,
     read_table,
 )
+from .unpack import fetched, unpacked
 
 PART = 4096
 IMAGES, TEXTS = "_imgs.tsv", "_texts.jsonl"
-URL = re.compile(r"https?://\S+")
+# How the names of files end that make a folder a source.
+KINDS = (".tar", IMAGES, ".parquet")
+WEB = re.compile(r"https?://\S+")
 SHARD = re.compile(r"-?\d+(-of-\d+.*)?$")
 BASE64_WORD = re.compile(r"[A-Za-z0-9+/_=-]{200,}")
 
@@ -60,17 +68,22 @@ class Source:
 
     A picture without captions stands in it only to be mistaken for another. `files` are those whose change makes it
     another source; `bad` are rows of text that make no picture. `tables` are the sources of a folder's files. `unpack`,
-    of pictures in cells of a .parquet, lists them where they are written to. `fetch`, of a tar that is elsewhere, gives
-    it as a local file until the event is set.
+    of pictures in cells of a .parquet or in remote files, lists them where they are written to. `fetch`, of a tar that
+    is elsewhere, gives it as a local file, or a ShardError soon after the event is set. Remote tars stay in `cache`.
     """
 
-    path: Path
-    files: Sequence[Path]
+    path: Location
+    files: Sequence[Location]
     listing: Listing | None = None
     bad: Sequence[BadSample] = ()
     tables: Sequence[Source] = ()
     unpack: Callable[[Listing], Listing] | None = None
     fetch: Callable[[Event], IO[bytes]] | None = None
+    cache: Cache | None = None
+
+    @property
+    def of_tars(self) -> bool:
+        return self.listing is None and not self.tables
 
     @property
     def pictures(self) -> int | None:
@@ -84,11 +97,12 @@ class Source:
         """Whether the pictures of a part are not at hand for the reader."""
         return self.unpack is not None or self.fetch is not None
 
-    @property
-    def identity(self) -> list[Any]:
-        """Of a part that is a tar: changed with its content."""
-        found = self.path.stat()
-        return [os.path.realpath(self.path), found.st_size, found.st_mtime_ns]
+    def identity(self, stop: Event | None = None) -> Described | None:
+        """Of a part that is a tar: changed with its content; None where nothing tells, or it cannot be had."""
+        with suppress(ShardError):
+            found = described(self.path, stop)
+            return found if found.changed else None
+        return None
 
     @property
     def parts(self) -> list[Source]:
@@ -98,7 +112,10 @@ class Source:
         if self.fetch is not None:
             return [self]
         if self.listing is None:
-            return [Source(tar, [tar]) for tar in self.files]
+            away: dict[Location, Callable[[Event], IO[bytes]]] = {
+                tar: partial(fetch, tar, self.cache) for tar in self.files if isinstance(tar, URL)
+            }
+            return [Source(tar, [tar], fetch=away.get(tar)) for tar in self.files]
         starts = range(0, max(len(self.listing), 1), PART)
         parts = [replace(self, listing=self.listing.part(start, start + PART), bad=()) for start in starts]
         return [*parts[:-1], replace(parts[-1], bad=self.bad)]
@@ -109,6 +126,8 @@ class Source:
             return str(self.path), offset
         if self.listing.cells is not None and (cell := int(self.listing.cells[picture])) >= 0:
             return str(self.path), cell
+        if self.listing.places is not None and (place := self.listing.places[picture]):
+            return os.fsdecode(place), 0
         return os.fsdecode(self.listing.file_of(picture)), offset
 
     def text_ids_of(self, picture: int) -> list[str]:
@@ -121,7 +140,7 @@ class _Entry:
     """A picture that is not read yet; `length` -1: the whole file."""
 
     key: str
-    file: Path
+    file: Location
     offset: int = 0
     length: int = -1
     captions: list[str] = field(default_factory=list)
@@ -129,33 +148,39 @@ class _Entry:
     source: str = ""
 
 
-def open_source(path: Path, images: Path | None = None, columns: Columns = USUAL) -> Source:
-    """The pictures and captions at `path`; pictures that lie in files of their own are looked for under `images`.
+def open_source(
+    source: str | Path, images: Location | None = None, columns: Columns = USUAL, cache: Cache | None = None
+) -> Source:
+    """The pictures and captions at `source`; pictures that lie in files of their own are looked for under `images`.
 
     Without `images`, paths in a table start from the table's folder, and a .json finds its pictures in its own folder,
-    the one above, or a folder in these. `columns` names those of a table. UserError, with file and line or field, when
-    the file cannot be read; a caption or picture that cannot be read comes as a BadSample.
+    where that is local also in the one above, or a folder in these. `columns` names those of a table. Remote tars are
+    kept in `cache`, if there is one. UserError, with file and line or field, when the file cannot be read; a caption or
+    picture that cannot be read comes as a BadSample.
     """
-    if not path.exists():
+    path = location(source)
+    if isinstance(path, Path) and not path.exists() and not is_pattern(path):
         raise UserError(f"source {path}: no such file or folder")
-    if path.is_dir() and not is_tars(path):
-        splits = sorted(path.glob(f"*{IMAGES}"))
-        if not splits and (tables := sorted(path.glob("*.parquet"))):
+    path, held = _held(path)
+    tars = [path] if held is None and path.suffix == ".tar" else _of_kind(held, ".tar")
+    in_itself = bool(tars) or path.name.endswith((IMAGES, TEXTS))
+    if held is not None and not tars:
+        splits = _of_kind(held, IMAGES)
+        if not splits and (tables := _of_kind(held, ".parquet")):
             return _tables_source(path, tables, images, columns)
         if len(splits) != 1:
-            held = f"several splits, name one: {', '.join(map(str, splits))}"
-            held = held if splits else f"no .tar, no .parquet and no *{IMAGES}"
-            raise UserError(f"source {path}: the folder holds {held}")
-        path = splits[0]
-    in_itself = is_tars(path) or path.name.endswith((IMAGES, TEXTS))
+            found = f"several splits, name one: {', '.join(map(str, splits))}"
+            found = found if splits else f"no .tar, no .parquet and no *{IMAGES}"
+            raise UserError(f"source {path}: the folder holds {found}")
+        path, in_itself = splits[0], True
     check_folder(images, path, unused=in_itself)
     is_table = path.suffix in SUFFIXES and not in_itself
     if columns.given and not is_table:
         raise UserError(f"{columns.given[0]}: {path} is no table; leave it out")
-    if is_tars(path):
-        return Source(path, [path] if path.is_file() else sorted(path.glob("*.tar")))
+    if tars:
+        return Source(path, tars, cache=cache)
     if path.name.endswith((IMAGES, TEXTS)):
-        return _base64_source(path.with_name(path.name.removesuffix(TEXTS).removesuffix(IMAGES)))
+        return _base64_source(path.with_name(path.name.removesuffix(TEXTS).removesuffix(IMAGES)), cache)
     if path.suffix == ".json":
         return _json_source(path, images)
     if is_table:
@@ -163,10 +188,30 @@ def open_source(path: Path, images: Path | None = None, columns: Columns = USUAL
     raise UserError(f"source {path}: unknown format; give .tar, *{IMAGES}, .json, .csv, .tsv or .parquet")
 
 
-def open_labelled(path: Path, images: Path | None = None, columns: Columns = USUAL) -> Source:
+def _held(path: Location) -> tuple[Location, Sequence[Location] | None]:
+    """What `path` stands for, and the files of that where it is a folder or several files."""
+    if is_pattern(path):
+        files = expanded(path)
+        if len(files) == 1:
+            return _held(files[0])
+        if {file.suffix for file in files} not in ({".tar"}, {".parquet"}):
+            raise UserError(f"source {path}: stands for {len(files)} files; let all be .tar, or all .parquet")
+        return path, files
+    if isinstance(path, URL):
+        return path, None if path.suffix in (".tar", ".json", ".jsonl", *SUFFIXES) else inside(path)
+    return path, sorted(path.iterdir()) if path.is_dir() else None
+
+
+def _of_kind(files: Sequence[Location] | None, ending: str) -> list[Location]:
+    return [file for file in files or () if file.name.endswith(ending)]
+
+
+def open_labelled(path: Location, images: Location | None = None, columns: Columns = USUAL) -> Source:
     """Pictures whose only caption is their label: a folder a class, or a table with columns of paths and labels."""
-    check_folder(images, path, unused=path.is_dir())
-    if path.is_file():
+    check_folder(images, path, unused=isinstance(path, Path) and path.is_dir())
+    if isinstance(path, URL) or path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"source {path}: no table; give a .csv, .tsv or .parquet, or a local folder a class")
         return _table_source(path, images, columns, LABEL_COLUMNS)
     if not path.is_dir():
         raise UserError(f"source {path}: no such file or folder; give a folder a class, or a table with a label column")
@@ -178,16 +223,19 @@ def open_labelled(path: Path, images: Path | None = None, columns: Columns = USU
     return _source(path, [entry.file for entry in entries], entries)
 
 
-def open_pictures(path: Path, images: Path | None = None, columns: Columns = USUAL) -> Source:
+def open_pictures(
+    path: Location, images: Location | None = None, columns: Columns = USUAL, cache: Cache | None = None
+) -> Source:
     """What `open_source` reads, and pictures without captions: a folder of them, or a table that only names them."""
-    if path.is_dir() and not any(any(path.glob(f"*{held}")) for held in (".tar", IMAGES, ".parquet")):
+    if isinstance(path, Path) and path.is_dir() and not any(_of_kind(sorted(path.iterdir()), kind) for kind in KINDS):
         check_folder(images, path, unused=True)
         entries = _folder_entries(path)
         return _source(path, [entry.file for entry in entries], entries)
-    if path.is_file() and path.suffix in SUFFIXES and not path.name.endswith(IMAGES):
+    single = not is_pattern(path) and (isinstance(path, URL) or path.is_file())
+    if single and path.suffix in SUFFIXES and not path.name.endswith(IMAGES):
         check_folder(images, path, unused=False)
         return _table_source(path, images, columns, CAPTION_COLUMNS, captioned=False)
-    return open_source(path, images, columns)
+    return open_source(path, images, columns, cache)
 
 
 def _folder_entries(path: Path) -> list[_Entry]:
@@ -198,25 +246,20 @@ def _folder_entries(path: Path) -> list[_Entry]:
     ]
 
 
-def check_folder(images: Path | None, path: Path, *, unused: bool) -> None:
+def check_folder(images: Location | None, path: Location, *, unused: bool) -> None:
     """UserError when `images` is no folder, or `unused`: the pictures of `path` lie in itself."""
     if images is not None and unused:
         raise UserError(f"--images {images}: {path} holds its pictures itself; leave --images out")
-    if images is not None and not images.is_dir():
+    if isinstance(images, Path) and not images.is_dir():
         raise UserError(f"--images {images}: no such folder; give the one where the picture paths in {path} start")
 
 
-def is_tars(path: Path) -> bool:
-    """Whether `path` is a tar or a folder of them."""
-    return path.suffix == ".tar" if path.is_file() else any(path.glob("*.tar"))
-
-
-def is_parallel(path: Path) -> bool:
+def is_parallel(path: Location) -> bool:
     """Whether the .tsv at `path` is zh<TAB>en text, and neither a table with a header nor Chinese-CLIP's pictures.
 
     UserError when it holds pictures, but in no form that is read.
     """
-    if path.suffix != ".tsv" or not path.is_file() or path.name.endswith(IMAGES):
+    if path.suffix != ".tsv" or path.name.endswith(IMAGES) or (isinstance(path, Path) and not path.is_file()):
         return False
     lines = [line for _, line in islice(numbered_lines(path), 2)]
     for separator in SEPARATORS if lines else ():
@@ -227,7 +270,7 @@ def is_parallel(path: Path) -> bool:
         if pictured and (captioned or (separator == "\t" and all(name.isascii() for name in header))):
             return False
     for number, cells in enumerate(([cell.strip() for cell in line.split("\t")] for line in lines), 1):
-        if any(URL.fullmatch(cell) for cell in cells):
+        if any(WEB.fullmatch(cell) for cell in cells):
             raise UserError(
                 f"source {path}, line {number}: holds a URL, so it is no parallel text; download the pictures first,"
                 " for instance by img2dataset, and give the .tar files that it writes"
@@ -246,7 +289,7 @@ def is_parallel(path: Path) -> bool:
     return True
 
 
-def _tables_source(path: Path, files: list[Path], images: Path | None, columns: Columns) -> Source:
+def _tables_source(path: Location, files: list[Location], images: Location | None, columns: Columns) -> Source:
     """Of the shards of one split."""
     check_folder(images, path, unused=False)
     splits = sorted({SHARD.sub("", file.stem) for file in files})
@@ -256,7 +299,9 @@ def _tables_source(path: Path, files: list[Path], images: Path | None, columns: 
     return Source(path, files, tables=sources)
 
 
-def _table_source(file: Path, images: Path | None, columns: Columns, texts: Kind, *, captioned: bool = True) -> Source:
+def _table_source(
+    file: Location, images: Location | None, columns: Columns, texts: Kind, *, captioned: bool = True
+) -> Source:
     pictures, texts = named(columns.image, PICTURE_COLUMNS), named(columns.caption, texts)
     optional, folder = [SOURCE_COLUMNS, named(columns.key, KEY_COLUMNS)], images or file.parent
     wanted, optional = ([texts], optional) if captioned else ([], [texts, *optional])
@@ -271,7 +316,7 @@ def _table_source(file: Path, images: Path | None, columns: Columns, texts: Kind
                 rows.append(_Entry(key or place, file, row * width + column, captions=captions, source=source or ""))
             except ValueError as error:
                 bad.append(BadSample(file.name, place, str(error)))
-        return replace(_source(file, [file], rows, bad), unpack=partial(_unpacked, file, folder, column))
+        return replace(_source(file, [file], rows, bad), unpack=partial(unpacked, file, folder, column))
     entries: dict[tuple[str, ...], _Entry] = {}
     quoted = file.suffix != ".parquet"
     for place, cells in read_table(file, pictures, *wanted, optional=optional):
@@ -288,46 +333,19 @@ def _table_source(file: Path, images: Path | None, columns: Columns, texts: Kind
             _check_closed(file, place, captions)
         one = (picture, source or "", key or picture)
         entries.setdefault(one, _Entry(one[2], folder / picture, source=one[1])).captions.extend(captions)
-    return _source(file, [file], entries.values(), bad)
+    return _beside(_source(file, [file], entries.values(), bad), folder)
 
 
-def _unpacked(file: Path, folder: Path, column: int, packed: Listing) -> Listing:
-    """Of pictures that lie in a column of `file`, as bytes or as {bytes, path}; their offsets are numbers of cells."""
-    picture_of = {row: picture for picture, row in enumerate((packed.offset // column_count(file)).tolist())}
-    where, cells = np.full((len(packed), 3), -1, np.int64), packed.offset.copy()
-    first, last = min(picture_of, default=0), max(picture_of, default=-1)
-    with writing(Path(gettempdir())):
-        memory = TemporaryFile()  # noqa: SIM115
-        files = [os.fsencode(f"/proc/self/fd/{memory.fileno()}")]
-        for row, cell in enumerate(read_cells(file, column, first, last - first + 1), first):
-            if (picture := picture_of.get(row)) is None:
-                continue
-            held = cell if isinstance(cell, dict) else {"bytes": cell}
-            content, path = held.get("bytes"), held.get("path")
-            if content:
-                where[picture] = 0, memory.tell(), len(content)
-                memory.write(content)
-            elif path and "\0" not in path:
-                where[picture], cells[picture] = (len(files), 0, -1), -1
-                files.append(os.fsencode(folder / path))
-        memory.flush()
-    file_N, offset_N, length_N = np.ascontiguousarray(where.T)
-    return replace(
-        packed,
-        files=Strings.of(files),
-        file=file_N.astype(np.int32),
-        offset=offset_N,
-        length=length_N,
-        cells=cells,
-        memory=memory,
-    )
+def _beside(source: Source, folder: Location) -> Source:
+    """Pictures in files of their own, in `folder`: remote ones are fetched before they are read."""
+    return replace(source, unpack=fetched) if isinstance(folder, URL) else source
 
 
 def _check_name(picture: str) -> None:
     """ValueError, which tells why, where no file can have that name."""
     if not picture:
         raise ValueError("no picture named")
-    if URL.match(picture):
+    if WEB.match(picture):
         raise ValueError("picture is a URL, not a file")
     if BASE64_WORD.fullmatch(picture):
         raise ValueError("picture is base64, not a file")
@@ -335,7 +353,7 @@ def _check_name(picture: str) -> None:
         raise ValueError("no file can have this name")
 
 
-def _check_closed(file: Path, place: str, captions: list[str]) -> None:
+def _check_closed(file: Location, place: str, captions: list[str]) -> None:
     """UserError where a quote that is never closed made one caption of several lines."""
     for caption in captions:
         for line in caption.split("\n") if "\n" in caption else ():
@@ -350,22 +368,22 @@ def _is_picture(cell: str) -> bool:
     return Path(cell.strip()).suffix.lower().removeprefix(".") in IMAGE_SUFFIXES
 
 
-def _base64_source(stem: Path) -> Source:
+def _base64_source(stem: Location, cache: Cache | None) -> Source:
     images, texts = stem.with_name(stem.name + IMAGES), stem.with_name(stem.name + TEXTS)
     for file in (images, texts):
-        if not file.is_file():
+        if isinstance(file, Path) and not file.is_file():
             raise UserError(f"source {file}: no such file; *{IMAGES} and *{TEXTS} belong together")
     entries: dict[str, _Entry] = {}
     offset = 0
-    with images.open("rb") as stream:
-        for number, row in enumerate(stream, 1):
-            key, tab, picture = row.partition(b"\t")
-            name = key.decode("utf-8", "replace").strip()
-            if not tab or not name or name in entries:
-                fault = f"image id {name} stands there twice" if name in entries else "not id<TAB>base64 picture"
-                raise UserError(f"source {images}, line {number}: {fault}; mend or take out the line")
-            entries[name] = _Entry(name, images, offset + len(key) + 1, len(picture.rstrip()))
-            offset += len(row)
+    stream = fetch(images, cache) if isinstance(images, URL) else images.open("rb")
+    for number, row in enumerate(stream, 1):
+        key, tab, picture = row.partition(b"\t")
+        name = key.decode("utf-8", "replace").strip()
+        if not tab or not name or name in entries:
+            fault = f"image id {name} stands there twice" if name in entries else "not id<TAB>base64 picture"
+            raise UserError(f"source {images}, line {number}: {fault}; mend or take out the line")
+        entries[name] = _Entry(name, images, offset + len(key) + 1, len(picture.rstrip()))
+        offset += len(row)
     seen: dict[str, int] = {}
     bad: list[BadSample] = []
     for number, line in numbered_lines(texts):
@@ -392,7 +410,12 @@ def _base64_source(stem: Path) -> Source:
             continue
         for image in named_images:
             _add(entries[image], captions, text_id)
-    return _source(images, [images, texts], entries.values(), bad, base64=True)
+    source = _source(images, [images, texts], entries.values(), bad, base64=True)
+    if source.listing is None or not isinstance(images, URL):
+        stream.close()
+        return source
+    memory, cells = Strings.of([os.fsencode(f"/proc/self/fd/{stream.fileno()}")]), source.listing.offset
+    return replace(source, listing=replace(source.listing, files=memory, memory=stream, cells=cells))
 
 
 def _add(entry: _Entry, captions: list[str], text_id: str) -> None:
@@ -400,9 +423,10 @@ def _add(entry: _Entry, captions: list[str], text_id: str) -> None:
     entry.text_ids += [text_id] if len(captions) == 1 else [f"{text_id}#{at}" for at in range(len(captions))]
 
 
-def _json_source(file: Path, images: Path | None) -> Source:
+def _json_source(file: Location, images: Location | None) -> Source:
     try:
-        tree = _parse(file.read_text(encoding="utf-8-sig"), f"source {file}")
+        with opened(file) as stream:
+            tree = _parse(stream.read().decode("utf-8-sig"), f"source {file}")
     except UnicodeDecodeError as error:
         raise UserError(f"source {file}: byte {error.start} is not UTF-8; {RECODE}") from error
     if isinstance(tree, list):
@@ -410,14 +434,14 @@ def _json_source(file: Path, images: Path | None) -> Source:
     else:
         _record(tree, f"source {file}", images=list, annotations=list)
         entries, bad = _coco_entries(file, tree)
-    folder = images
+    folder = images or (file.parent if isinstance(file, URL) else None)
     for entry in entries.values():
-        folder = folder or _picture_folder(file, entry.file)
+        folder = folder or _picture_folder(Path(file), Path(entry.file))
         entry.file = folder / entry.file
-    return _source(file, [file], entries.values(), bad)
+    return _beside(_source(file, [file], entries.values(), bad), folder or Path())
 
 
-def _challenger_entries(file: Path, tree: list[Any]) -> tuple[dict[str, _Entry], list[BadSample]]:
+def _challenger_entries(file: Location, tree: list[Any]) -> tuple[dict[str, _Entry], list[BadSample]]:
     entries: dict[str, _Entry] = {}
     bad: list[BadSample] = []
     for number, record in enumerate(tree):
@@ -435,7 +459,7 @@ def _challenger_entries(file: Path, tree: list[Any]) -> tuple[dict[str, _Entry],
     return entries, bad
 
 
-def _coco_entries(file: Path, tree: dict[str, Any]) -> tuple[dict[str, _Entry], list[BadSample]]:
+def _coco_entries(file: Location, tree: dict[str, Any]) -> tuple[dict[str, _Entry], list[BadSample]]:
     entries: dict[str, _Entry] = {}
     bad: list[BadSample] = []
     misnamed: set[str] = set()
@@ -492,12 +516,17 @@ def _record(record: Any, place: str, **fields: type | tuple[type, ...]) -> dict[
 
 
 def _source(
-    path: Path, files: list[Path], entries: Iterable[_Entry], bad: Sequence[BadSample] = (), *, base64: bool = False
+    path: Location,
+    files: list[Location],
+    entries: Iterable[_Entry],
+    bad: Sequence[BadSample] = (),
+    *,
+    base64: bool = False,
 ) -> Source:
     listed = list(entries)
     if not listed and not bad:
         raise UserError(f"source {path}: no picture in it")
-    number_of: dict[Path, int] = {}
+    number_of: dict[Location, int] = {}
     file = np.array([number_of.setdefault(entry.file, len(number_of)) for entry in listed], np.int32)
     text_ids = [text_id.encode("utf-8", "surrogatepass") for entry in listed for text_id in entry.text_ids]
     listing = Listing(
@@ -516,7 +545,7 @@ def _source(
 
 
 def require_few(
-    source: str | Path, causes: Counter[str], first: str, samples: int, max_bad_share: float, remedy: str
+    source: str | Location, causes: Counter[str], first: str, samples: int, max_bad_share: float, remedy: str
 ) -> None:
     """UserError where more than `max_bad_share` of the samples were bad, or all; `first` names one of them."""
     bad = causes.total()

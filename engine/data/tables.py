@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import UserError, reading
+from ..files.places import Location
 from .captions import numbered_lines, stripped
+from .remote import ranges
 
 Kind = tuple[str, ...]
 PICTURE_COLUMNS: Kind = ("image", "image_path", "path", "filepath", "file_name", "filename")
@@ -55,14 +57,14 @@ def named(name: str | None, usual: Kind) -> Kind:
     return usual if name is None else (name.strip().lower(),)
 
 
-def read_table(file: Path, *kinds: Kind, optional: Sequence[Kind] = ()) -> Iterator[tuple[str, list[Any] | None]]:
+def read_table(file: Location, *kinds: Kind, optional: Sequence[Kind] = ()) -> Iterator[tuple[str, list[Any] | None]]:
     """(place, cells) of each row of a .csv, .tsv or .parquet; `kinds` are the names each wanted column may have.
 
     Cells are stripped texts, in a Parquet lists of them, too; None in columns that are `optional` and not there, and
     instead of a row that has more or fewer cells than the header. UserError when a wanted column is missing, any is
     there twice, or the file is broken.
     """
-    if not file.is_file():
+    if isinstance(file, Path) and not file.is_file():
         raise UserError(f"table {file}: no such file")
     yield from _parquet_rows(file, kinds, optional) if file.suffix == ".parquet" else _text_rows(file, kinds, optional)
 
@@ -74,21 +76,21 @@ def header_of(line: str, separator: str) -> list[str]:
     return []
 
 
-def picture_column(file: Path, kind: Kind) -> int | None:
+def picture_column(file: Location, kind: Kind) -> int | None:
     """Which column of a .parquet holds pictures themselves, as bytes or {bytes, path}; None: it names files."""
-    if file.suffix != ".parquet" or not file.is_file():
+    if file.suffix != ".parquet" or (isinstance(file, Path) and not file.is_file()):
         return None
-    with reading("table", file, ANEW):
-        schema = pq.read_schema(file)
+    with reading("table", file, ANEW), ranges(file) as held:
+        schema = pq.read_schema(held)
     column = _column(file, schema.names, kind)
     held = schema.types[column]
     return column if pa.types.is_struct(held) or _is_binary(held) else None
 
 
-def read_cells(file: Path, column: int, first: int, count: int) -> Iterator[Any]:
+def read_cells(file: Location, column: int, first: int, count: int) -> Iterator[Any]:
     """`count` cells of a column of a .parquet from row `first` on, a few at a time."""
-    with reading("table", file, ANEW):
-        opened = pq.ParquetFile(file, memory_map=True)
+    with reading("table", file, ANEW), ranges(file) as held:
+        opened = pq.ParquetFile(held, memory_map=True)
         row, before, groups = 0, first, []
         for group in range(opened.num_row_groups):
             rows = opened.metadata.row_group(group).num_rows
@@ -103,12 +105,12 @@ def read_cells(file: Path, column: int, first: int, count: int) -> Iterator[Any]
             yield cell.as_py()
 
 
-def column_count(file: Path) -> int:
-    with reading("table", file, ANEW):
-        return len(pq.read_schema(file).names)
+def column_count(file: Location) -> int:
+    with reading("table", file, ANEW), ranges(file) as held:
+        return len(pq.read_schema(held).names)
 
 
-def read_picture_cell(file: Path, number: int) -> bytes:
+def read_picture_cell(file: Location, number: int) -> bytes:
     """The picture in a cell of a .parquet, whose cells are counted along its rows. ValueError where it holds none."""
     row, column = divmod(number, column_count(file))
     cell = next(read_cells(file, column, row, 1), None)
@@ -123,15 +125,16 @@ def _is_binary(held: pa.DataType) -> bool:
 
 
 def _parquet_rows(
-    file: Path, kinds: Sequence[Kind], optional: Sequence[Kind]
+    file: Location, kinds: Sequence[Kind], optional: Sequence[Kind]
 ) -> Iterator[tuple[str, list[Any] | None]]:
-    with reading("table", file, ANEW):
-        names = pq.read_schema(file).names
+    with reading("table", file, ANEW), ranges(file) as held:
+        opened = pq.ParquetFile(held)
+        names = opened.schema_arrow.names
         columns = _columns(file, names, kinds, optional)
-        table = pq.read_table(file, columns=[names[column] for column in columns if column is not None])
-    held = [None if column is None else table[names[column]].to_pylist() for column in columns]
+        table = opened.read([names[column] for column in columns if column is not None])
+    cells_of = [None if column is None else table[names[column]].to_pylist() for column in columns]
     for row in range(len(table)):
-        yield f"row {row + 1}", [None if cells is None else _text(cells[row]) for cells in held]
+        yield f"row {row + 1}", [None if cells is None else _text(cells[row]) for cells in cells_of]
 
 
 def _text(cell: Any) -> Any:
@@ -143,7 +146,9 @@ def _text(cell: Any) -> Any:
     return "" if cell is None or cell != cell else stripped(str(cell))
 
 
-def _text_rows(file: Path, kinds: Sequence[Kind], optional: Sequence[Kind]) -> Iterator[tuple[str, list[Any] | None]]:
+def _text_rows(
+    file: Location, kinds: Sequence[Kind], optional: Sequence[Kind]
+) -> Iterator[tuple[str, list[Any] | None]]:
     lines = (line for _, line in numbered_lines(file))
     first = next(lines, "")
     separator = _separator(file, first, kinds)
@@ -158,7 +163,7 @@ def _text_rows(file: Path, kinds: Sequence[Kind], optional: Sequence[Kind]) -> I
             yield f"line {number}", cells
 
 
-def _separator(file: Path, header: str, kinds: Sequence[Kind]) -> str:
+def _separator(file: Location, header: str, kinds: Sequence[Kind]) -> str:
     """The one by which the header names all of `kinds`, or else what the file's name promises."""
     usual = "\t" if file.suffix == ".tsv" else ","
     for separator in (usual, *SEPARATORS):
@@ -207,7 +212,7 @@ def _cells(text: str, width: int) -> list[str] | None:
     return None if "\n" in text else text.split("\t")
 
 
-def _quoted(file: Path, lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+def _quoted(file: Location, lines: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
     rows = csv.reader(lines, delimiter=separator, strict=True)
     try:
         for row in rows:
@@ -217,7 +222,7 @@ def _quoted(file: Path, lines: Iterable[str], separator: str) -> Iterator[tuple[
         raise UserError(f"table {file}, line {rows.line_num}: {why}; mend the line, or the quotes before it") from error
 
 
-def _columns(file: Path, names: Sequence[str], kinds: Sequence[Kind], optional: Sequence[Kind]) -> list[int | None]:
+def _columns(file: Location, names: Sequence[str], kinds: Sequence[Kind], optional: Sequence[Kind]) -> list[int | None]:
     present = {name.strip().lower() for name in names}
     return [
         *(_column(file, names, kind) for kind in kinds),
@@ -225,7 +230,7 @@ def _columns(file: Path, names: Sequence[str], kinds: Sequence[Kind], optional: 
     ]
 
 
-def _column(file: Path, names: Sequence[str], kind: Kind) -> int:
+def _column(file: Location, names: Sequence[str], kind: Kind) -> int:
     found = [number for number, name in enumerate(names) if name.strip().lower() in kind]
     if len(found) != 1:
         told = f", or be told by {OPTIONS[kind]} NAME" if kind in OPTIONS else ""

@@ -14,21 +14,27 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from ..data.sources import Source, check_folder, is_tars, open_source
+from ..data.cache import Cache
+from ..data.sources import Source, check_folder, open_source
 from ..data.store import Store, edges
 from ..data.tables import USUAL, Columns
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
+from ..files.places import Location
 from ..objectives.retrieval import CUTOFFS, retrieval_report
-from .run import Run, is_store, left_out, open_data, open_run
+from .run import BAD_SHARDS, Run, is_store, left_out, open_data, open_run
 
 MEASURES = (*(f"R@{k}" for k in CUTOFFS), "mean_recall", "mean_rank", "median_rank")
 DIRECTIONS = {"t2i": "text → image", "i2t": "image → text"}
 
 
 def evaluate(
-    run: Path, data: Path, images: Path | None = None, store: Path | None = None, columns: Columns = USUAL
+    run: Path,
+    data: Location,
+    images: Location | None = None,
+    store: Path | None = None,
+    columns: Columns = USUAL,
 ) -> dict[str, Any]:
     """Retrieval between all captions and all images of `data`: a store, tars, or what else `open_source` reads.
 
@@ -43,13 +49,16 @@ def evaluate(
     wins, so that a tower which maps everything to one point owes its recall to the order of the file.
     """
     opened = open_run(run, store)
-    if is_store(data) or is_tars(data):
+    if is_store(data):
         check_folder(images, data, unused=True)
         if columns.given:
             raise UserError(f"{columns.given[0]}: {data} is no table; leave it out")
-        with open_data(opened, data) as found:
-            return measure(opened, found)
-    return _measure_source(opened, open_source(data, images, columns))
+    else:
+        source = open_source(data, images, columns, Cache.of(opened.config.data))
+        if not source.of_tars:
+            return _measure_source(opened, source)
+    with open_data(opened, data) as found:
+        return measure(opened, found)
 
 
 def measure(run: Run, store: Store) -> dict[str, Any]:
@@ -60,7 +69,8 @@ def measure(run: Run, store: Store) -> dict[str, Any]:
         store.caption_edges,
         edges(store.image_ids, store.caption_ids, len(store.features)),
     )
-    return {**report, "left_out": store.manifest.get("bad_counts", {})}
+    shards = {BAD_SHARDS: len(found)} if (found := store.manifest.get("bad_shards")) else {}
+    return {**report, "left_out": {**store.manifest.get("bad_counts", {}), **shards}}
 
 
 def _measure_source(run: Run, source: Source) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY, claim_file
+from ..files.places import Location
 from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, measure, write_json
@@ -42,7 +43,7 @@ class Chart:
 
 def write_report(
     run: Path,
-    tables: Mapping[str, Path],
+    tables: Mapping[str, Location],
     output: Path | None = None,
     *,
     replace: bool = False,

@@ -27,6 +27,7 @@ from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, reading, tell
 from ..files import digests
 from ..files.ownership import kind_of
+from ..files.places import Location
 from ..hardware import compute_dtype
 from ..model.efficientclip import EfficientCLIP, check_model, load_model
 from ..model.encode import encode_store
@@ -36,6 +37,7 @@ from ..stopping import scratch
 from ..training.run_folder import RESTORE, run_config, run_identity
 
 TEXTS_AT_ONCE = 4096
+BAD_SHARDS = "shard that cannot be had, or is not whole"
 
 
 @dataclass
@@ -93,11 +95,13 @@ class Run:
     ) -> Iterator[tuple[ImageBatch, npt.NDArray[np.float32]]]:
         """Batches of pictures, each with L2-normalised features float32 [pictures, D], under a bar with the rate.
 
-        A picture without captions passes. Bad samples are left out and counted in `bad`, by cause. UserError at the end
-        when they are more than data.max_bad_share: a result over part of a data set would pass for one over all of it.
+        A picture without captions passes. Bad samples are left out and counted in `bad`, by cause, and so are shards,
+        up to data.max_bad_shards. UserError at the end when samples are more than data.max_bad_share: a result over
+        part of a data set would pass for one over all of it.
         """
         first, good = "", 0
-        loader = self.frozen.loader(source, captions=False, keep_encoded=keep_encoded)
+        limit = self.config.data.max_bad_shards
+        loader = self.frozen.loader(source, captions=False, keep_encoded=keep_encoded, max_bad_shards=limit)
         with loader, tqdm(total=source.pictures, desc=source.path.name, unit="picture") as bar:
             for batch in loader:
                 yield batch, self.frozen.encode_pixels(batch.images)
@@ -106,10 +110,13 @@ class Run:
             for sample in loader.bad_samples:
                 bad[sample.cause] += 1
                 first = first or f"{sample.key} in {sample.shard}"
+            for shard in loader.bad_shards:
+                tell(f"notice: left out: {shard.cause}")
         samples = good + bad.total()
         if not samples:
             raise UserError(f"source {source.path}: empty, no sample found")
         require_few(source.path, bad, first, samples, self.config.data.max_bad_share, "mend the source")
+        bad.update({BAD_SHARDS: len(loader.bad_shards)} if loader.bad_shards else {})
 
 
 def open_run(folder: Path, store: Path | None = None) -> Run:
@@ -155,9 +162,9 @@ def trained_on(folder: Path, config: Config, store: Path | None = None) -> Store
     return found
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: Location) -> bool:
     """Whether a store lies at `path`, be it broken."""
-    return (path / "manifest.json").is_file() or kind_of(path) == "store"
+    return isinstance(path, Path) and ((path / "manifest.json").is_file() or kind_of(path) == "store")
 
 
 def _store_of(folder: Path, config: Config, place: Path, identity: dict[str, Any] | None) -> Store:
@@ -264,7 +271,7 @@ def left_out(report: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def open_data(run: Run, data: Path | None) -> Iterator[Store]:
+def open_data(run: Run, data: Location | None) -> Iterator[Store]:
     """The store at `data`, or else the one that the run trained on; a tar, or a folder of tars, becomes a store that
     lasts as long as the context.
 
@@ -275,7 +282,7 @@ def open_data(run: Run, data: Path | None) -> Iterator[Store]:
         yield trained_on(run.folder, run.config, run.store)
         return
     remedy = f"prepare it with --config {run.folder / 'config.yaml'}"
-    if is_store(data):
+    if isinstance(data, Path) and is_store(data):
         store = Store(data)
         found = store.manifest["tower"]
         if (difference := run.tower_difference(found)) is not None:
@@ -297,6 +304,6 @@ def open_data(run: Run, data: Path | None) -> Iterator[Store]:
     with scratch(Path(mkdtemp(prefix="efficientclip-"))) as folder:
         run.tokenizer.save_pretrained(folder / "tokenizer")
         tokenizer = run.config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
-        path = folder / data.stem
+        path = folder / (re.sub(r"[^\w.-]", "_", data.stem) or "data")
         prepare(data, path, run.config.model_copy(update={"data": tokenizer}))
         yield Store(path)

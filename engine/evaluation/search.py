@@ -27,6 +27,7 @@ from rich.text import Text
 from efficientclip.kernels import top_k
 
 from .. import __version__
+from ..data.cache import Cache
 from ..data.pictures import decode_square
 from ..data.shards import read_picture
 from ..data.sources import Source, open_pictures
@@ -35,6 +36,7 @@ from ..data.tables import USUAL, Columns
 from ..errors import UserError, tell
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
+from ..files.places import Location, location
 from ..objectives.retrieval import read_only
 from ..prepare.parts import digest
 from .run import Run, is_store, left_out, open_data, open_run
@@ -57,10 +59,10 @@ class Match:
 def search(
     run: Path,
     query: str,
-    data: Path | None,
+    data: Location | None,
     top: int,
     store: Path | None = None,
-    images: Path | None = None,
+    images: Location | None = None,
     columns: Columns = USUAL,
 ) -> list[Match]:
     """The `top` images nearest to `query`, best first; by default from the run's training store.
@@ -69,7 +71,7 @@ def search(
     """
     opened = open_run(run, store)
     if data is not None and not is_store(data):
-        source, bad = open_pictures(data, images, columns), Counter[str]()
+        source, bad = open_pictures(data, images, columns, Cache.of(opened.config.data)), Counter[str]()
         matches = _nearest_pictures(opened, query, source, bad, top)
         if bad:
             tell(f"notice: source {data}{left_out({'left_out': bad})}")
@@ -136,7 +138,7 @@ def square_picture(pair: dict[str, Any], size: int) -> npt.NDArray[np.uint8]:
     """RGB uint8 [size, size, 3] of a row of the pair table, cut square as the image tower sees it."""
     if not pair["length"]:
         raise UserError(f"pair {pair['key']} of {pair['shard'] or 'the store'}: has no picture, only text")
-    encoded = read_picture(Path(pair["shard"]), pair["offset"], pair["length"])
+    encoded = read_picture(location(pair["shard"]), pair["offset"], pair["length"])
     try:
         return decode_square(encoded, size)
     except ValueError as error:

@@ -31,6 +31,7 @@ from ..files import digests
 from ..files.atomic import write_atomically, written_aside
 from ..files.lock import held
 from ..files.ownership import claim, mark
+from ..files.places import Location, location
 from .audit import Audit, tables_of
 
 # A header, and content rounded up, in bytes.
@@ -65,7 +66,7 @@ class KeptPairs:
     """Kept pairs of one shard, from pair row `row` on, by the byte where a picture starts."""
 
     row: int
-    shard: Path
+    shard: Location
     pictures: dict[int, KeptPicture] = field(default_factory=dict)
 
 
@@ -127,7 +128,8 @@ def _check_shards(store: Store) -> None:
         named |= set(batch["shard"].filter(pc.greater(batch["length"], 0)).unique().to_pylist())
     if not named:
         raise UserError(f"store {store.path}: holds only text, so there is no picture to export")
-    missing = sorted(shard for shard in named if not Path(shard).is_file())
+    local = [place for place in map(location, named) if isinstance(place, Path)]
+    missing = sorted(str(place) for place in local if not place.is_file())
     if missing:
         raise UserError(
             f"shard {missing[0]}: no such file ({len(missing)} of the {len(named)} shards of {store.path} are gone);"
@@ -233,7 +235,7 @@ def _by_shard(audit: Audit, start: int) -> Iterator[KeptPairs]:
             if group is None or str(group.shard) != pair["shard"]:
                 if group is not None:
                     yield group
-                group = KeptPairs(row, Path(pair["shard"]))
+                group = KeptPairs(row, location(pair["shard"]))
             picture = KeptPicture(pair["length"], pair["key"], pair["source"])
             group.pictures.setdefault(pair["offset"], picture).captions.add(pair["caption"])
         first += len(table)

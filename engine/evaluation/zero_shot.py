@@ -16,6 +16,7 @@ from ..data.captions import read_lines, stripped
 from ..data.sources import open_labelled
 from ..data.tables import USUAL, Columns
 from ..errors import UserError
+from ..files.places import Location
 from ..objectives.retrieval import best_ranks
 from .run import Run, left_out, open_run
 
@@ -36,9 +37,9 @@ LISTED_CLASSES = 30
 
 def classify(
     run: Path,
-    data: Path,
+    data: Location,
     classes: Path,
-    images: Path | None = None,
+    images: Location | None = None,
     store: Path | None = None,
     columns: Columns = USUAL,
 ) -> dict[str, Any]:

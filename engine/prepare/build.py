@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,22 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
+from ..data.remote import Described, described
 from ..data.sources import is_parallel, require_few
 from ..data.store import ANEW, PAIR_FILES, TEXT_FILES, read_manifest, staging
 from ..data.tables import USUAL, Columns
 from ..data.tokenizer import fingerprint, load_tokenizer
-from ..errors import UserError, writing
+from ..errors import ShardError, UserError, tell, writing
 from ..files import lock
 from ..files.atomic import write_atomically
 from ..files.digests import check
 from ..files.ownership import claim, kind_of
+from ..files.places import Location, is_pattern, location, resolved
 from ..model.frozen import tower_difference
 from .parallel import parallel_recipe
-from .parts import bad_of, kept_part, merge, slow_of, write_part
+from .parts import bad_of, kept_part, merge, slow_of, taken_part, write_part
 from .pictures import picture_recipe
-from .recipe import Recipe, described
+from .recipe import Recipe
 from .texts import build_texts
 from .writer import files_of, finish, settle
 
@@ -43,10 +45,10 @@ LISTED_BAD_SAMPLES = 1000
 
 
 def prepare(
-    source: Path | Mapping[str, Path],
+    source: Location | Mapping[str, Location],
     path: Path,
     config: Config,
-    images: Path | None = None,
+    images: Location | None = None,
     columns: Columns = USUAL,
     *,
     replace: bool = False,
@@ -58,63 +60,74 @@ def prepare(
     sources, all of them pictures or all parallel text, each pair is of the one in which it stands first, by its name,
     whatever that one tells of sources. A store of something else stays, unless `replace`.
 
-    Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest.
+    Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest. Up to
+    data.max_bad_shards tars that cannot be had or are not whole are left out, named there, and tried again by the next
+    call.
     """
     given = source if isinstance(source, Mapping) else {"": source}
     for one in given.values():
-        if not one.exists():
+        if isinstance(one, Path) and not one.exists() and not is_pattern(one):
             raise UserError(f"source {one}: no such file or folder")
-    target = claim(path, "store", sources=[*given.values(), *([] if images is None else [images])])
+    target = claim(path, "store", sources=_local([*given.values(), images]))
     tokenizer = load_tokenizer(config.data.tokenizer)
-    of_texts = isinstance(source, Path) and source.suffix == ".txt"
-    identity: dict[str, Any] = {"kind": "texts" if of_texts else "pairs"}
+    text = None if isinstance(source, Mapping) or source.suffix != ".txt" else source
+    identity: dict[str, Any] = {"kind": "pairs" if text is None else "texts"}
     if isinstance(source, Mapping):
-        identity["sources"] = {name: os.path.realpath(one) for name, one in source.items()}
+        identity["sources"] = {name: resolved(one) for name, one in source.items()}
         if images is not None or columns.given:
             option = "--images" if images is not None else columns.given[0]
             raise UserError(f"{option}: tells of one SOURCE; prepare those of data.sources without it")
     else:
-        identity["source"] = os.path.realpath(source)
+        identity["source"] = resolved(source)
     build: Callable[[Path], dict[str, Any]]
-    if columns.given and of_texts:
-        raise UserError(f"{columns.given[0]}: {source} is no table; leave it out")
-    if isinstance(source, Path) and of_texts:
-        files: Sequence[Path] = [source]
+    if columns.given and text is not None:
+        raise UserError(f"{columns.given[0]}: {text} is no table; leave it out")
+    if text is not None:
+        known: Sequence[Described | None] = [described(text)]
         identity["max_text_tokens"] = config.data.max_text_tokens
-        build = partial(build_texts, source, target.name, config.data.max_text_tokens, tokenizer)
+        build = partial(build_texts, text, target.name, config.data.max_text_tokens, tokenizer)
     else:
         parallel = [not columns.given and is_parallel(one) for one in given.values()]
         if len({*parallel}) > 1:
             raise UserError("data.sources: some are parallel text, some pictures; prepare a store of each kind")
         recipe = parallel_recipe(given, config) if parallel[0] else picture_recipe(given, config, images, columns)
-        files = recipe.files
-        claim(path, "store", sources=files)
-        identity |= {"tower": recipe.tower, "images_folder": None if images is None else os.path.realpath(images)}
+        known = recipe.known
+        claim(path, "store", sources=_local(recipe.files))
+        identity |= {"tower": recipe.tower, "images_folder": None if images is None else resolved(images)}
         identity |= {"columns": columns.given} if columns.given else {}
-        told = ", ".join(map(str, given.values()))
-        build = partial(_build_pairs, recipe, told, target.name, config, tokenizer)
-    identity |= {"source_fingerprint": _fingerprint(files), "tokenizer": fingerprint(tokenizer)}
-    if (made := _standing(target, identity, replace)) is not None:
+        build = partial(_build_pairs, recipe, ", ".join(map(str, given.values())), target, config, tokenizer)
+    identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": fingerprint(tokenizer)}
+    made = _standing(target, identity, known, replace)
+    if made is not None and not made.get("bad_shards"):
         return made
     folder = staging(target)
     _require_ours(folder)
     with lock.held(folder, "preparing"):
         # Another process may have made it while this one read the source.
-        if (made := _standing(target, identity, replace)) is not None:
+        made = _standing(target, identity, known, replace)
+        if made is not None and not made.get("bad_shards"):
             if os.listdir(folder) == [lock.NAME]:
                 shutil.rmtree(folder)
             return made
-        if (made := _whole(folder, identity)) is not None:
+        if (whole := _whole(folder, identity, known)) is not None:
             settle(folder, target)
-            return made
+            return whole
         _clear(folder)
         write_atomically(folder / "identity.json", json.dumps(identity, ensure_ascii=False).encode())
         manifest = {**identity, **build(folder)}
-        finish(folder, target, manifest, TEXT_FILES if of_texts else PAIR_FILES)
+        bad = {entry["shard"] for entry in manifest.get("bad_shards", ())}
+        manifest["source_fingerprint"] = _fingerprint(known, bad)
+        finish(folder, target, manifest, PAIR_FILES if text is None else TEXT_FILES)
     return manifest
 
 
-def _standing(target: Path, identity: dict[str, Any], replace: bool) -> dict[str, Any] | None:
+def _local(places: Sequence[Location | None]) -> list[Path]:
+    return [place for place in places if isinstance(place, Path)]
+
+
+def _standing(
+    target: Path, identity: dict[str, Any], known: Sequence[Described | None], replace: bool
+) -> dict[str, Any] | None:
     """The manifest of the store at `target`, if it is whole and of that `identity`.
 
     None where a new one may take its place; UserError where none may.
@@ -125,6 +138,7 @@ def _standing(target: Path, identity: dict[str, Any], replace: bool) -> dict[str
     try:
         manifest = read_manifest(target)
         check(target, manifest["files"], ANEW)
+        identity = identity | _held(manifest, known)
         differing = [key for key, value in identity.items() if not _is_same(key, manifest.get(key), value)]
         if not differing:
             # A call killed after the rename left it.
@@ -159,7 +173,7 @@ def _require_ours(folder: Path) -> None:
         )
 
 
-def _whole(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _whole(folder: Path, identity: dict[str, Any], known: Sequence[Described | None]) -> dict[str, Any] | None:
     """The manifest of a finished store of that `identity`, which only was not renamed yet."""
     if not (folder / "manifest.json").is_file():
         return None
@@ -168,7 +182,14 @@ def _whole(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         check(folder, manifest["files"], ANEW)
     except UserError:
         return None
-    return manifest if all(manifest.get(key) == value for key, value in identity.items()) else None
+    wanted = identity | _held(manifest, known)
+    return manifest if all(manifest.get(key) == value for key, value in wanted.items()) else None
+
+
+def _held(manifest: dict[str, Any], known: Sequence[Described | None]) -> dict[str, Any]:
+    """The fingerprint that the store has, if what it is made of has not changed: its bad shards are no part of it."""
+    bad = {entry["shard"] for entry in manifest.get("bad_shards", ())}
+    return {"source_fingerprint": _fingerprint(known, bad)}
 
 
 def _clear(folder: Path) -> None:
@@ -181,17 +202,29 @@ def _clear(folder: Path) -> None:
 
 
 def _build_pairs(
-    recipe: Recipe, source: str, name: str, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
+    recipe: Recipe, source: str, target: Path, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> dict[str, Any]:
-    """Write a pair store's files into `folder`; returns their part of the manifest."""
+    """Write a pair store's files into `folder`; returns their part of the manifest.
+
+    A store at `target` that was made without some shards has kept the parts of the others.
+    """
     files: list[Path] = []
     listed: list[dict[str, str]] = []
+    bad_shards: list[dict[str, str]] = []
     causes, seen, slow = Counter[str](), 0, 0
     with tqdm(total=recipe.samples, unit="sample") as bar:
         for number, part in enumerate(recipe.parts):
-            bar.set_description(f"{name}, part {number + 1} of {len(recipe.parts)}")
-            before, kept = bar.n, kept_part(folder, part.name)
-            file = kept or write_part(folder, part.name, part.make(bar))
+            bar.set_description(f"{target.name}, part {number + 1} of {len(recipe.parts)}")
+            before, kept = bar.n, kept_part(folder, part.name) or taken_part(target, folder, part.name)
+            try:
+                file = kept or write_part(folder, part.name, part.make(bar))
+            except ShardError as error:
+                if part.shard is None or len(bad_shards) == config.data.max_bad_shards:
+                    raise
+                bad_shards.append({"shard": resolved(part.shard), "cause": str(error)})
+                tell(f"notice: left out: {error}")
+                bar.n = before
+                continue
             bad = bad_of(file)
             causes.update(entry["cause"] for entry in bad)
             slow += slow_of(file)
@@ -205,6 +238,8 @@ def _build_pairs(
             if recipe.samples is None:
                 bar.total = seen * len(recipe.parts) // (number + 1)
             files.append(file)
+    if seen == 0 and bad_shards:
+        raise ShardError(bad_shards[0]["cause"])
     if seen == 0:
         raise UserError(f"source {source}: empty, no sample found")
     first = f"{listed[0]['key']} in {listed[0]['shard']}" if listed else ""
@@ -219,9 +254,12 @@ def _build_pairs(
         raise
     with writing(folder):
         merged = merge(folder, files, tokenizer, config.training.max_caption_tokens)
-    return {**merged, "slow_pictures": slow, "bad_counts": dict(causes), "bad_samples": listed}
+    left_out = {"bad_counts": dict(causes), "bad_samples": listed, "bad_shards": bad_shards}
+    return {**merged, "slow_pictures": slow, **left_out}
 
 
-def _fingerprint(files: Sequence[Path]) -> str:
-    found = [(Path(place).name, size, changed) for place, size, changed in map(described, files)]
+def _fingerprint(known: Sequence[Described | None], without: Container[str] = ()) -> str:
+    """Of the files, but for those that cannot be had and those `without`, by place."""
+    held = [file for file in known if file is not None and file.place not in without]
+    found = [(location(file.place).name, file.size, file.changed) for file in held]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]

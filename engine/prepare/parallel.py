@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..data.captions import read_lines, stripped
+from ..data.remote import described
 from ..data.shards import BadSample
 from ..data.tables import CAPTION_COLUMNS, PICTURE_COLUMNS
 from ..errors import UserError
+from ..files.places import Location, resolved
 from ..model.frozen import teacher_name
 from ..model.teacher import Teacher
 from .parts import Item, Made, digest
-from .recipe import Part, Recipe, described, fp16_rows
+from .recipe import Part, Recipe, fp16_rows
 
 PARALLEL_CHUNK = 8192
 
 
-def parallel_recipe(sources_of: Mapping[str, Path], config: Config) -> Recipe:
+def parallel_recipe(sources_of: Mapping[str, Location], config: Config) -> Recipe:
     """Of the lines zh<TAB>en of each source, by its name; that of "" is called parallel."""
     if config.model.teacher is None:
         first = next(iter(sources_of.values()))
@@ -32,7 +33,7 @@ def parallel_recipe(sources_of: Mapping[str, Path], config: Config) -> Recipe:
     name = teacher_name(config.model.teacher)
     teacher = cache(partial(Teacher, config.model.teacher))
 
-    def make(source: Path, source_name: str, lines: Sequence[str], start: int, bar: Any) -> Made:
+    def make(source: Location, source_name: str, lines: Sequence[str], start: int, bar: Any) -> Made:
         good: list[tuple[int, str, str]] = []
         bad: list[BadSample] = []
         for number, line in enumerate(lines[start : start + PARALLEL_CHUNK], start + 1):
@@ -52,7 +53,7 @@ def parallel_recipe(sources_of: Mapping[str, Path], config: Config) -> Recipe:
                 feature=feature,
                 key=f"line {number}",
                 source=source_name or "parallel",
-                shard=str(source.resolve()),
+                shard=resolved(source),
                 offset=0,
                 length=0,
                 captions=[caption],
@@ -62,11 +63,12 @@ def parallel_recipe(sources_of: Mapping[str, Path], config: Config) -> Recipe:
         ]
         return Made(items, bad)
 
-    parts, total = [], 0
+    parts, known, total = [], [], 0
     for source_name, source in sources_of.items():
-        lines = read_lines(source)
-        of = [name, described(source), PARALLEL_CHUNK, *([source_name] if source_name else [])]
+        lines, found = read_lines(source), described(source)
+        of = [name, found, PARALLEL_CHUNK, *([source_name] if source_name else [])]
         for start in range(0, len(lines), PARALLEL_CHUNK):
             parts.append(Part([*of, start], partial(make, source, source_name, lines, start)))
+        known.append(found)
         total += len(lines)
-    return Recipe([*sources_of.values()], name, parts, total, outside=False)
+    return Recipe([*sources_of.values()], known, name, parts, total, outside=False)

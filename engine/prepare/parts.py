@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128_hexdigest
 
 from ..data.shards import UNREADABLE, BadSample
-from ..errors import reading
+from ..errors import reading, writing
 from ..files.atomic import write_atomically
 from ..files.digests import digest_of
 from .writer import token_dtype, write_ids, write_tokens
@@ -103,6 +105,21 @@ def kept_part(folder: Path, name: str) -> Path | None:
         if whole and not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file)):
             return file
     return None
+
+
+def taken_part(store: Path, folder: Path, name: str) -> Path | None:
+    """A part that a finished store kept, as it was made without some shards, beside those in `folder`."""
+    found = kept_part(store, name)
+    if found is None:
+        return None
+    with writing(folder):
+        try:
+            os.link(found, folder / found.name)
+        except FileExistsError:
+            pass
+        except OSError:
+            shutil.copyfile(found, folder / found.name)
+    return kept_part(folder, name)
 
 
 def bad_of(file: Path) -> list[dict[str, str]]:

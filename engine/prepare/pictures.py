@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..data import sources
+from ..data.cache import Cache
 from ..data.images import ImageBatch
-from ..data.sources import Source, is_tars, open_source
+from ..data.remote import AT_ONCE, Described, described
+from ..data.sources import Source, open_source
 from ..data.tables import USUAL, Columns
-from ..errors import UserError
+from ..errors import ShardError, UserError
+from ..files.places import Location, resolved
 from ..model.frozen import FrozenImages, image_tower_name
 from .parts import Item, Made, digest
-from .recipe import Part, Recipe, described, fp16_rows
+from .recipe import Part, Recipe, fp16_rows
 
 
 def picture_recipe(
-    sources_of: Mapping[str, Path], config: Config, images: Path | None = None, columns: Columns = USUAL
+    sources_of: Mapping[str, Location], config: Config, images: Location | None = None, columns: Columns = USUAL
 ) -> Recipe:
     """Of what `open_source` reads, by the name of the source; those of "" are of what their samples say."""
     if config.model.image_tower is None:
@@ -29,24 +31,40 @@ def picture_recipe(
     name = image_tower_name(config.model.image_tower)
     # Loaded when the first part is to be made, if one is.
     encoder = cache(lambda: FrozenImages(config))
-    files: list[Path] = []
+    files: list[Location] = []
+    known: list[Described | None] = []
     parts: list[Part] = []
     counts: list[int | None] = []
+    outside = False
     for source_name, path in sources_of.items():
-        opened = open_source(path, images, columns)
-        if is_tars(path):
-            known: list[list[Any]] = [[name, described(tar)] for tar in opened.files]
+        opened = open_source(path, images, columns, Cache.of(config.data))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = list(pool.map(_known, opened.files))
+        shards: Sequence[Location | None]
+        if opened.of_tars:
+            shards = opened.files
+            named: list[list[Any]] = [[name, one or str(tar)] for tar, one in zip(opened.files, found, strict=True)]
         else:
-            folder = None if images is None else os.path.realpath(images)
-            of = [name, *map(described, opened.files), folder, sources.PART, *columns.given]
-            known = [[*of, number] for number in range(len(opened.parts))]
-        for of, part in zip(known, opened.parts, strict=True):
-            named = [*of, {"source": source_name}] if source_name else of
-            parts.append(Part(named, partial(_made, encoder, part, source_name)))
+            folder = None if images is None else resolved(images)
+            named = [[name, *found, folder, sources.PART, *columns.given, at] for at in range(len(opened.parts))]
+            shards = [None] * len(named)
+        for of, part, shard in zip(named, opened.parts, shards, strict=True):
+            whole = [*of, {"source": source_name}] if source_name else of
+            parts.append(Part(whole, partial(_made, encoder, part, source_name), shard))
         files += opened.files
+        known += found
         counts.append(opened.pictures)
+        outside |= not opened.of_tars
     total = None if None in counts else sum(count or 0 for count in counts)
-    return Recipe(files, name, parts, total, outside=not all(map(is_tars, sources_of.values())))
+    return Recipe(files, known, name, parts, total, outside)
+
+
+def _known(file: Location) -> Described | None:
+    """None where it cannot be had now: reading it will tell why."""
+    try:
+        return described(file)
+    except ShardError:
+        return None
 
 
 def _made(load: Callable[[], FrozenImages], part: Source, source_name: str, bar: Any) -> Made:
@@ -72,7 +90,7 @@ def _items(batch: ImageBatch, features: list[bytes], source_name: str) -> Iterat
             feature=feature,
             key=batch.keys[at],
             source=source_name or batch.sources[at],
-            shard=os.path.realpath(batch.files[at]),
+            shard=resolved(batch.files[at]),
             offset=batch.offsets[at],
             length=batch.lengths[at],
             captions=batch.captions[at],

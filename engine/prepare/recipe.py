@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..data.remote import Described
 from ..data.store import first_not_finite
 from ..errors import UserError
+from ..files.places import Location
 from .parts import Made
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a source, and what its rows depend on: other pieces may change without it."""
+    """A piece of a source, and what its rows depend on: other pieces may change without it.
+
+    `shard`: the tar that it is, without which the store may be made.
+    """
 
     of: list[Any]
     make: Callable[[Any], Made]
+    shard: Location | None = None
 
     @property
     def name(self) -> str:
@@ -33,20 +37,16 @@ class Part:
 class Recipe:
     """What a pair store is made of, in parts that an interrupted call keeps; `samples` is their number, if known.
 
-    `outside`: pictures lie in files of their own, which may change, or come, while `files` stay.
+    `outside`: pictures lie in files of their own, which may change, or come, while `files` stay. None in `known`: that
+    file was not to be had.
     """
 
-    files: Sequence[Path]
+    files: Sequence[Location]
+    known: Sequence[Described | None]
     tower: str
     parts: Sequence[Part]
     samples: int | None
     outside: bool
-
-
-def described(file: Path) -> tuple[str, int, int]:
-    """Where it lies, its size, and when it was written."""
-    found = file.stat()
-    return os.path.realpath(file), found.st_size, found.st_mtime_ns
 
 
 def fp16_rows(features_MD: np.ndarray[Any, Any], places: Sequence[str], more: str = "") -> list[bytes]:

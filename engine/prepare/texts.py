@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.captions import read_lines, stripped
 from ..errors import UserError, writing
+from ..files.places import Location
 from .parts import batches
 from .writer import token_dtype, write_tokens
 
 
 def build_texts(
-    source: Path, name: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+    source: Location, name: str, max_tokens: int, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> dict[str, Any]:
     """Write a text store's files into `folder`; returns their part of the manifest."""
     special = {"[CLS]": tokenizer.cls_token_id, "[SEP]": tokenizer.sep_token_id, "[MASK]": tokenizer.mask_token_id}

@@ -72,7 +72,9 @@ def settle(folder: Path, path: Path) -> None:
     A store that stands there is replaced; UserError where anything else does.
     """
     target = claim(path, "store", existing="replace", files=files_of(path))
-    for pattern in LEFTOVERS:
+    # Its parts wait for the shards that it was made without.
+    unfinished = read_manifest(folder).get("bad_shards")
+    for pattern in LEFTOVERS[1:] if unfinished else LEFTOVERS:
         for left in folder.glob(pattern):
             left.unlink()
     mark(folder, "store")
@@ -86,6 +88,7 @@ def settle(folder: Path, path: Path) -> None:
 def files_of(path: Path) -> Iterator[str]:
     """Relative paths of everything that belongs to the store at `path`, whatever state that is in."""
     yield from (*PAIR_FILES, "manifest.json", "identity.json", MARK, lock.NAME)
+    yield from (part.name for part in path.glob(LEFTOVERS[0]))
     listed: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]

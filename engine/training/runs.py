@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import stopping
 from ..config import Augmentation, Config, ImageTower
+from ..data.cache import Cache
 from ..data.image_pairs import HeldOutImages, ImagePairs
 from ..data.pairs import CaptionPairs, MaskedTexts, PairSource
 from ..data.pixels import PicturePairs, load_pictures
@@ -26,6 +27,7 @@ from ..data.store import Store, TextStore, edges
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..files.digests import digest_of
+from ..files.places import Location
 from ..hardware import compute_dtype, device_name
 from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
@@ -129,7 +131,7 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
             max_tokens=config.data.max_text_tokens,
             whole_words=config.mlm.whole_word,
         )
-    held_out = {name: Store(path) for name, path in config.data.validation.items()}
+    held_out = {name: Store(_local(name, path)) for name, path in config.data.validation.items()}
     for name, held in held_out.items():
         _check_store(config, held)
         _same_tokenizer(f"data.validation.{name}", held, store)
@@ -158,6 +160,12 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
 
     pairs = CaptionPairs(store, masked, rows, weights)
     return Inputs(pairs, validate, identity, store.manifest["vocabulary"], store.path / "tokenizer")
+
+
+def _local(name: str, path: Location) -> Path:
+    if not isinstance(path, Path):
+        raise UserError(f"data.validation.{name}: {path} is no store on a disk; prepare one, and give its folder")
+    return path
 
 
 def _same_tokenizer(field: str, other: TextStore, store: Store) -> None:
@@ -207,14 +215,14 @@ def _image_start(config: Config) -> Inputs:
     if tower is None or config.model.teacher is None:
         raise UserError("model: training.tower=image needs image_tower (what trains) and teacher (what it learns from)")
     teacher = Teacher(config.model.teacher)
-    sources = _opened(config)
+    cache = Cache.of(config.data)
+    sources = _opened(config, cache)
     weights = [source.weight for source in config.data.sources.values()]
-    source = PicturePairs(
-        load_pictures(sources, tower.size), teacher.encode, tower, config.training.augmentation, config.seed, weights
-    )
+    pictures = load_pictures(sources, tower.size, config.data.max_bad_shards)
+    source = PicturePairs(pictures, teacher.encode, tower, config.training.augmentation, config.seed, weights)
     held_out = {}
     for name, path in config.data.validation.items():
-        pictures = load_pictures([open_source(path)], tower.size)
+        pictures = load_pictures([open_source(path, cache=cache)], tower.size)
         names = [captions[:1] for captions in pictures.captions]
         held_out[name] = PicturePairs(
             replace(pictures, captions=names), teacher.encode, tower, Augmentation(), config.seed
@@ -227,13 +235,19 @@ def _image_start(config: Config) -> Inputs:
     return Inputs(source, validate, identity | {"teacher": teacher_name(config.model.teacher)})
 
 
-def _opened(config: Config) -> list[Source]:
-    return [open_source(source.path) for source in config.data.sources.values() if source.path is not None]
+def _opened(config: Config, cache: Cache | None) -> list[Source]:
+    given = (source.path for source in config.data.sources.values())
+    return [open_source(path, cache=cache) for path in given if path is not None]
 
 
 def _listed(sources: Sequence[Source]) -> list[list[Any]]:
     """Names and sizes of the files: their bytes are read by every epoch, and too many to be read before."""
-    return [[file.name, file.stat().st_size] for source in sources for file in source.files]
+    return [[file.name, _size(file)] for source in sources for file in source.files]
+
+
+def _size(file: Location) -> int | None:
+    """None where it is remote, or left out: it is asked for when it is read."""
+    return file.stat().st_size if isinstance(file, Path) and file.is_file() else None
 
 
 def _picture_report(module: torch.nn.Module, held: PicturePairs) -> dict[str, Any]:
@@ -250,8 +264,12 @@ def both_towers(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer)
     if config.model.start_from is not None:
         _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
-    sources = _opened(config)
-    held_out = {name: HeldOutImages(path, tower, tokenizer) for name, path in config.data.validation.items()}
+    cache = Cache.of(config.data)
+    sources = _opened(config, cache)
+    held_out = {
+        name: HeldOutImages(open_source(path, cache=cache), tower, tokenizer)
+        for name, path in config.data.validation.items()
+    }
 
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {

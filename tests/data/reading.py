@@ -9,13 +9,14 @@ from typing import Any
 from efficientclip import ImageLoader
 from efficientclip.data.shards import BadSample
 from efficientclip.data.sources import Source
+from efficientclip.files.places import Location, location
 
 
 @dataclass(frozen=True)
 class Sample:
     key: str
     image: bytes
-    shard: Path
+    shard: Location
     offset: int
     length: int
     captions: list[str]
@@ -34,7 +35,7 @@ def read(source: Source | Path) -> tuple[list[Sample], list[BadSample]]:
     with opened(source) as loader:
         for batch in loader:
             for at, image in enumerate(batch.encoded):
-                place = Path(batch.files[at]), batch.offsets[at], batch.lengths[at]
+                place = location(batch.files[at]), batch.offsets[at], batch.lengths[at]
                 said = batch.captions[at], batch.text_ids[at], batch.sources[at]
                 assert batch.noise[at] == [None] * len(batch.captions[at])
                 samples.append(Sample(batch.keys[at], image or b"", *place, *said))
