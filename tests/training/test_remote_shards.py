@@ -42,12 +42,12 @@ def losses(folder: Path) -> list[float]:
 def test_ranks_train_on_s3_as_on_local_shards(folder: Path, store: S3) -> None:
     run(2, str(config(folder, "local", training__log_every=1)))
     remote: dict[str, Any] = {
-        "data__shards": [f"{S3.bucket}/train/{{0..2}}.tar"],
+        "data__sources": {"train": f"{S3.bucket}/train/{{0..2}}.tar"},
         "data__validation": {"held": f"{S3.bucket}/held.tar"},
         "data__cache": str(folder / "cache"),
     }
     file = config(folder, "remote", training__log_every=1, **copy.deepcopy(remote))
-    assert load_config(file).data.shards == [URL(f"{S3.bucket}/train/{{0..2}}.tar")]
+    assert load_config(file).data.sources["train"].path == URL(f"{S3.bucket}/train/{{0..2}}.tar")
     store.asked.clear()
     store.faults += [("GET", "drop"), ("GET", "503")]
     run(2, str(file))
@@ -58,7 +58,7 @@ def test_ranks_train_on_s3_as_on_local_shards(folder: Path, store: S3) -> None:
 
 
 def test_a_shard_that_cannot_be_had_ends_a_run_or_is_left_out(folder: Path, store: S3) -> None:
-    shards = {"data__shards": [f"{S3.bucket}/train/{{0..3}}.tar"]}
+    shards = {"data__sources": {"train": f"{S3.bucket}/train/{{0..3}}.tar"}}
     told = run(1, str(config(folder, "ended", **shards)), code=2)
     assert f"error: shard {S3.bucket}/train/3.tar: not there (404)" in told
     file = str(config(folder, "left", data__max_bad_shards=1, **shards))
