@@ -261,7 +261,8 @@ def _made(protocol: str, _process: int, limits: Patience) -> Any:
     except ImportError as error:
         package = PACKAGES.get(protocol, "aiohttp")
         raise UserError(
-            f"{protocol}://: needs the package {package}; pip install {package}, or 'efficientclip[remote]' for all"
+            f"{protocol}://: needs the package {package} ({short(error)}); pip install {package}, or"
+            " 'efficientclip[remote]' for all"
         ) from error
     except ValueError as error:
         raise UserError(f"{protocol}://: {short(error)}; give s3://, gs://, hf://, https:// or pipe:COMMAND") from error
