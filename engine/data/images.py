@@ -68,9 +68,10 @@ class ImageLoader(ThreadedLoader):
     `epoch` starts that one. A batch counts as consumed when it is handed out: `state()` is the position behind it,
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
-    source: whatever `open_source` reads, its path, or a list of these. In a tar, a sample is a run of members with one
-        name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in the order
-        of the source count as a shard. Those in a .parquet are written to a temporary file, a few shards ahead.
+    source: whatever `open_source` reads, its path or URL, or a list of these. In a tar, a sample is a run of members
+        with one name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in
+        the order of the source count as a shard. Those in a .parquet, and remote ones, are written to a temporary file,
+        a few shards ahead.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
         by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the

@@ -204,9 +204,8 @@ def each(urls: Iterable[URL]) -> Iterator[bytes | None]:
                     if row >= FAILING:
                         raise content
                 yield content if isinstance(content, bytes) else None
-        except ShardError:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     if failed is not None and not got:
         raise failed
 

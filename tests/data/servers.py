@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
-from moto.core.model_instances import reset_model_data
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -189,8 +189,7 @@ class S3:
 def s3() -> Iterator[S3]:
     """With an empty bucket; endpoint and credentials are those of the environment."""
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    # What an earlier server held, and who reached that.
-    reset_model_data()
+    # It reaches an earlier server.
     remote._made.cache_clear()
     served = S3()
     server = make_server("127.0.0.1", 0, served, threaded=True)
@@ -200,6 +199,8 @@ def s3() -> Iterator[S3]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in told.items():
             patch.setenv(name, value)
+        # Servers of one process share what they hold.
+        urlopen(Request(f"{told['AWS_ENDPOINT_URL']}/moto-api/reset", method="POST")).close()
         put(f"{served.bucket}/", None)
         try:
             yield served
