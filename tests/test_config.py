@@ -241,7 +241,10 @@ def test_urls_stay_as_they_are_and_patterns_of_paths_are_absolute(file: Path, fo
     listed = ",".join(f"s{at}: '{one}'" for at, one in enumerate(given))
     overrides = [f"data.sources={{{listed}}}", "data.validation={held: 'https://host//held.tar'}", "data.cache=kept"]
     config = load_config(file, overrides)
-    assert [str(one.path) for one in config.data.sources.values()] == [*given[:3], str(folders / "train" / "{0..3}.tar")]
+    assert [str(one.path) for one in config.data.sources.values()] == [
+        *given[:3],
+        str(folders / "train" / "{0..3}.tar"),
+    ]
     assert str(config.data.validation["held"]) == "https://host//held.tar" and config.data.cache == folders / "kept"
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml", saved=True) == config

@@ -12,7 +12,7 @@ import efficientclip
 import efficientclip.kernels
 
 LAYERS = (
-    "kernels", "errors", "files", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
+    "kernels", "errors", "files", "values", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
     "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "cross_fit",
     "profile", "cli",
 )  # fmt: skip
