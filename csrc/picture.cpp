@@ -25,6 +25,7 @@ namespace {
 
 constexpr const char* kUndecodable = "undecodable image";
 constexpr const char* kTruncated = "truncated image";
+constexpr const char* kTooManyScans = "progressive image of too many scans";
 
 // Rows handed on at once: few enough to stay in the first cache.
 constexpr int kRows = 8;
@@ -33,6 +34,8 @@ constexpr std::size_t kVector = 64;
 constexpr int kMargin = 4;
 // A progressive picture of some kilobytes can hold thousands of scans, each as long to decode as the picture.
 constexpr int kMaxScans = 500;
+// Of all scans together: ten of the largest picture are usual, and it may have four times as many.
+constexpr std::int64_t kMaxScannedPixels = 40 * kMaxPixels;
 constexpr png_uint_32 kMaxPngSide = 1'000'000;
 constexpr png_alloc_size_t kMaxPngChunk = 16 * 1024 * 1024;
 
@@ -40,6 +43,17 @@ struct Bytes {
     const std::uint8_t* data = nullptr;
     std::size_t size = 0;
 };
+
+// How many marks of a scan's beginning there are; coded data holds none.
+std::int64_t scans_of(Bytes encoded) {
+    std::int64_t scans = 0;
+    const std::uint8_t *at = encoded.data, *end = encoded.data + encoded.size;
+    for (;;) {
+        at = std::find(at, end, 0xFF);
+        if (end - at < 2) return scans;
+        scans += *++at == 0xDA ? 1 : 0;
+    }
+}
 
 // The orientation in a TIFF header's first folder, whatever its value.
 std::optional<std::uint32_t> exif_orientation(Bytes exif) {
@@ -167,6 +181,8 @@ class Jpeg {
         info_.src = &source_;
         info_.progress = &progress_;
         jpeg_read_header(&info_, TRUE);
+        const std::int64_t pixels = std::int64_t{info_.image_width} * info_.image_height;
+        if (info_.progressive_mode && scans_of(encoded) * pixels > kMaxScannedPixels) throw BadPicture{kTooManyScans};
         Bytes exif, xmp;
         for (jpeg_saved_marker_ptr marker = info_.marker_list; marker != nullptr; marker = marker->next) {
             constexpr char kExif[] = "Exif\0", kXmp[] = "http://ns.adobe.com/xap/1.0/";

@@ -49,7 +49,7 @@ Sides resize_and_centre_crop(int width, int height, int size) {
     const auto side = [&](int length) {
         const std::int64_t whole = static_cast<std::int64_t>(size) * length / std::min(width, height);
         const int resized = static_cast<int>(whole);
-        return Side{0, double(length), 0, length, resized, rounded((resized - size) / 2.0), size};
+        return Side{0, double(length), 0, length, resized, (resized - size) / 2, size};
     };
     return {side(width), side(height)};
 }

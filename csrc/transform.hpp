@@ -32,7 +32,8 @@ struct Sides {
 // torchvision's RandomResizedCrop of a picture of width x height.
 Sides random_resized_crop(int width, int height, const TransformOptions& options, Random& random);
 
-// torchvision's Resize of the short side, then CenterCrop.
+// Resize of the short side, then a crop of the centre, as Hugging Face's processors of CLIP do: half a pixel is cut off,
+// where torchvision's CenterCrop rounds to even.
 Sides resize_and_centre_crop(int width, int height, int size);
 
 // Keeps its buffers from picture to picture. Not for two threads at once.

@@ -16,6 +16,7 @@ from transformers import AutoModel, ChineseCLIPModel, ChineseCLIPProcessor, ResN
 from efficientclip import export as module
 from efficientclip.cli import main
 from efficientclip.config import load_config, save_config
+from efficientclip.data.pictures import decode_square
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.evaluation.run import Run, open_run
@@ -25,6 +26,7 @@ from efficientclip.files.ownership import MARK
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig, build_model
 from efficientclip.model.frozen import image_tower_name
 from tests import tiny
+from tests.data.tars import encode, photograph
 from tests.formats import files
 from tests.model import hub
 
@@ -120,6 +122,12 @@ def test_bert_and_vit_open_as_chinese_clip(tmp_path: Path, tower: str, text: str
     torch.testing.assert_close(whole.image_embeds, images_ND, rtol=0, atol=1e-5)
     assert float(model.logit_scale.detach().exp()) == pytest.approx(scale, rel=1e-5) == pytest.approx(100)
     torch.testing.assert_close(whole.logits_per_text, 100 * texts_ND @ images_ND.T, rtol=0, atol=1e-3)
+    # Photographs of any shape are resized and cut as `prepare` does.
+    photographs = [photograph(*shape) for shape in ((640, 427), (427, 640), (301, 300), (75, 64), (33, 50))]
+    prepared = [decode_square(encode(picture, "PNG"), hub.PIXELS) for picture in photographs]
+    with torch.no_grad():
+        features_ND = model(**tokens, **processor(images=photographs, return_tensors="pt")).image_embeds
+    assert (features_ND * torch.from_numpy(open_run(run).frozen.encode(prepared))).sum(1).min() > 0.9999
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ class ImageLoader(ThreadedLoader):
     flip: mirror one image in two.
     scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster, but
         640 x 480 photographs to 224 were off by 0.9/255 on average, 15/255 at one value in a thousand, 39/255 at most.
-        Without it, images are those of Pillow and torchvision but for rounding (2/255 at most).
+        Without it, images are those of Pillow but for rounding (2/255 at most); the middle is that of Hugging Face's
+        processors of CLIP, which may lie half a pixel before torchvision's.
     indexes: a folder where the tars' indexes are kept: with them `restore()` and `shares` jump to their samples instead
         of reading the headers of those before.
     max_bad_shards: so many shards of an epoch may be missing or not whole, and are named in `bad_shards`; the next one

@@ -74,11 +74,11 @@ def rgb(encoded: bytes) -> Image.Image:
 
 
 def pillow_square(encoded: bytes, size: int) -> np.ndarray:
-    """torchvision's Resize (bicubic, antialiased) and CenterCrop, as they work on Pillow images."""
+    """What Hugging Face's processors of CLIP make of it: its short side resized (bicubic, antialiased), then cut."""
     picture = rgb(encoded)
     short = min(picture.size)
     picture = picture.resize(tuple(int(size * side / short) for side in picture.size), Image.Resampling.BICUBIC)
-    left, top = (round((side - size) / 2) for side in picture.size)
+    left, top = ((side - size) // 2 for side in picture.size)
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
@@ -88,7 +88,7 @@ def two_passes(picture: Image.Image, size: int) -> list[np.ndarray]:
     for side in picture.size:
         scaled = int(size * side / short)
         scale = side / scaled
-        centres = (round((scaled - size) / 2) + np.arange(size) + 0.5) * scale
+        centres = ((scaled - size) // 2 + np.arange(size) + 0.5) * scale
         x = np.abs((np.arange(side) + 0.5 - centres[:, None]) / max(scale, 1))
         near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
         filtered = np.where(x < 1, near, np.where(x < 2, far, 0))

@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from efficientclip.data.images import CLIP_MEAN, CLIP_STD
+from efficientclip.data.pictures import decode_square
 from efficientclip.data.shards import BadSample
 from tests.data.tars import SEED, check_square, encode, loader, photograph, pillow_square, squares, write_tar
 
@@ -225,3 +226,12 @@ def test_bad_pictures_are_skipped_by_cause(tmp_path: Path) -> None:
         if cause is not None and key != "c":
             with pytest.raises((OSError, Image.DecompressionBombError)):
                 pillow_square(picture, 8)
+
+
+def test_a_progressive_picture_of_too_many_scans_is_refused_before_it_is_decoded() -> None:
+    plain = encode(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
+    last = plain.rindex(b"\xff\xda")
+    many = plain[:last] + plain[last:-2] * 300 + plain[-2:]
+    assert decode_square(plain, 32).shape == (32, 32, 3)
+    with pytest.raises(ValueError, match="progressive image of too many scans"):
+        decode_square(many, 32)
