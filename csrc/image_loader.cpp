@@ -122,7 +122,8 @@ void ImageLoader::read() {
 // Hands a sample to the workers once there is room; false when the pass is to stop.
 bool ImageLoader::emit(Sample&& sample) {
     std::unique_lock lock(mutex_);
-    Place& place = places_[static_cast<std::size_t>(read_) % places_.size()];
+    const std::size_t at = static_cast<std::size_t>(read_) % places_.size();
+    Place& place = places_[at];
     space_.wait(lock, [&] { return stopping_ || place.state == Place::State::free; });
     if (stopping_) return false;
     place.sample = std::move(sample);
@@ -130,6 +131,7 @@ bool ImageLoader::emit(Sample&& sample) {
     ++read_;
     if (place.sample.shard != nullptr) {
         place.state = Place::State::read;
+        to_gather_.push_back(at);
         gather_.notify_one();
     } else {
         place.state = Place::State::gathered;
@@ -143,10 +145,10 @@ void ImageLoader::gather() {
     PictureReader reader;
     std::unique_lock lock(mutex_);
     for (;;) {
-        gather_.wait(lock, [&] { return stopping_ || gathered_ < read_; });
+        gather_.wait(lock, [&] { return stopping_ || !to_gather_.empty(); });
         if (stopping_) return;
-        Place& place = places_[static_cast<std::size_t>(gathered_++) % places_.size()];
-        if (place.state != Place::State::read) continue;
+        Place& place = places_[to_gather_.front()];
+        to_gather_.pop_front();
         lock.unlock();
         gather(place, reader);
         lock.lock();

@@ -98,10 +98,10 @@ class ImageLoader {
     std::condition_variable gather_, work_, space_, ready_;
     std::vector<Place> places_;       // a ring over the order: from the sample read last back to the oldest not stored
     std::int64_t read_ = 0;           // samples read; all numbers count from options_.consumed
-    std::int64_t gathered_ = 0;       // samples that gather() took, or passed
     std::int64_t taken_ = 0;          // samples whose decoding began
     std::int64_t placed_ = 0;         // samples that have a place in a batch, or are bad
-    std::deque<std::size_t> to_store_;  // places whose tiles can be written
+    std::deque<std::size_t> to_gather_;  // places whose pictures lie in no tar
+    std::deque<std::size_t> to_store_;   // places whose tiles can be written
     std::deque<std::byte*> memory_;
     std::deque<std::shared_ptr<Pending>> batches_;  // the last one may be growing
     std::vector<BadImage> bad_;

@@ -1,7 +1,6 @@
 #include "samples.hpp"
 
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -12,6 +11,12 @@ namespace efficientclip {
 namespace {
 
 constexpr const char* kNoShard = "its shard cannot be read";
+
+// One bad shard too many, which is not that of the sample at hand.
+struct TooManyBadShards : ShardError {
+    using ShardError::ShardError;
+};
+
 // Of what is said of a picture.
 constexpr std::int64_t kLargestText = 16 * 1024 * 1024;
 // As many fetches are known ahead.
@@ -60,32 +65,28 @@ Pass::Pass(const PassOptions& options, Emit emit, std::function<bool()> stopping
 }
 
 void Pass::run() {
-    try {
-        for (at_ = 0; at_ < order_.size(); ++at_) {
-            const auto shard = std::make_shared<OpenShard>();
-            shard->number = order_[at_];
-            const Shard& given = options_.shards[static_cast<std::size_t>(shard->number)];
-            shard->path = given.path;
-            shard->listing = given.listing;
-            shard->at_hand = !given.elsewhere;
-            shard->samples = std::numeric_limits<std::int64_t>::max();
-            for (const BadShard& bad : options_.bad_shards) {
-                if (bad.shard == shard->number) shard->samples = std::min(shard->samples, bad.samples);
-            }
-            if (shard->samples == 0) continue;
-            bool more;
-            if (given.listing != nullptr) {
-                more = read_listing(shard);
-            } else if (auto index = options_.keeper != nullptr ? options_.keeper->index(shard->number) : std::nullopt) {
-                more = read_indexed(shard, *index);
-            } else {
-                more = read_tar(shard, shard->samples);
-            }
-            if (!more) return;
+    for (at_ = 0; at_ < order_.size(); shared_ += dealt_[at_++] ? 0 : 1) {
+        const auto shard = std::make_shared<OpenShard>();
+        shard->number = order_[at_];
+        const Shard& given = options_.shards[static_cast<std::size_t>(shard->number)];
+        shard->path = given.path;
+        shard->listing = given.listing;
+        shard->at_hand = !given.elsewhere;
+        shard->samples = kAllSamples;
+        for (const BadShard& bad : options_.bad_shards) {
+            if (bad.shard == shard->number) shard->samples = std::min(shard->samples, bad.samples);
         }
-    } catch (const ShardError&) {
-        drain();
-        throw;
+        shard->broken = is_known(*shard, true);
+        if (shard->samples == 0) continue;
+        bool more;
+        if (given.listing != nullptr) {
+            more = read_listing(shard);
+        } else if (auto index = options_.keeper != nullptr ? options_.keeper->index(shard->number) : std::nullopt) {
+            more = read_indexed(shard, *index);
+        } else {
+            more = read_tar(shard, shard->samples);
+        }
+        if (!more) return;
     }
     drain();
 }
@@ -120,6 +121,8 @@ bool Pass::read_indexed(const std::shared_ptr<OpenShard>& shard, const TarIndex&
 
 bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) {
     shard->samples = 0;
+    // Only its headers tell how many samples there are to be named.
+    shard->broken = false;
     try {
         fetch(*shard);
         ShardFile tar(options_.shards[static_cast<std::size_t>(shard->number)].path, shard->path, all_are_read());
@@ -137,24 +140,29 @@ bool Pass::read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most) 
             if (!shuffled(std::move(sample), &tar)) return false;
             sample = {};
         }
+    } catch (const TooManyBadShards&) {
+        throw;
     } catch (const ShardError& error) {
         // Passed over, samples are counted: without these the count would lead to another place than it stands for.
-        if (emitted_ < options_.consumed) throw;
+        if (emitted_ < options_.consumed || is_known(*shard, true)) throw;
         refuse(*shard, error);
     }
     return true;
 }
 
-bool Pass::mine(const OpenShard& shard, std::int64_t ordinal) {
+bool Pass::mine(OpenShard& shard, std::int64_t ordinal) {
     // Ranks that share a shard draw alike.
     const double share = options_.shards[static_cast<std::size_t>(shard.number)].share;
     Random draw(options_.seed, Purpose::visits, options_.epoch, item_of(shard.number, ordinal));
     if (share < 1 && draw.uniform() >= share) return false;
-    return dealt_[at_] || shared_++ % options_.world_size == options_.rank;
+    // Counted in each shard anew: one that a rank lacks shifts nothing behind it.
+    return dealt_[at_] || (shared_ + shard.shared++) % options_.world_size == options_.rank;
 }
 
 // Whether samples are loaded in the order in which they lie in the shard that is read.
-bool Pass::all_are_read() const { return dealt_[at_] && seen_.empty() && emitted_ >= options_.consumed; }
+bool Pass::all_are_read() const {
+    return at_ < order_.size() && dealt_[at_] && seen_.empty() && emitted_ >= options_.consumed;
+}
 
 // Whether the next sample of the order is to be read.
 bool Pass::wanted() {
@@ -235,12 +243,18 @@ void Pass::fetch(OpenShard& shard) {
     }
 }
 
+// Whether it was bad before; `whole`: and all of its samples were named.
+bool Pass::is_known(const OpenShard& shard, bool whole) const {
+    return std::any_of(options_.bad_shards.begin(), options_.bad_shards.end(), [&](const BadShard& bad) {
+        return bad.shard == shard.number && (!whole || bad.samples == kAllSamples);
+    });
+}
+
 // Goes on without what the shard lacks, or ends the pass.
 void Pass::refuse(OpenShard& shard, const ShardError& error) {
     shard.broken = true;
-    const auto same = [&](const BadShard& bad) { return bad.shard == shard.number; };
-    if (std::any_of(options_.bad_shards.begin(), options_.bad_shards.end(), same)) return;
-    if (++bad_shards_ > options_.max_bad_shards) throw error;
+    if (is_known(shard, false)) return;
+    if (++bad_shards_ > options_.max_bad_shards) throw TooManyBadShards(error.what());
     bad_({shard.number, shard.samples, error.what()});
 }
 

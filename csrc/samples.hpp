@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -55,6 +56,7 @@ struct BadShard {
     std::int64_t samples = 0;
     std::string cause;
 };
+constexpr std::int64_t kAllSamples = std::numeric_limits<std::int64_t>::max();
 
 // Who knows more of the shards. Calls come from one thread.
 class Keeper {
@@ -93,6 +95,7 @@ struct OpenShard {
     bool at_hand = false;
     bool broken = false;
     std::int64_t samples = 0;  // that it gives, broken or not
+    std::int64_t shared = 0;   // that were dealt out, where ranks share it
 };
 
 struct Sample {
@@ -113,15 +116,16 @@ class Pass {
     // told of shards.
     Pass(const PassOptions& options, Emit emit, std::function<bool()> stopping, std::function<void(BadShard)> bad);
 
-    // Throws ShardError, after all samples before it were emitted.
+    // Throws ShardError, after all samples before it in the order were emitted.
     void run();
 
   private:
     bool read_listing(const std::shared_ptr<OpenShard>& shard);
     bool read_indexed(const std::shared_ptr<OpenShard>& shard, const TarIndex& index);
     bool read_tar(const std::shared_ptr<OpenShard>& shard, std::int64_t most);
-    bool mine(const OpenShard& shard, std::int64_t ordinal);
+    bool mine(OpenShard& shard, std::int64_t ordinal);
     bool all_are_read() const;
+    bool is_known(const OpenShard& shard, bool whole) const;
     bool wanted();
     bool shuffled(Sample&& sample, ShardFile* tar);
     bool take(Sample&& sample, ShardFile* tar);
@@ -137,7 +141,8 @@ class Pass {
     std::vector<int> order_;     // this rank's shards
     std::size_t at_ = 0;         // which of them is read
     std::vector<bool> dealt_;    // those that are this rank's alone
-    std::int64_t shared_ = 0, emitted_ = 0, passed_ = 0;
+    std::int64_t shared_ = 0;    // shards before it that are shared
+    std::int64_t emitted_ = 0, passed_ = 0;
     int bad_shards_;
     std::vector<std::int64_t> seen_;
     std::vector<Sample> buffer_;

@@ -133,7 +133,7 @@ ShardFile::ShardFile(std::string name, const std::string& path, bool whole)
     try {
         file_.emplace(path);
     } catch (const std::system_error& error) {
-        throw ShardError("shard " + name_ + ": " + error.code().message() + "; put it back, or leave it out of `shards`");
+        throw ShardError("shard " + name_ + ": " + error.code().message() + "; put it back, or take it out of the list");
     }
 }
 
@@ -280,10 +280,15 @@ TarSample read_sample(ShardFile& file, Extent extent, std::int64_t ordinal) {
     sample.ordinal = ordinal;
     TarMember member;
     std::string image_suffix;
+    bool found = false;
     while (tar.next(member)) {
-        sample.key = split(member.name).key;
+        const std::string_view key = split(member.name).key;
+        if (found && key != sample.key) file.fail("no end of a sample", tar.offset());
+        sample.key = key;
         sample.add(member, image_suffix);
+        found = true;
     }
+    if (!found || tar.offset() != extent.offset + extent.size) file.fail("no whole sample", extent.offset);
     return sample;
 }
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_digest
 
-from ..errors import UserError
+from ..errors import ShardError, UserError
 from .sources import Source
 
 AHEAD = 4  # shards on their way or here, beside the one that is read
@@ -43,6 +43,9 @@ class Ahead:
         # Those that were fetched tell of their pictures' places as they lie here.
         self.parts = list(parts)
         self._indexes = indexes
+        # What ends the pass, if it is none of the reader's own errors.
+        self.failure: UserError | None = None
+        self._files: dict[int, Path | None] = {}
         self._coming: dict[int, Future[Answer]] = {}
         self._stopped = Event()
         _living.add(self)
@@ -65,11 +68,15 @@ class Ahead:
                 coming.exception(timeout=0.1)
         # Asked for again it is fetched again: what is held here stays on the disk.
         del self._coming[shard]
-        return coming.result()
+        try:
+            return coming.result()
+        except UserError as error:
+            self.failure = error
+            raise
 
     def index(self, shard: int) -> npt.NDArray[np.uint32] | None:
         """uint32 [samples] of a tar: 512-byte records of each; None where there is none, or of another tar."""
-        file = self._file(shard)
+        self._files[shard] = file = self._file(shard)
         if file is None:
             return None
         with suppress(OSError):
@@ -81,7 +88,8 @@ class Ahead:
     def keep(self, shard: int, records: npt.NDArray[np.uint32]) -> None:
         """Without room for it, the next reader walks along the headers, too."""
         file = self._file(shard)
-        if file is None:
+        # Of a tar that changed while it was read, it may be an index of neither.
+        if file is None or file != self._files.get(shard):
             return
         with suppress(OSError):
             content = records.tobytes()
@@ -107,7 +115,7 @@ class Ahead:
             elif part.fetch is not None:
                 file = part.fetch(self._stopped)
                 coming.set_result((os.fsencode(f"/proc/self/fd/{file.fileno()}"), None, file))
-        except UserError as error:
+        except ShardError as error:
             coming.set_result(str(error))
         except BaseException as error:
             coming.set_exception(error)

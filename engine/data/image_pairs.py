@@ -87,7 +87,7 @@ class _Order:
         source, count = self._shown[batch.origins[image]], len(batch.captions[image])
         if source.captions == "all":
             return range(count)
-        visit = self.images.epoch * math.ceil(source.weight) + batch.visits[image]
+        visit = self.images.epoch * max(1, math.floor(source.weight)) + batch.visits[image]
         return [0 if source.captions == "first" else visit % count]
 
 
@@ -98,8 +98,8 @@ class ImagePairLoader:
     fewer now, one reads several orders; where they are more, several share one, in runs as long as what each gives to a
     batch. So ranks may change and batches stay, but for a shared order's bad samples: each of its readers steps over
     its own. No pair comes more often in an epoch than its source weighs. A bad shard, of which data.max_bad_shards are
-    allowed, stays out until the epoch ends, whatever is stopped and started. Where samples of a tar begin is kept in
-    the run's `index` folder.
+    allowed, stays out until the epoch ends, whatever is stopped and started; ranks that share an order must lack the
+    same ones. Where samples of a tar begin is kept in the run's `index` folder.
 
     An image with several captions shows what its source's `captions` says: the first, another one on each visit, or
     all, each in a pair of its own, one after the other. A shared order is shared by images, so that all captions shift

@@ -84,7 +84,7 @@ class ImageLoader(ThreadedLoader):
         samples, which are drawn anew each epoch.
     shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after the
         other, runs of `block` samples of what is left behind the first `skip` go round `of` loaders, of which this one
-        is `number`. All of them read every shard's headers, each only its own samples.
+        is `number`. Each reads its own samples alone, and without `indexes` every shard's headers.
     mean, std: of each channel, for values in 0..1; not applied to uint8.
     dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
     flip: mirror one image in two.
@@ -95,7 +95,7 @@ class ImageLoader(ThreadedLoader):
     indexes: a folder where the tars' indexes are kept: with them `restore()` and `shares` jump to their samples instead
         of reading the headers of those before.
     max_bad_shards: so many shards of an epoch may be missing or not whole, and are named in `bad_shards`; the next one
-        is a UserError, after all whole samples before its end.
+        is a UserError, after the samples before it in the order. Loaders that share an order must lack the same ones.
     captions: False lets samples without captions pass.
     keep_encoded: keep each image's file in `ImageBatch.encoded`.
     drop_last: leave out an epoch's last incomplete batch.
@@ -243,15 +243,9 @@ class ImageLoader(ThreadedLoader):
 
     def state(self) -> dict[str, Any]:
         """Where the consumer is: a small dictionary for this rank, which JSON can hold."""
-        known = {"bad": self.bad_counts, "bad_shards": [*map(list, self._bad_shards)]} if self._consumed else {}
-        return {
-            **self._identity,
-            "epoch": self._epoch,
-            "consumed": self._consumed,
-            "bad": {},
-            "bad_shards": [],
-            **known,
-        }
+        bad, shards = (self.bad_counts, self._bad_shards) if self._consumed else ({}, self._begun_with)
+        place = {"epoch": self._epoch, "consumed": self._consumed}
+        return {**self._identity, **place, "bad": bad, "bad_shards": [*map(list, shards)]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on behind the batch that was consumed last when `state` was taken."""
@@ -284,10 +278,12 @@ class ImageLoader(ThreadedLoader):
         except BaseException:
             # What the threads handed over, nobody received: they start again from the position.
             self._stop()
+            if self._ahead.failure is not None:
+                raise self._ahead.failure from None
             raise
         if batch is None:
             self._stop()
-            self._epoch, self._consumed = self._epoch + 1, 0
+            self._epoch, self._consumed, self._begun_with = self._epoch + 1, 0, []
             raise StopIteration
         self._images += len(batch)
         return batch
@@ -297,13 +293,14 @@ class ImageLoader(ThreadedLoader):
         self._stop()
         self._epoch, self._consumed, self._bad_before = epoch, consumed, Counter(bad)
         self.bad_samples: list[BadSample] = [*self._bad_rows] if consumed == 0 else []
-        self._bad_shards = [(int(shard), int(samples), str(cause)) for shard, samples, cause in bad_shards]
+        self._begun_with = [(int(shard), int(samples), str(cause)) for shard, samples, cause in bad_shards]
+        self._bad_shards = [*self._begun_with]
         self.slow_pictures = 0
 
     def _start(self) -> None:
         self._require_open()
         if self._consumed == 0:
-            self._go_to(self._epoch, 0, {}, [])
+            self._go_to(self._epoch, 0, {}, self._begun_with)
         self._images, self._started = 0, time.perf_counter()
         self._ahead = Ahead(self._parts, self._indexes)
         self._threads = _loader.ImageLoader(

@@ -233,13 +233,36 @@ void test_keepers(ImageOptions options, const Found& whole) {
         shelf.absent.clear();
         const Found both = joined(begun, run(again, 2));
         got = {both.keys.begin(), both.keys.end()};
-        if (!by_index) check(got == expected, "restored beside bad shards");
-        check(std::set<std::string>(got.begin(), got.end()).size() == got.size(), "no sample twice");
+        check(got == expected, "restored beside bad shards");
         again = far;
         again.consumed = begun.consumed.back();
         again.bad_shards = {};
         shelf.absent = {0, 3};
         if (!by_index) check(!run(again, 2).error.empty(), "passing over, a bad shard that is not known ends the pass");
+        again = far;
+        again.max_bad_shards = 1;
+        again.bad_shards = {{0, 0, "known"}};
+        shelf.absent = {3};
+        check(run(again, 2).error.find("cannot be had") != std::string::npos, "the known ones count");
+    }
+    shelf.absent.clear();
+
+    // What one rank lacks of the shards that ranks share shifts nothing.
+    far.world_size = 3;
+    far.max_bad_shards = 1;
+    shelf.indexes.clear();
+    for (const int lacking : {0, 2, 3, 4}) {
+        std::multiset<std::string> seen;
+        for (far.rank = 0; far.rank < 3; ++far.rank) {
+            shelf.absent = far.rank == 0 ? std::set<int>{lacking} : std::set<int>{};
+            const Found found = run(far, 2);
+            check(found.error.empty(), "a rank that lacks a shard goes on");
+            seen.insert(found.keys.begin(), found.keys.end());
+        }
+        check(std::set<std::string>(seen.begin(), seen.end()).size() == seen.size(), "no sample on two ranks");
+        for (const std::string& key : whole.keys) {
+            if (key[0] != '0' + lacking) check(seen.count(key) == 1, "of other shards none is lost");
+        }
     }
 }
 
@@ -378,6 +401,15 @@ void test_passes() {
         again.consumed = begun.consumed.back();
         again.bad_shards = begun.bad_shards;
         check(joined(begun, run(again, 2)).keys == past.keys, "restored around a cut shard");
+
+        // Mended where it ended a pass, the pass goes on as if nothing had been.
+        cut.max_bad_shards = 0;
+        const Found ended = run(cut, 2);
+        again = options;
+        again.shuffle = shuffle;
+        const Found undisturbed = run(again, 2);
+        again.consumed = ended.consumed.empty() ? 0 : ended.consumed.back();
+        check(!ended.error.empty() && joined(ended, run(again, 2)).keys == undisturbed.keys, "a mended shard");
     }
 }
 
@@ -442,6 +474,16 @@ void test_listings() {
             }
             check(seen == std::multiset<std::string>(whole.keys.begin(), whole.keys.end()), "ranks share a listing out");
         }
+    }
+
+    // More of a tar than lie on their way at once, then a listing.
+    ImageOptions mixed = tars;
+    mixed.shards = {tars.shards[0], tars.shards[1], files.shards[2], texts.shards[3]};
+    mixed.shuffle = tars.shuffle = false;
+    const Found expected_of_all = run(tars, 2);
+    for (int round = 0; round < 20; ++round) {
+        mixed.threads = 1 + below(4);
+        check(run(mixed, 1 + below(3)) == expected_of_all, "tars and listings");
     }
 
     Columns broken;

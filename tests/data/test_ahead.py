@@ -20,7 +20,7 @@ import pytest
 from efficientclip.data.ahead import AHEAD
 from efficientclip.data.images import ImageLoader
 from efficientclip.data.sources import Source
-from efficientclip.errors import UserError
+from efficientclip.errors import ShardError, UserError
 from tests.data.tars import jpegs, loader, numbers, write_tar
 from tests.data.test_images import ENVIRONMENT, assert_same, kept
 
@@ -47,7 +47,7 @@ class Store:
                 self.begun.append(tar.name)
             stopped.wait(60 if tar.name in self.stalled else self.delay)
             if tar.name in self.absent | self.stalled:
-                raise UserError(f"shard {tar}: not there; put it back")
+                raise ShardError(f"shard {tar}: not there; put it back")
             copy = tempfile.TemporaryFile()  # noqa: SIM115
             copy.write(tar.read_bytes())
             copy.flush()
@@ -97,6 +97,16 @@ def test_an_index_of_another_tar_or_a_damaged_one_is_not_used(tars: list[Path], 
         file.write_bytes(content)
     assert sorted(numbers(loader(tars, indexes=index))) == [*range(10, 70), 900, 901, 902]
     assert len(list(index.iterdir())) == len(files) + 1
+
+
+def test_a_tar_that_changes_while_it_is_read_gets_no_index(tars: list[Path], tmp_path: Path) -> None:
+    options = {"indexes": tmp_path / "index", "train": False, "batch_size": 4}
+    with loader(tars[:1], **options, prefetch=1) as batches:
+        next(batches)
+        write_tar(tmp_path / "new.tar", jpegs(100, first=500, size=60)).rename(tars[0])
+        list(batches)
+    assert numbers(loader(tars[:1], **options)) == list(range(500, 600))
+    assert numbers(loader(tars[:1], **options)) == list(range(500, 600))
 
 
 def test_where_no_index_can_be_written_there_is_none(tars: list[Path], tmp_path: Path) -> None:
@@ -229,6 +239,31 @@ def test_a_bad_shard_stays_out_until_the_epoch_ends(tars: list[Path], train: boo
             assert batches.bad_shards == known
             if known:
                 assert seen + numbers(batches) == expected
+
+
+def test_a_bad_shard_stays_out_of_a_share_that_is_not_begun(tars: list[Path]) -> None:
+    store = Store(tars)
+    store.absent = {"00.tar"}
+    options = {"train": False, "max_bad_shards": 1, "batch_size": 4}
+    with loader(store.sources, **options) as batches:
+        seen = numbers([next(batches)])
+        state = batches.state()
+    store.absent.clear()
+    for number in range(2):
+        with loader(store.sources, shares=[(4, 2, number, 2)], **options) as share:
+            share.restore({**share.state(), "bad_shards": state["bad_shards"]})
+            assert share.state()["bad_shards"] == state["bad_shards"]
+            seen += numbers(share)
+    assert sorted(seen) == list(range(10, 70))
+
+
+def test_what_is_no_fault_of_a_shard_ends_the_pass(tars: list[Path]) -> None:
+    def fetch(stopped: Event) -> IO[bytes]:
+        raise UserError("folder: no space left; free some")
+
+    sources = [Source(tar, [tar], fetch=fetch) for tar in tars]
+    with loader(sources, max_bad_shards=100) as batches, pytest.raises(UserError, match="no space left; free some"):
+        next(batches)
 
 
 def test_a_cut_tar_gives_its_whole_samples_and_is_left(tars: list[Path], tmp_path: Path) -> None:
