@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -78,11 +78,14 @@ class Cache:
         """The whole shard, if it is there; a damaged one goes."""
         for file in self.folder.glob(f"{_identity(known)}-*.shard"):
             with suppress(FileNotFoundError):
-                stream = file.open("rb")
-                if _is_sound(file):
-                    os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
-                    return stream
-                stream.close()
+                with ExitStack() as closing:
+                    stream = closing.enter_context(file.open("rb"))
+                    if _is_sound(file):
+                        # Another user's file keeps its times.
+                        with suppress(OSError):
+                            os.utime(file, ns=(time.time_ns(), file.stat().st_mtime_ns))
+                        closing.pop_all()
+                        return stream
                 file.unlink()
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import multiprocessing
 import os
@@ -281,6 +282,24 @@ def test_the_cache_keeps_what_is_whole(tmp_path: Path, served: Faulty) -> None:
     assert [file.name.endswith(".shard") for file in cache.folder.iterdir()] == [True]
     served.files["/a.tar"] = TURNED
     assert content_of(tar(served), cache) == TURNED
+
+
+def test_the_cache_may_hold_another_users_files(
+    tmp_path: Path, served: Faulty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    cache = Cache(tmp_path / "cache", 1 << 20)
+    assert content_of(tar(served), cache) == BODY
+    monkeypatch.setattr(os, "utime", refuse)
+    gets = len([method for method, *_ in served.asked if method == "GET"])
+    assert content_of(tar(served), cache) == BODY
+    assert len([method for method, *_ in served.asked if method == "GET"]) == gets
+    monkeypatch.setattr("efficientclip.data.cache._is_sound", refuse)
+    with pytest.raises(UserError, match="Operation not permitted"):
+        content_of(tar(served), cache)
+    assert not [file for file in psutil.Process().open_files() if file.path.endswith(".shard")]
 
 
 def test_the_cache_has_a_size_and_those_used_least_recently_go(tmp_path: Path, served: Faulty) -> None:
