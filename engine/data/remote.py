@@ -19,7 +19,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from fnmatch import fnmatchcase
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any, NamedTuple, TypeVar
@@ -28,7 +29,7 @@ import fsspec
 from fsspec.asyn import AsyncFileSystem
 
 from ..errors import REMEDIES, ShardError, UserError, short, writing
-from ..files.places import URL, Location, braced, is_glob, location
+from ..files.places import URL, Location, braced, is_glob, written
 from . import attempts
 from .attempts import Attempts, Missing, NoRanges, Patience, Stop, Unfit
 from .piped import run_piped
@@ -67,23 +68,24 @@ def described(place: Location, stop: Stop = None) -> Described:
 
 def expanded(place: Location) -> list[Location]:
     """The files that braces and globs stand for, in order. UserError where a glob matches none."""
+    folder, names = written(place) if isinstance(place, Path) else (Path(), place)
     found: list[Location] = []
-    for one in map(location, braced(str(place))):
-        matches: Sequence[Location] = [one]
-        if isinstance(one, URL) and is_glob(one):
-            asked = one
-            matches = _listed(asked, "glob", asked)
-        elif is_glob(one) and not os.path.exists(one):
-            matches = [Path(match) for match in sorted(glob.glob(str(one), recursive=True))]
+    for one in braced(str(names)):
+        whole = URL(one) if isinstance(place, URL) else folder / one
+        matches: Sequence[Location] = [whole]
+        if isinstance(whole, URL):
+            matches = _matching(whole) if is_glob(whole) else matches
+        elif is_glob(one) and not os.path.exists(whole):
+            matches = [folder / match for match in sorted(glob.glob(one, root_dir=folder, recursive=True))]
         if not matches:
-            raise UserError(f"source {one}: nothing has a name like that; check the folder and the pattern")
+            raise UserError(f"source {whole}: nothing has a name like that; check the folder and the pattern")
         found += matches
     return found
 
 
 def inside(folder: URL) -> list[URL]:
-    """The files in a remote folder, by name."""
-    return _listed(folder, "find", URL(folder.rstrip("/") + "/"), maxdepth=1)
+    """The files in a remote folder, by name. ShardError where it cannot be listed."""
+    return [place for place, is_folder in _entries(folder) if not is_folder]
 
 
 def copied(url: URL, stop: Stop = None) -> IO[bytes]:
@@ -298,10 +300,32 @@ def _told(url: URL, stop: Stop) -> tuple[Described, bool]:
     return Described(url, -1 if size is None else int(size), tag), info.get("partial", True)
 
 
-def _listed(url: URL, method: str, *arguments: Any, **options: Any) -> list[URL]:
+def _entries(folder: str) -> list[tuple[URL, bool]]:
+    """What a remote folder holds, by name, and whether that is a folder."""
+    # `ls` tells of a listing that fails, which fsspec's `find` and `glob` take for an empty one.
+    url = URL(folder.rstrip("/") + "/")
     filesystem = _filesystem(url)
-    found = Attempts(url, None).run(lambda: _asked(url, method, *arguments, stop=None, got=lambda: 1 << 23, **options))
-    return [URL(filesystem.unstrip_protocol(name)) for name in sorted(found) if not name.endswith("/")]
+    found = Attempts(url, None).run(lambda: _asked(url, "ls", url, stop=None, got=lambda: 1 << 23, detail=True))
+    kinds = {one["name"].rstrip("/"): one["type"] == "directory" for one in found}
+    # S3 has objects that stand for their folder.
+    kinds.pop(filesystem._strip_protocol(url).rstrip("/"), None)
+    return [(URL(filesystem.unstrip_protocol(name)), kinds[name]) for name in sorted(kinds)]
+
+
+def _matching(pattern: URL) -> list[URL]:
+    """By name; `**` stands for any folders."""
+    levels = pattern.split("/")
+    first = next(at for at, level in enumerate(levels) if is_glob(URL(level)))
+    found = [URL("/".join(levels[:first]))]
+    for at, level in enumerate(levels[first:], first + 1):
+        last = at == len(levels)
+        if level == "**":
+            for folder in found:
+                found += [place for place, is_folder in _entries(folder) if is_folder]
+        if level != "**" or last:
+            held = [place for folder in found for place, is_folder in _entries(folder) if last or is_folder]
+            found = [place for place in held if fnmatchcase(place.rpartition("/")[2], level)]
+    return sorted(found)
 
 
 def _request(url: URL, start: int, end: int, file: IO[bytes], stop: Stop, *, rest: bool = False, tag: str = "") -> None:

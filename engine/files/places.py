@@ -64,16 +64,23 @@ def location(text: str | Path) -> Location:
 
 def is_pattern(place: Location) -> bool:
     """Whether braces or a glob make it stand for several."""
-    if isinstance(place, Path) and place.exists():
-        return False
-    return len(braced(str(place))) > 1 or is_glob(place)
+    if isinstance(place, URL):
+        return len(braced(place)) > 1 or is_glob(place)
+    names = str(written(place)[1])
+    return not place.exists() and (len(braced(names)) > 1 or is_glob(names))
 
 
-def is_glob(place: Location) -> bool:
-    if isinstance(place, Path):
-        return GLOB.search(str(place)) is not None
+def is_glob(names: str) -> bool:
+    if not isinstance(names, URL):
+        return GLOB.search(names) is not None
     # In a URL, a question mark begins a query or a version.
-    return not place.piped and re.search(r"[*[]", place) is not None
+    return not names.piped and re.search(r"[*[]", names) is not None
+
+
+def written(place: Path) -> tuple[Path, Path]:
+    """The folders that are there as they are written, and what follows them."""
+    folder = next((parent for parent in place.parents if os.path.isdir(parent)), Path(place.anchor))
+    return folder, place.relative_to(folder)
 
 
 def braced(text: str) -> list[str]:

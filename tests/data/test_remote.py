@@ -108,7 +108,35 @@ def test_globs_and_braces_are_expanded_in_order(tmp_path: Path, served: Faulty, 
             open_source(f"{root}/d*.tar")
         with pytest.raises(UserError, match="stands for 2 files; let all be"):
             open_source(f"{root}/b/{{1.tar,t.json}}")
+    for root in (str(tmp_path), f"{S3.bucket}/globs"):
+        assert [str(file) for file in open_source(f"{root}/*/0.tar").files] == [f"{root}/c/0.tar"]
+        found = {str(file).removeprefix(root) for file in open_source(f"{root}/**/*.tar").files}
+        assert found == {f"/{name}" for name in names if name.endswith(".tar")}
     assert isinstance(location("s3://b/a"), URL) and location("data/{0..3}.tar") == Path("data/{0..3}.tar")
+
+
+def test_a_folder_is_meant_as_it_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "x{a,b}[1]"
+    files(folder, dict.fromkeys(["0.tar", "1.tar"], b"x"))
+    for names in ("*.tar", "{0,1}.tar", "[01].tar"):
+        assert open_source(folder / names).files == [folder / "0.tar", folder / "1.tar"]
+    for missing in ("2.tar", "d*.tar"):
+        with pytest.raises(UserError, match=r"no such file|nothing has a name like that"):
+            open_source(folder / missing)
+
+
+def test_a_folder_that_cannot_be_listed_is_told(served: Faulty) -> None:
+    for name in ("data/", "data/*.tar"):
+        with pytest.raises(ShardError, match=r"http://127\.0\.0\.1:9/data/: 4 attempts failed, .*Connect call failed"):
+            open_source(f"http://127.0.0.1:9/{name}")
+    served.files |= {"/b/": b"", "/b/0.tar": b"x", "/c/": b"", "/c/0.tar": b"x"}
+    found = [f"{served.url}/{name}/0.tar" for name in "bc"]
+    served.faults.append(("GET", "503"))
+    assert open_source(f"{served.url}/*/0.tar").files == found and not served.faults
+    # What one folder holds is not left out.
+    served.always["/c/"] = "503"
+    with pytest.raises(ShardError, match="/c/: 4 attempts failed, the last one: the server answers 503"):
+        open_source(f"{served.url}/*/0.tar")
 
 
 def test_any_faults_end_with_the_right_bytes_or_an_error_that_names_the_url(served: Faulty) -> None:
