@@ -109,7 +109,7 @@ class Ahead:
         part = self.parts[shard]
         try:
             if part.unpack is not None and part.listing is not None:
-                listing = part.unpack(part.listing)
+                listing = part.unpack(part.listing, self._stopped)
                 self.parts[shard] = replace(part, listing=replace(listing, memory=None))
                 coming.set_result((b"", listing.columns(), listing.memory))
             elif part.fetch is not None:

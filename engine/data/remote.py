@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryFile, gettempdir
 from typing import IO, Any, NamedTuple, TypeVar
 
@@ -34,6 +35,7 @@ from . import attempts
 from .attempts import Attempts, Missing, NoRanges, Patience, Stop, Unfit
 from .piped import run_piped
 
+S = TypeVar("S")
 T = TypeVar("T")
 BLOCK = 8 << 20
 AT_ONCE = 16
@@ -189,52 +191,69 @@ def ranges(place: Location) -> Iterator[Any]:
         raise ShardError(f"shard {place}: it changed while it was read; run the same command again")
 
 
-def each(urls: Iterable[URL]) -> Iterator[bytes | None]:
+def each(urls: Iterable[URL], stop: threading.Event) -> Iterator[bytes | None]:
     """The bytes of small files, in order, many asked for at a time; None for one that cannot be had.
 
     ShardError where it is the server that fails: none can be had, or many in a row, but for those that are not there.
+    ShardError soon after `stop` is set, too.
     """
     failed: ShardError | None = None
     row, got = 0, False
-    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-        try:
-            for content in _windowed(pool, _small, urls, 4 * AT_ONCE):
-                if isinstance(content, bytes):
-                    got, row = True, 0
-                elif not isinstance(content, Missing):
-                    failed, row = content, row + 1
-                    if row >= FAILING:
-                        raise content
-                yield content if isinstance(content, bytes) else None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for content in at_once(partial(_small, stop=stop), urls):
+        if isinstance(content, bytes):
+            got, row = True, 0
+        elif not isinstance(content, Missing):
+            failed, row = content, row + 1
+            if row >= FAILING or stop.is_set():
+                raise content
+        yield content if isinstance(content, bytes) else None
     if failed is not None and not got:
         raise failed
 
 
-def _small(url: URL) -> bytes | ShardError:
+def _small(url: URL, stop: threading.Event) -> bytes | ShardError:
     def attempt() -> bytes:
         memory = io.BytesIO()
-        _request(url, 0, -1, memory, None, rest=True)
+        _request(url, 0, -1, memory, stop, rest=True)
         return memory.getvalue()
 
     try:
-        return Attempts(url, None).run(attempt)
+        return Attempts(url, stop).run(attempt)
     except ShardError as error:
         return error
 
 
-def _windowed(
-    pool: concurrent.futures.Executor, do: Callable[[URL], T], urls: Iterable[URL], ahead: int
-) -> Iterator[T]:
-    """As `pool.map`, but no more than `ahead` results wait."""
+def at_once(do: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """`do` of each item, in order, by AT_ONCE threads, a few items ahead. A process that ends waits for none."""
+    jobs: SimpleQueue[tuple[S, concurrent.futures.Future[T]] | None] = SimpleQueue()
     waiting: deque[concurrent.futures.Future[T]] = deque()
-    for url in urls:
-        waiting.append(pool.submit(do, url))
-        if len(waiting) >= ahead:
+    threads = 0
+    try:
+        for item in items:
+            waiting.append(concurrent.futures.Future())
+            jobs.put((item, waiting[-1]))
+            if threads < AT_ONCE:
+                threading.Thread(target=_work, args=(do, jobs), daemon=True).start()
+                threads += 1
+            if len(waiting) >= 4 * AT_ONCE:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+        for _ in range(threads):
+            jobs.put(None)
+
+
+def _work(do: Callable[[S], T], jobs: SimpleQueue[tuple[S, concurrent.futures.Future[T]] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        item, future = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(do(item))
+            except BaseException as error:
+                future.set_exception(error)
 
 
 def _filesystem(url: URL) -> Any:

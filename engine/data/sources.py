@@ -77,7 +77,7 @@ class Source:
     listing: Listing | None = None
     bad: Sequence[BadSample] = ()
     tables: Sequence[Source] = ()
-    unpack: Callable[[Listing], Listing] | None = None
+    unpack: Callable[[Listing, Event], Listing] | None = None
     fetch: Callable[[Event], IO[bytes]] | None = None
     cache: Cache | None = None
 

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
+from threading import Event
 from typing import IO, Any
 
 import numpy as np
@@ -19,14 +20,17 @@ from .remote import each
 from .tables import column_count, read_cells
 
 
-def fetched(remote: Listing) -> Listing:
-    """Of pictures that are remote files; where one cannot be had, its name stays, and there is no such file."""
+def fetched(remote: Listing, stop: Event) -> Listing:
+    """Of pictures that are remote files; where one cannot be had, its name stays, and there is no such file.
+
+    ShardError soon after `stop` is set.
+    """
     names = [remote.file_of(picture) for picture in range(len(remote))]
     where = np.zeros((len(names), 3), np.int64)
     with writing(Path(gettempdir())):
         memory = TemporaryFile()  # noqa: SIM115
         files = [os.fsencode(f"/proc/self/fd/{memory.fileno()}")]
-        for picture, content in enumerate(each(URL(os.fsdecode(name)) for name in names)):
+        for picture, content in enumerate(each((URL(os.fsdecode(name)) for name in names), stop)):
             if content is None:
                 where[picture] = len(files), 0, -1
                 files.append(names[picture])
@@ -53,7 +57,7 @@ def _in_memory(
     )
 
 
-def unpacked(file: Location, folder: Location, column: int, packed: Listing) -> Listing:
+def unpacked(file: Location, folder: Location, column: int, packed: Listing, stop: Event) -> Listing:
     """Of pictures that lie in a column of `file`, as bytes or as {bytes, path}; their offsets are numbers of cells."""
     picture_of = {row: picture for picture, row in enumerate((packed.offset // column_count(file)).tolist())}
     where, cells = np.full((len(packed), 3), -1, np.int64), packed.offset.copy()
@@ -75,7 +79,7 @@ def unpacked(file: Location, folder: Location, column: int, packed: Listing) -> 
                 where[picture], cells[picture] = (len(files), 0, -1), -1
                 files.append(os.fsencode(place))
                 beside |= {picture: place} if isinstance(place, URL) else {}
-        for picture, content in zip(beside, each(beside.values()), strict=True):
+        for picture, content in zip(beside, each(beside.values(), stop), strict=True):
             if content is not None:
                 where[picture] = 0, memory.tell(), len(content)
                 memory.write(content)

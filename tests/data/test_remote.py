@@ -10,8 +10,9 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -213,13 +214,15 @@ def test_a_fetch_can_be_stopped(served: Faulty, monkeypatch: pytest.MonkeyPatch)
     served.always["/a.tar"] = "stall"
     stop, told = threading.Event(), []
 
-    def run(url: URL) -> None:
+    def run(read: Callable[[], Any]) -> None:
         try:
-            fetch(url, None, stop)
+            read()
         except ShardError as error:
             told.append(str(error))
 
-    threads = [threading.Thread(target=run, args=(url,)) for url in (tar(served), URL("pipe:sleep 60"))]
+    urls = (tar(served), URL("pipe:sleep 60"))
+    reads = [*(partial(fetch, url, None, stop) for url in urls), lambda: [*remote.each([tar(served)] * 100, stop)]]
+    threads = [threading.Thread(target=run, args=(read,)) for read in reads]
     for thread in threads:
         thread.start()
     time.sleep(0.3)
@@ -227,7 +230,23 @@ def test_a_fetch_can_be_stopped(served: Faulty, monkeypatch: pytest.MonkeyPatch)
     for thread in threads:
         thread.join(2)
         assert not thread.is_alive()
-    assert len(told) == 2 and all("stopped" in one for one in told)
+    assert len(told) == 3 and all("stopped" in one for one in told)
+
+
+def _begins(url: URL) -> None:
+    attempts.patience = attempts.Patience()
+    threading.Thread(target=lambda: [*remote.each([url] * 100, threading.Event())], daemon=True).start()
+    time.sleep(0.5)
+
+
+def test_a_process_ends_beside_pictures_that_stall(served: Faulty) -> None:
+    served.always["/a.tar"] = "silence"
+    process = multiprocessing.get_context("fork").Process(target=_begins, args=(tar(served),))
+    process.start()
+    process.join(10)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0 and served.asked
 
 
 @pytest.mark.parametrize("fault", ["drop", "stall", "500", "503"])
