@@ -314,11 +314,13 @@ class Data(Section):
         0,
         ge=0,
         le=COUNT,
-        description="shards that may be left out: they cannot be had, or are not whole",
+        description="tars that may be left out: they cannot be had, or are not whole",
     )
     cache: Place | None = Field(None, description="folder that keeps remote shards; without it each pass fetches them")
     cache_gib: float = Field(100.0, gt=0, description="size of data.cache: those used least recently go")
-    validation: dict[Name, Source] = Field(default_factory=dict, description="name: labelled store or tar")
+    validation: dict[Name, Source] = Field(
+        default_factory=dict, description="name: store, or, where an image tower trains, any source"
+    )
     tokenizer: Name | None = Field(None, description="hub id, folder, or a BERT vocab.txt")
     max_text_tokens: int = Field(
         64, ge=8, le=TOKENS, description="longer unpaired texts are cut into pieces of this length"

@@ -84,7 +84,7 @@ class Attempts:
         why = f"the server answers {status}" if status else _innermost(error)
         if not _may_pass(error, status):
             kind = Missing if status in (404, 410) else ShardError
-            raise kind(f"shard {self.url}: {_refusal(status, why)}") from error
+            raise kind(f"shard {self.url}: {_refusal(error, status, why)}") from error
         self.failures += 1
         if asked is not None and asked > patience.asked:
             raise ShardError(f"shard {self.url}: {why} and asks to wait {asked:.0f} s; {LATER}") from error
@@ -100,12 +100,12 @@ class Attempts:
             self.stop.wait(seconds)
 
 
-def _refusal(status: int | None, why: str) -> str:
+def _refusal(error: Exception, status: int | None, why: str) -> str:
     if status in (401, 403):
         return f"access denied ({status}); {CREDENTIALS}"
     if status in (404, 410):
         return f"not there ({status}); check its name, or take it out of the list"
-    return f"{why}; check the URL" if status else f"{why}; {CREDENTIALS}"
+    return f"{why}; check the URL" if status or _names(error, "InvalidURL", "InvalidUrl") else f"{why}; {CREDENTIALS}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -163,10 +163,14 @@ def _is_client(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in CLIENTS
 
 
+def _names(error: Exception, *words: str) -> bool:
+    return any(word in type(one).__name__ for one in _chain(error) for word in words)
+
+
 def _may_pass(error: Exception, status: int | None) -> bool:
     if status is not None:
         return status in (408, 425, 429, 500, 502, 503, 504)
-    if any(word in type(one).__name__ for one in _chain(error) for word in ("Credentials", "InvalidURL", "InvalidUrl")):
+    if _names(error, "Credentials", "InvalidURL", "InvalidUrl"):
         return False
     found = [one for one in _chain(error) if not isinstance(one, FileNotFoundError)]
     return any(isinstance(one, OSError | Unfit) or _is_client(one) for one in found)

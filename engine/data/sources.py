@@ -178,6 +178,8 @@ def open_source(
     if columns.given and not is_table:
         raise UserError(f"{columns.given[0]}: {path} is no table; leave it out")
     if tars:
+        if any(isinstance(tar, URL) and tar.piped and not tar.removeprefix("pipe:").strip() for tar in tars):
+            raise UserError(f"source {path}: names no command; give pipe:COMMAND, which writes a tar")
         return Source(path, tars, cache=cache)
     if path.name.endswith((IMAGES, TEXTS)):
         return _base64_source(path.with_name(path.name.removesuffix(TEXTS).removesuffix(IMAGES)), cache)

@@ -187,6 +187,8 @@ def test_a_server_that_never_gives_it_is_told_with_the_remedy(
 def test_nobody_listens(served: Faulty) -> None:
     with pytest.raises(ShardError, match=r"http://127\.0\.0\.1:9/x\.tar: 4 attempts failed, .*Connect call failed"):
         content_of(URL("http://127.0.0.1:9/x.tar"))
+    with pytest.raises(ShardError, match=r"shard https:///x\.tar: .*; check the URL$"):
+        content_of(URL("https:///x.tar"))
 
 
 def test_what_came_is_not_asked_for_again(served: Faulty) -> None:
@@ -286,6 +288,8 @@ def test_a_command_writes_a_shard() -> None:
     # Half of it came, and the first command failed.
     with pytest.raises(ShardError, match="ended with 7"):
         content_of(URL("pipe:(echo half; exit 7) | cat"))
+    with pytest.raises(UserError, match="source pipe: : names no command; give pipe:COMMAND"):
+        open_source("pipe: ")
 
 
 def test_a_silent_command_is_killed_with_its_children() -> None:
