@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..config import Config
 from ..data import sources
 from ..data.cache import Cache
 from ..data.images import ImageBatch
-from ..data.remote import AT_ONCE, Described, described
+from ..data.remote import Described, at_once, described
 from ..data.sources import Source, open_source
 from ..data.tables import USUAL, Columns
 from ..errors import ShardError, UserError
@@ -38,19 +37,26 @@ def picture_recipe(
     outside = False
     for source_name, path in sources_of.items():
         opened = open_source(path, images, columns, Cache.of(config.data))
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = list(pool.map(_known, opened.files))
+        told = list(at_once(_described, opened.files))
+        refused = {file: one for file, one in zip(opened.files, told, strict=True) if isinstance(one, ShardError)}
+        found = [one if isinstance(one, Described) else None for one in told]
         shards: Sequence[Location | None]
         if opened.of_tars:
             shards = opened.files
             named: list[list[Any]] = [[name, one or str(tar)] for tar, one in zip(opened.files, found, strict=True)]
         else:
+            for why in refused.values():
+                raise why
             folder = None if images is None else resolved(images)
             named = [[name, *found, folder, sources.PART, *columns.given, at] for at in range(len(opened.parts))]
             shards = [None] * len(named)
         for of, part, shard in zip(named, opened.parts, shards, strict=True):
             whole = [*of, {"source": source_name}] if source_name else of
-            parts.append(Part(whole, partial(_made, encoder, part, source_name), shard))
+            make = partial(_made, encoder, part, source_name)
+            if shard in refused:
+                # Read all the same, nothing would tell later whether it has changed.
+                make = partial(_refuse, refused[shard])
+            parts.append(Part(whole, make, shard))
         files += opened.files
         known += found
         counts.append(opened.pictures)
@@ -59,12 +65,15 @@ def picture_recipe(
     return Recipe(files, known, name, parts, total, outside)
 
 
-def _known(file: Location) -> Described | None:
-    """None where it cannot be had now: reading it will tell why."""
+def _described(file: Location) -> Described | ShardError:
     try:
         return described(file)
-    except ShardError:
-        return None
+    except ShardError as error:
+        return error
+
+
+def _refuse(why: ShardError, _: Any) -> Made:
+    raise why
 
 
 def _made(load: Callable[[], FrozenImages], part: Source, source_name: str, bar: Any) -> Made:

@@ -19,9 +19,11 @@ import pytest
 from efficientclip.cli import main
 from efficientclip.config import Config, ImageTower, Teacher
 from efficientclip.data import sources
+from efficientclip.data.remote import Described, described
 from efficientclip.data.store import PAIR_FILES, Store, read_manifest, staging
-from efficientclip.errors import UserError
+from efficientclip.errors import ShardError, UserError
 from efficientclip.files import digests, lock
+from efficientclip.files.places import Location
 from efficientclip.model import frozen
 from efficientclip.model.frozen import image_tower_name
 from efficientclip.prepare import build, parallel, pictures
@@ -186,6 +188,25 @@ def test_a_new_store_is_not_read_again(
     ids.write_bytes(bytes([ids.read_bytes()[0] ^ 1]) + ids.read_bytes()[1:])
     with pytest.raises(UserError, match=r"image_ids\.bin: is not what was written"):
         Store(tmp_path / "made").prove()
+
+
+def test_a_shard_that_nothing_tells_of_is_left_out_until_something_does(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails_once(file: Location) -> Described:
+        if file.name == "1.tar":
+            monkeypatch.undo()
+            raise ShardError(f"shard {file}: the server fails")
+        return described(file)
+
+    shards = write_shards(tmp_path / "shards")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_shards": 1})})
+    monkeypatch.setattr(pictures, "described", fails_once)
+    (bad,) = prepare(shards, tmp_path / "made", config)["bad_shards"]
+    assert bad == {"shard": str(shards / "1.tar"), "cause": f"shard {shards / '1.tar'}: the server fails"}
+    whole = prepare(shards, tmp_path / "made", config)
+    again = prepare(shards, tmp_path / "made", config)
+    assert not whole["bad_shards"] and {**again, **whole} == again
 
 
 @pytest.mark.parametrize("source", ["shards", "table", "parallel"])
