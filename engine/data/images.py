@@ -215,6 +215,7 @@ class ImageLoader(ThreadedLoader):
         self._pinned = torch.cuda.is_available()
         self._free: deque[np.ndarray] = deque(maxlen=prefetch + 2)
         self._images = self._epoch = self._consumed = 0
+        self._begun_with: list[tuple[int, int, str]] = []
         self._started = 0.0
         self._go_to(epoch, 0, {}, [])
 
