@@ -140,7 +140,6 @@ class ImagePairLoader:
             raise StopIteration
         ahead, self._ahead = self._ahead, []
         self._behind = [pairs[-1].behind for pairs in ahead]
-        self._bad_shards = [order.images.state()["bad_shards"] for order in self._mine]
         batch = self._batch([pair for pairs in ahead for pair in pairs])
         self.epoch_step += 1
         self.step += 1
@@ -153,10 +152,11 @@ class ImagePairLoader:
     def state(self) -> dict[str, Any]:
         """Where all ranks are, each of which must call: a rank's samples count with its bad ones."""
         counters = {name: np.int64(getattr(self, name)) for name in ("epoch", "epoch_step", "step", "orders")}
-        of_all = self._of_all((self._behind, self._bad_shards))
+        known = [[(bad.number, bad.samples) for bad in order.images.bad_shards] for order in self._mine]
+        of_all = self._of_all((self._behind, known))
         behind = np.array([place for places, _ in of_all for place in places], np.int64)
         bad = [found for _, of_orders in of_all for found in of_orders]
-        numbers = [(part, shard, samples) for part, found in enumerate(bad) for shard, samples, _ in found]
+        numbers = [(part, shard, samples) for part, found in enumerate(bad) for shard, samples in found]
         shares = np.array(self._shares, np.int64).reshape(len(self._shares), -1, 4)
         held = {"shares": shares, "consumed": behind[:, 0], "given": behind[:, 1]}
         return {**counters, **held, "bad_shards": np.array(numbers, np.int64).reshape(-1, 3)}
@@ -213,7 +213,7 @@ class ImagePairLoader:
         self.epoch, self.epoch_step, self._shares = epoch, epoch_step, shares
         each = len(shares) // self.world_size
         mine = range(self.rank * each, (self.rank + 1) * each)
-        self._behind, self._bad_shards = [behind[part] for part in mine], [bad[part] for part in mine]
+        self._behind = [behind[part] for part in mine]
         self._ahead, self._over = [], False
         images = [
             ImageLoader(
@@ -237,8 +237,8 @@ class ImagePairLoader:
             )
             for part in mine
         ]
-        for loader, (consumed, _), found in zip(images, self._behind, self._bad_shards, strict=True):
-            loader.restore({**loader.state(), "epoch": epoch, "consumed": consumed, "bad_shards": found})
+        for part, loader, (consumed, _) in zip(mine, images, self._behind, strict=True):
+            loader.restore({**loader.state(), "epoch": epoch, "consumed": consumed, "bad_shards": bad[part]})
         given = [given for _, given in self._behind]
         self._mine = [_Order(loader, self._shown, begun) for loader, begun in zip(images, given, strict=True)]
 

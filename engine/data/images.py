@@ -235,7 +235,7 @@ class ImageLoader(ThreadedLoader):
     @property
     def bad_shards(self) -> list[BadShard]:
         """Those of the current epoch that cannot be had or are not whole, also before a restore."""
-        return [BadShard(self._parts[shard].path.name, cause) for shard, _, cause in self._bad_shards]
+        return [BadShard(self._parts[at].path.name, cause, at, samples) for at, samples, cause in self._bad_shards]
 
     @property
     def images_per_second(self) -> float:

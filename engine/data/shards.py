@@ -32,10 +32,13 @@ class BadSample:
 
 @dataclass(frozen=True)
 class BadShard:
-    """One that cannot be had or is not whole: the name of its tar or table, and the message that tells why."""
+    """One that cannot be had or is not whole: the name of its tar or table, the message that tells why, its number in
+    the loader's list, and how many samples it gave."""
 
     shard: str
     cause: str
+    number: int
+    samples: int
 
 
 def read_members(shard: Location) -> Iterator[tuple[str, Members]]:
