@@ -14,6 +14,7 @@ import torch
 from tests.kernels.loss_ranks import EXCHANGES, LOSSES, SIZES, Case, cases, error
 from tests.training.launch import run
 
+SCALARS = ("loss", "d_scale", "d_bias")
 WORKER = Path(__file__).with_name("loss_ranks.py")
 
 
@@ -43,7 +44,9 @@ def test_ranks_equal_one(world: int, case: Case, exchange: str) -> None:
         rounded = case.dtype == torch.bfloat16 and name in ("d_text", "d_image")
         assert rounded or found <= (1e-12 if case.dtype == torch.float64 else 1e-6), name
         if rounded or case.dtype == torch.float32:
-            assert found <= 2 * error(name, whole, truth), name
+            # Of a scalar, one rank may by luck be nearer than fp32 can say: half a unit in its last place is as good.
+            last_place = 2**-24 if name in SCALARS else 0
+            assert found <= max(2 * error(name, whole, truth), last_place), name
     assert all(len(set(one["loss"].tolist())) == 1 for one in ranks)
     ring = exchange == "ring"
     for count in exchanges:
