@@ -19,6 +19,8 @@ struct TooManyBadShards : ShardError {
 
 // Of what is said of a picture.
 constexpr std::int64_t kLargestText = 16 * 1024 * 1024;
+// The part of a shuffle buffer that is filled before anything is drawn from it.
+constexpr std::size_t kFirstDraw = 4;
 // As many fetches are known ahead.
 constexpr std::size_t kAhead = 16;
 
@@ -180,10 +182,20 @@ bool Pass::shuffled(Sample&& sample, ShardFile* tar) {
     if (seen_.empty() && emitted_ >= options_.consumed) load(sample, tar);
     if (buffer_.size() < capacity_) {
         buffer_.push_back(std::move(sample));
-        return true;
+        growing_ = !growing_;
+        // Nobody waits for a whole buffer: one that grows gives every second sample.
+        return growing_ || buffer_.size() < capacity_ / kFirstDraw || draw();
     }
     Sample& drawn = buffer_[draws_.below(static_cast<std::uint32_t>(capacity_))];
     std::swap(drawn, sample);
+    return take(std::move(sample), nullptr);
+}
+
+// Takes any sample of the buffer on.
+bool Pass::draw() {
+    std::swap(buffer_[draws_.below(static_cast<std::uint32_t>(buffer_.size()))], buffer_.back());
+    Sample sample = std::move(buffer_.back());
+    buffer_.pop_back();
     return take(std::move(sample), nullptr);
 }
 
@@ -195,11 +207,7 @@ bool Pass::take(Sample&& sample, ShardFile* tar) {
 }
 
 void Pass::drain() {
-    while (!buffer_.empty()) {
-        std::swap(buffer_[draws_.below(static_cast<std::uint32_t>(buffer_.size()))], buffer_.back());
-        Sample sample = std::move(buffer_.back());
-        buffer_.pop_back();
-        if (!take(std::move(sample), nullptr)) return;
+    while (!buffer_.empty() && draw()) {
     }
 }
 

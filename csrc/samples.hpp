@@ -129,6 +129,7 @@ class Pass {
     bool wanted();
     bool shuffled(Sample&& sample, ShardFile* tar);
     bool take(Sample&& sample, ShardFile* tar);
+    bool draw();
     void drain();
     void load(Sample& sample, ShardFile* tar);
     void fetch(OpenShard& shard);
@@ -147,6 +148,7 @@ class Pass {
     std::vector<std::int64_t> seen_;
     std::vector<Sample> buffer_;
     std::size_t capacity_;
+    bool growing_ = false;
     Random draws_;
     std::optional<ShardFile> again_;  // the tar of samples that waited
     std::shared_ptr<OpenShard> again_of_;

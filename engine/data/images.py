@@ -74,8 +74,8 @@ class ImageLoader(ThreadedLoader):
         a few shards ahead.
     size: images are float or uint8 [images, 3, size, size].
     train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
-        by shards and by a buffer of `shuffle_buffer` samples. Else the middle (Resize, then CenterCrop), in the
-        shards' own order.
+        by shards and by a buffer of `shuffle_buffer` samples, drawn from once a quarter of it is full. Else the middle
+        (Resize, then CenterCrop), in the shards' own order.
     threads: decoding threads, by default one for each core this process may use. Batches are the same for any number.
     seed, epoch, rank, world_size: the order depends on these and on the source alone. Ranks share all samples out
         between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
@@ -205,6 +205,8 @@ class ImageLoader(ThreadedLoader):
         }
         names = [part.path.name if part.listing is None else [part.path.name, part.pictures] for part in self._parts]
         order = [names, train, shuffle_buffer if train else 0, *shares]
+        # Version of how a buffer is drawn from.
+        order += [2] if train and shuffle_buffer > 1 else []
         order += [parts_shares] if min(parts_shares, default=1) < 1 else []
         self._identity = {
             "shards": hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16],

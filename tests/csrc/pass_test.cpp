@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <deque>
 #include <fstream>
 #include <iterator>
@@ -168,6 +169,28 @@ Found joined(Found first, const Found& rest) {
     return first;
 }
 
+// The shuffle buffer gives samples long before it is full, each once, and mixes as far as it reaches.
+void test_buffer() {
+    std::string tar;
+    for (int i = 0; i < 400; ++i) tar += member(std::to_string(i) + ".txt", "caption");
+    ImageOptions options;
+    options.shards.push_back({write_file("buffer.tar", tar + kEnd), nullptr});
+    options.shuffle_buffer = 100;
+    std::vector<std::int64_t> order;
+    const auto emit = [&](Sample&& sample) {
+        order.push_back(sample.where.ordinal);
+        return true;
+    };
+    Pass(options, emit, [] { return false; }, [](BadShard) {}).run();
+    std::int64_t moved = 0;
+    for (std::int64_t i = 0; i < static_cast<std::int64_t>(order.size()); ++i) {
+        check(order[i] <= std::min<std::int64_t>(25 + 2 * i, 100 + i), "drawn from what the buffer holds by then");
+        moved += std::abs(order[i] - i);
+    }
+    check(moved > 400 * 20, "samples move far");
+    check(std::set<std::int64_t>(order.begin(), order.end()).size() == 400 && order.size() == 400, "each sample once");
+}
+
 // Indexes and fetches change no batch; `whole` is the pass over `options` without them.
 void test_keepers(ImageOptions options, const Found& whole) {
     Shelf shelf;
@@ -312,6 +335,7 @@ void test_passes() {
     }
 
     test_keepers(options, whole);
+    test_buffer();
 
     for (const int world_size : {2, 3, 7}) {
         std::multiset<std::string> seen;
