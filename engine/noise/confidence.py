@@ -2,8 +2,8 @@
 
 Every visit gives a pair one score: the cosine of its text and image, or what the loss makes of it. Scores are z-scored
 within the global batch, since pairs late in an epoch look cleaner than early ones, and averaged over the visits: the
-ensemble is over time. After an epoch a rule chooses the pairs of the next one. All ranks hold the same table and see
-the same scores, so they choose alike.
+ensemble is over time. After an epoch a rule chooses the pairs of the next one. Rank 0 alone holds the table, 33 bytes a
+pair at most, and tells the others what it chose.
 Dropped pairs are re-auditioned on a small share of visits with weight 0, and come back if they turn out better.
 """
 
@@ -21,6 +21,9 @@ from .rate import read_cross_fit
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
+# Scores that a mixture is fitted to: an error of its means by .004 deviations.
+FITTED = 1 << 16
+
 
 class ConfidenceTable:
     """Scores and verdicts of n pairs; every array is indexed by the store's pair row. A choice that would leave fewer
@@ -37,12 +40,13 @@ class ConfidenceTable:
         self.epoch_sum = np.zeros(n_pairs, np.float32)
         self.epoch_seen = np.zeros(n_pairs, np.int32)
         if config.selection == "calibrated" and config.cross_fit is not None:
-            self.cross_fit = read_cross_fit(config.cross_fit)
-            if len(self.cross_fit.p) != n_pairs:
+            found = read_cross_fit(config.cross_fit)
+            if len(found.p) != n_pairs:
                 raise UserError(
-                    f"confidence.cross_fit: {config.cross_fit} judges {len(self.cross_fit.p)} pairs, this run has"
-                    f" {n_pairs}; run `efficientclip cross-fit CONFIG` for its store"
+                    f"confidence.cross_fit: {config.cross_fit} judges {len(found.p)} pairs, this run has {n_pairs};"
+                    " run `efficientclip cross-fit CONFIG` for its store"
                 )
+            self.noise_rate, self.clean_log_odds = found.rate, found.clean_log_odds
             self.kept = self._likely_wrong_dropped()
             self.dropped_epoch[~self.kept] = 0
 
@@ -98,9 +102,7 @@ class ConfidenceTable:
         # An unscored pair has not been judged: kept ones rank first, dropped ones last.
         score = np.where(np.isnan(score), np.where(self.kept, np.inf, -np.inf), score)
         score = np.where(candidates, score, -np.inf)
-        keep = np.zeros(len(score), bool)
-        keep[np.argsort(-score, kind="stable")[:count]] = True
-        return keep & candidates
+        return lowest(-score, count) & candidates
 
     def _by_mixture(self) -> BoolArray:
         """Drop the pairs that the lower of two Gaussians fitted to the scores explains better."""
@@ -113,10 +115,19 @@ class ConfidenceTable:
     def _likely_wrong_dropped(self) -> BoolArray:
         """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
         the one that does."""
-        keep = np.ones(len(self.kept), bool)
-        total = standardised(self.cross_fit.clean_log_odds) + standardised(self.mean_score)
-        keep[np.argsort(total, kind="stable")[: round(self.cross_fit.rate * len(total))]] = False
-        return keep
+        total = standardised(self.clean_log_odds)
+        total += standardised(self.mean_score)
+        return ~lowest(total, round(self.noise_rate * len(total)))
+
+    def verdicts(self) -> dict[str, npt.NDArray[Any]]:
+        """Of each pair, by the name of the column."""
+        return {
+            "row": np.arange(len(self.kept)),
+            "score": self.mean_score,
+            "times_seen": self.times_seen,
+            "kept": self.kept,
+            "dropped_epoch": self.dropped_epoch,
+        }
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as arrays."""
@@ -144,6 +155,16 @@ def _mean(total: npt.NDArray[Any], times: npt.NDArray[np.int32]) -> npt.NDArray[
     return np.divide(total, times, out=np.full_like(total, np.nan), where=times > 0)
 
 
+def lowest(score: FloatArray, count: int) -> BoolArray:
+    """The `count` lowest of scores without NaN; of equal ones the first."""
+    if count <= 0:
+        return np.zeros(len(score), bool)
+    bound = np.partition(score, count - 1)[count - 1]
+    chosen = score < bound
+    chosen[np.flatnonzero(score == bound)[: count - np.count_nonzero(chosen)]] = True
+    return chosen
+
+
 def standardised(score: FloatArray) -> FloatArray:
     """Mean 0 and deviation 1 over the scored pairs; 0 for pairs without a score (NaN)."""
     scored = ~np.isnan(score)
@@ -154,24 +175,33 @@ def standardised(score: FloatArray) -> FloatArray:
 
 
 def clean_probability(score: FloatArray, iterations: int = 200) -> FloatArray:
-    """Posterior of the upper component of a two-Gaussian mixture fitted by expectation maximisation."""
+    """Posterior of the upper component of a two-Gaussian mixture fitted by expectation maximisation, to FITTED scores
+    drawn at random where there are more."""
     if len(score) < 2 or np.ptp(score) == 0:
         return np.ones(len(score))
-    mean = np.quantile(score, [0.15, 0.7])
-    deviation = np.full(2, score.std())
+    fitted = score if len(score) <= FITTED else np.random.default_rng(0).choice(score, FITTED, replace=False)
+    mean = np.quantile(fitted, [0.15, 0.7])
+    deviation = np.full(2, fitted.std())
     share = np.array([0.3, 0.7])
-    posterior = np.full((len(score), 2), 0.5)
+    posterior = np.full((len(fitted), 2), 0.5)
     for _ in range(iterations):
-        log_density = -0.5 * ((score[:, None] - mean) / deviation) ** 2 - np.log(deviation) + np.log(share)
-        posterior = np.exp(log_density - log_density.max(axis=1, keepdims=True))
-        posterior /= posterior.sum(axis=1, keepdims=True)
+        posterior = _posterior(fitted, mean, deviation, share)
         weight = posterior.sum(axis=0) + 1e-12
-        mean = (posterior * score[:, None]).sum(axis=0) / weight
-        deviation = np.sqrt((posterior * (score[:, None] - mean) ** 2).sum(axis=0) / weight) + 1e-6
+        mean = (posterior * fitted[:, None]).sum(axis=0) / weight
+        deviation = np.sqrt((posterior * (fitted[:, None] - mean) ** 2).sum(axis=0) / weight) + 1e-6
         share = weight / weight.sum()
     upper = int(mean.argmax())
+    if fitted is not score:
+        posterior = _posterior(score, mean, deviation, share)
     # Beyond the upper mean the wider Gaussian may win again: a higher score is never less clean.
     order = np.argsort(score, kind="stable")
     probability = np.empty(len(score))
     probability[order] = np.maximum.accumulate(posterior[order, upper])
     return probability
+
+
+def _posterior(score_N: FloatArray, mean_2: FloatArray, deviation_2: FloatArray, share_2: FloatArray) -> FloatArray:
+    log_density = -0.5 * ((score_N[:, None] - mean_2) / deviation_2) ** 2 - np.log(deviation_2) + np.log(share_2)
+    posterior: FloatArray = np.exp(log_density - log_density.max(axis=1, keepdims=True))
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    return posterior

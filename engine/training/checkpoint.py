@@ -157,12 +157,12 @@ class Checkpoints:
             )
         model.load_state_dict(load_model(checkpoint).state_dict())
 
-    def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> Arrays:
-        """Put the optimiser's state back and return the arrays saved beside it."""
+    def load(self, engine: deepspeed.DeepSpeedEngine, checkpoint: Path, without: tuple[str, ...] = ()) -> Arrays:
+        """Put the optimiser's state back and return the arrays saved beside it, but for names that begin so."""
         with reading("checkpoint", checkpoint, RESTORE):
             optimizer_state.load(engine, checkpoint)
         with reading("checkpoint", checkpoint / "state.npz", RESTORE), np.load(checkpoint / "state.npz") as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            return {name: arrays[name] for name in arrays.files if not name.startswith(without)}
 
     def _all(self) -> list[Path]:
         return [path for path in self.folder.glob("step-*") if STEP.fullmatch(path.name)]

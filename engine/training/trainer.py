@@ -81,11 +81,14 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         # On one rank there is nothing to reduce, yet DeepSpeed would copy all gradients to and fro.
         self.engine.enable_backward_allreduce = self.world_size > 1 or stage > 0
-        self.confidence = ConfidenceTable(len(source), config.confidence, config.training.batch_size)
+        # Of 100 million pairs it takes 3 GB: rank 0 alone keeps it, and tells the others what it chose.
+        self.confidence: ConfidenceTable | None = None
+        if self.rank == 0:
+            self.confidence = ConfidenceTable(len(source), config.confidence, config.training.batch_size)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.loss_scale = LossScale(self.engine) if model.compute == torch.float16 else None
         self.loader = source.batches(config, self.rank, self.world_size)
-        self.loader.kept = self.confidence.kept
+        self.loader.kept = self._kept()
         self.step = 0
         self.best = self.recall = -math.inf
         self.grad_norm: torch.Tensor | float = 0.0
@@ -325,7 +328,7 @@ class Trainer:
     def _figures(
         self, losses: Losses, scale: torch.Tensor, inputs: list[dict[str, Any]], batch: Batch, mlm: torch.Tensor
     ) -> torch.Tensor:
-        """This rank's scores, by which every rank keeps the same table, and its share of this step's figures."""
+        """This rank's scores, which rank 0 keeps, and its share of this step's figures."""
         score_M = losses.log_probability_M if self.config.confidence.score == "log-probability" else losses.cosine_M
         if self.snapshot is not None and batch.frozen_MD is not None:
             with torch.no_grad():
@@ -375,7 +378,7 @@ class Trainer:
         """Show ECL the scores of a step; its figures by name."""
         config, batch = self.config, issued.batch
         score_N, counted_N = figures_W[:, : -len(FIGURES)].reshape(-1), batch.weights_N > 0
-        if batch.frozen_MD is not None:
+        if batch.frozen_MD is not None and self.confidence is not None:
             self.confidence.observe(self.loader.epoch, batch.rows_N, score_N, counted_N)
         figures = dict(zip(FIGURES, figures_W[:, -len(FIGURES) :].T, strict=True))
         contrastive, mlm = of_all(figures["contrastive"]), float(figures["mlm"].sum())
@@ -430,25 +433,30 @@ class Trainer:
         return ", ".join(self.source.names(batch.rows_N[places]))
 
     def _end_epoch(self) -> None:
-        self.confidence.select(self.loader.epoch)
-        # Ranks of other processors may round a score to the other side of the threshold.
-        kept = told(np.packbits(self.confidence.kept))
-        self.confidence.kept = np.unpackbits(kept, count=len(self.source)).astype(bool)
+        if self.confidence is not None:
+            self.confidence.select(self.loader.epoch)
+        kept = self._kept()
         self._write_history()
-        self.confidence.start_epoch()
+        if self.confidence is not None:
+            self.confidence.start_epoch()
         if self.snapshot is not None:
             parameters = list(self.engine.module.parameters())
             sharded = self.engine.zero_optimization_stage() == 3
             with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
         self.loader.next_epoch()
-        self.loader.kept = self.confidence.kept
+        self.loader.kept = kept
         self._count_sources()
+
+    def _kept(self) -> npt.NDArray[np.bool_]:
+        """The pairs that rank 0 has chosen, bool [pairs]."""
+        bits = told(np.packbits(self.confidence.kept if self.confidence is not None else np.empty(0, bool)))
+        return np.unpackbits(bits, count=len(self.source)).view(bool)
 
     def _count_sources(self) -> None:
         """The share of the pairs of each source that the epoch trains on, where there are several."""
         self.kept_by_source: dict[str, float] = {}
-        if self.by_source is not None and len(self.by_source.names) > 1:
+        if self.by_source is not None and self.confidence is not None and len(self.by_source.names) > 1:
             shares = self.by_source.shares(self.confidence.kept)
             self.kept_by_source = {name: share for name, (_, share) in shares.items()}
 
@@ -501,7 +509,8 @@ class Trainer:
         }
         if self.rank == 0:
             state["written"] = np.array(self.written.state())
-        state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
+        if self.confidence is not None:
+            state |= {f"confidence.{name}": value for name, value in self.confidence.state().items()}
         state |= {f"loader.{name}": value for name, value in self.loader.state().items()}
         state |= {f"bank.{name}": value for name, value in self.bank.state().items()}
         if self.loss_scale is not None:
@@ -513,7 +522,7 @@ class Trainer:
         return state
 
     def _resume(self, checkpoint: Path) -> None:
-        state = self.checkpoints.load(self.engine, checkpoint)
+        state = self.checkpoints.load(self.engine, checkpoint, without=() if self.rank == 0 else ("confidence.",))
         self.step, self.best, self.recall = int(state["step"]), float(state["best"]), float(state["recall"])
         self.validation_due = bool(state["validation_due"])
         self.best_step = int(state["best_step"]) if state["best_step"] >= 0 else None
@@ -521,7 +530,8 @@ class Trainer:
             self.written.restore(str(state["written"]))
             self.checkpoints.point(self.step, self.best_step)
         self.loader.restore(_under(state, "loader."))
-        self.confidence.restore(_under(state, "confidence."))
+        if self.confidence is not None:
+            self.confidence.restore(_under(state, "confidence."))
         self.bank.restore(_under(state, "bank."))
         if self.copies is not None:
             self.copies.restore(_under(state, "copies."))
@@ -535,7 +545,7 @@ class Trainer:
             tqdm.write(f"resuming {self.run} at step {self.step} ({self.visits} pair visits)")
 
     def _write_history(self) -> None:
-        if self.rank == 0 and len(self.source):
+        if self.confidence is not None and len(self.source):
             file = write_epoch(self.run, self.loader.epoch, self.confidence.epoch_score, self.confidence.kept)
             self.written.add(file)
 
@@ -544,19 +554,11 @@ class Trainer:
         self._write_final()
         if self.loader.epoch_step > 0:
             self._write_history()
-        if self.metrics is None:
+        if self.confidence is None:
             return
         if len(self.source):
-            table = self.confidence
-            columns = {
-                "row": np.arange(len(table.kept)),
-                "score": table.mean_score,
-                "times_seen": table.times_seen,
-                "kept": table.kept,
-                "dropped_epoch": table.dropped_epoch,
-            }
             with written_aside(self.run / "confidence.parquet") as file:
-                pq.write_table(pa.table(columns), file)
+                pq.write_table(pa.table(self.confidence.verdicts()), file)
         seal(self.run, self.written.history)
 
     def _write_final(self) -> None:

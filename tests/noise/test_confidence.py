@@ -7,7 +7,8 @@ import pytest
 
 from efficientclip.config import Confidence
 from efficientclip.errors import UserError
-from efficientclip.noise.confidence import ConfidenceTable, clean_probability
+from efficientclip.noise import confidence
+from efficientclip.noise.confidence import ConfidenceTable, clean_probability, lowest
 
 
 def observed(table: ConfidenceTable, epoch: int, score: Any) -> None:
@@ -99,6 +100,26 @@ def test_probability_of_being_clean_grows_with_the_score() -> None:
     score = scores()[1]
     assert (np.diff(clean_probability(score)[np.argsort(score)]) >= 0).all()
     assert (clean_probability(np.full(5, 0.3)) == 1).all()
+
+
+def test_the_lowest_are_those_of_a_stable_sort() -> None:
+    rng = np.random.default_rng()
+    score = rng.integers(-3, 4, 500).astype(float)
+    score[rng.random(500) < 0.1] = np.inf
+    score[rng.random(500) < 0.1] = -np.inf
+    for count in (0, 1, 37, 250, 499, 500):
+        expected = np.zeros(500, bool)
+        expected[np.argsort(score, kind="stable")[:count]] = True
+        np.testing.assert_array_equal(lowest(score, count), expected)
+
+
+def test_a_mixture_of_many_scores_is_fitted_to_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    score = scores(20_000)[1]
+    whole = clean_probability(score)
+    monkeypatch.setattr(confidence, "FITTED", 4000)
+    some = clean_probability(score)
+    assert 0 < np.abs(some - whole).max() < 0.1
+    assert ((some >= 0.5) != (whole >= 0.5)).mean() < 0.01
 
 
 def test_state_round_trip() -> None:
