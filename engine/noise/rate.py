@@ -11,6 +11,7 @@ large p is noise.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,30 +24,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from scipy.sparse.csgraph import connected_components
 
 from ..data.store import Edges, Store, edges
 from ..errors import UserError, reading
 from ..files.atomic import written_aside
+from .neighbourhoods import ROWS, Features, Integers, best_device, cells, rows_of
 
 Floats = npt.NDArray[np.float64]
-Integers = npt.NDArray[np.integer[Any]]
 Bools = npt.NDArray[np.bool_]
-Features = npt.NDArray[np.floating[Any]]
 
 HIT = 0.05  # a pair with a smaller p shows competence
 FAILED = 0.7  # where towers are competent, right pairs hardly have a larger p
 FOREIGN = 0.95  # what lies beyond, and would not if p were uniform, is no caption of this source
 COMPETENT = 0.2  # share of the pairs that the rate is read from
 NEGLIGIBLE = 0.03  # a source's estimated rate below it is no ground to drop anything, and counts as 0
-NULL_CAPTIONS = 8192
-LARGEST_GROUP = 4096
+NULL_CAPTIONS = 4096
 BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
 STRATA = 10
 TESTIMONY = 1.0  # weight of the mean of a picture's other captions beside its own features
 MOST_WITNESSES = 1024  # a picture of more captions stands for no subject: they do not testify
 LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
-ROUNDING = 1e-6
+ROUNDING = 1e-5  # of scores: nearer ones beat each other in part
+CONVERGED = 1e-9
+PART = 1 << 16  # pairs that are judged at a time
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}  # scores at a time, of a device
 FILE = "cross_fit.parquet"
 ANEW = "remove the folder and run `efficientclip cross-fit CONFIG` again"
 DRAWS = 10_000  # of an interval
@@ -78,123 +79,98 @@ class CrossFit:
     sources: tuple[SourceRate, ...] = ()
 
 
-def near(features: npt.NDArray[np.float16], seed: int, samples: int = 1 << 20, chance: float = 0.01) -> float:
-    """Cosine that a random pair of pictures exceeds with probability `chance`: what is nearer may be a duplicate."""
-    random = np.random.default_rng(seed)
-    one, other = random.integers(0, len(features), (2, min(samples, 64 * len(features))))
-    one, other = one[one != other], other[one != other]
-    cosine = np.concatenate(
-        [
-            (features[a].astype(np.float32) * features[b].astype(np.float32)).sum(1)
-            for a, b in zip(np.array_split(one, 64), np.array_split(other, 64), strict=True)
-        ]
-    )
-    return float(np.quantile(cosine, 1 - chance)) if len(cosine) else 1.0
+def null_captions(caption_ids: Integers, seed: int) -> tuple[Integers, Integers]:
+    """The distinct captions of some pairs, ascending, and how often these hold them.
 
-
-def pair_groups(store: Store, threshold: float) -> npt.NDArray[np.int64]:
-    """Group of each pair, int64 [pairs]: one caption on one picture and its near-duplicates (cosine >= `threshold`).
-
-    A caption on more than LARGEST_GROUP pictures is one group.
+    Of more than NULL_CAPTIONS as many pairs are drawn: p = .05 is then known to .0034.
     """
-    counts = np.bincount(store.caption_ids, minlength=len(store.offsets) - 1)
-    groups = np.empty(len(store), np.int64)
-    groups[counts[store.caption_ids] == 1] = np.arange((counts == 1).sum())
-    first_free = int((counts == 1).sum())
-    recurring = np.flatnonzero(counts[store.caption_ids] > 1)
-    recurring = recurring[np.argsort(store.caption_ids[recurring], kind="stable")]
-    for rows in np.split(recurring, np.cumsum(counts[counts > 1])[:-1]) if len(recurring) else ():
-        count, labels = 1, np.zeros(len(rows), np.int64)
-        if len(rows) <= LARGEST_GROUP:
-            features = store.features[store.image_ids[rows]].astype(np.float32)
-            count, labels = connected_components(features @ features.T >= threshold, directed=False)
-        groups[rows] = first_free + labels
-        first_free += count
-    return groups
-
-
-def folds(groups: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int8]:
-    """Fold 0 or 1 of each pair; a group is never split, and the folds are as equal as groups allow."""
-    sizes = np.bincount(groups)
-    order = np.random.default_rng([seed, 5]).permutation(len(sizes))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    fold = np.empty(len(sizes), np.int8)
-    fold[order] = before >= len(groups) / 2
-    return fold[groups]
+    null, weights = np.unique(caption_ids, return_counts=True)
+    if len(null) > NULL_CAPTIONS:
+        drawn = np.random.default_rng([seed, 6]).integers(0, len(caption_ids), NULL_CAPTIONS)
+        null, weights = np.unique(caption_ids[drawn], return_counts=True)
+    return null, weights
 
 
 @torch.no_grad()
 def p_values(
-    text_KD: Features, image_VD: Features, caption_ids: Integers, image_ids: Integers, linked: Edges, seed: int
+    text_KD: Features,
+    image_VD: Features,
+    caption_ids: Integers,
+    image_ids: Integers,
+    captions_of: Edges,
+    null: tuple[Integers, Integers],
+    device: torch.device | None = None,
 ) -> tuple[Floats, Floats]:
     """p and cosine of the pairs (caption, image), float64 [pairs] each; features may be mapped files.
 
-    p is the share of other captions, weighted by how often these pairs hold them, that score higher on the pair's
-    image; equal scores count half, captions that `linked` (caption -> images, these pairs among them) ties to the image
-    do not count, but testify, all but the pair's own, to what the image shows. Of more than NULL_CAPTIONS distinct
-    captions, as many pairs are drawn.
+    p is the share of the `null` captions, as `null_captions` tells and weighs them, that score higher on the pair's
+    image; equal scores count half, captions that `captions_of` (image -> captions, these pairs among them) ties to the
+    image do not count, but testify, all but the pair's own, to what the image shows. One product, [pairs, null
+    captions], in blocks that stay in a cache.
     """
-    n, device = len(caption_ids), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def rows_of(features: Features, rows: Integers) -> torch.Tensor:
-        return torch.from_numpy(features[rows]).to(device).float()
-
-    null, weights = np.unique(caption_ids, return_counts=True)
-    if len(null) > NULL_CAPTIONS:
-        drawn = np.random.default_rng([seed, 6]).integers(0, n, NULL_CAPTIONS)
-        null, weights = np.unique(caption_ids[drawn], return_counts=True)
-    column = np.full(len(text_KD), -1)
-    column[null] = np.arange(len(null))
-    of_captions = np.repeat(np.arange(len(linked[0]) - 1), np.diff(linked[0]))
-    starts, captions_of = edges(linked[1], of_captions, len(image_VD))
-    null_MD = rows_of(text_KD, null)
+    device, n = device or best_device(), len(caption_ids)
+    null_ids, weights = null
     weights_M = torch.from_numpy(weights).to(device, torch.float32)
-    order = np.argsort(image_ids, kind="stable")
+    # The column takes a pair's own score off: what is left tells a better caption by 1, an equal by .5, others by 0.
+    null_ME = F.pad(rows_of(text_KD, null_ids, device), (0, 1), value=1.0)
+    images, place = np.unique(image_ids, return_inverse=True)
+    starts, captions = captions_of
+    degree = starts[images + 1] - starts[images]
+    heard = degree <= MOST_WITNESSES
+    testimony_ID = _sums(text_KD, captions, starts[images], np.where(heard, degree, 0), device)
+    # One more than testify, so that a single caption does not speak for all.
+    weight_I = torch.from_numpy(TESTIMONY * heard / degree).to(device, torch.float32)
+    column, columns, first = _linked_columns(captions[_ranges(starts[images], degree)], degree, null_ids)
     p, cosine = np.empty(n), np.empty(n)
-    for rows in np.array_split(order, max(1, n // 1024)):
-        images, place = np.unique(image_ids[rows], return_inverse=True)
-        image_PD = rows_of(image_VD, images)[place]
-        text_PD = rows_of(text_KD, caption_ids[rows])
-        degree = starts[images + 1] - starts[images]
-        positive = np.concatenate([captions_of[starts[i] : starts[i + 1]] for i in images])
-        image_of = np.repeat(np.arange(len(images)), degree)
-        heard = degree <= MOST_WITNESSES
-        witnesses = heard[image_of]
-        testimony_BD = torch.zeros(len(images), text_PD.shape[1], device=device).index_add_(
-            0, torch.from_numpy(image_of[witnesses]).to(device), rows_of(text_KD, positive[witnesses])
-        )
-        # One more than testify, so that a single caption does not speak for all.
-        weight_P1 = torch.from_numpy(TESTIMONY * heard / degree).to(device, torch.float32)[place][:, None]
-        shown_PD = F.normalize(image_PD + weight_P1 * (testimony_BD[place] - text_PD), dim=1)
-        own = (text_PD * shown_PD).sum(1)
-        counted_BM = weights_M.repeat(len(images), 1)
-        at = column[positive]
-        counted_BM[image_of[at >= 0], at[at >= 0]] = 0
-        gap_PM, counted_PM = shown_PD @ null_MD.T - own[:, None], counted_BM[place]
-        # Above 1, equal one half; products of one sum differ by their order.
-        beats_PM = (gap_PM > ROUNDING).float() + 0.5 * (gap_PM.abs() <= ROUNDING)
-        above = (counted_PM * beats_PM).sum(1)
+    at_once = max(1, BLOCK[device.type] // len(null_ids))
+    for begin in range(0, n, at_once):
+        rows = slice(begin, begin + at_once)
+        of = torch.from_numpy(place[rows]).to(device)
+        image_PD = rows_of(image_VD, image_ids[rows], device)
+        text_PD = rows_of(text_KD, caption_ids[rows], device)
+        shown_PD = F.normalize(image_PD + weight_I[of, None] * (testimony_ID[of] - text_PD), dim=1)
+        own_P1 = (text_PD * shown_PD).sum(1, keepdim=True)
+        asked_PE = torch.cat([shown_PD / (2 * ROUNDING), 0.5 - own_P1 / (2 * ROUNDING)], 1)
+        beats_PM = (asked_PE @ null_ME.T).clamp_(0, 1)
+        linked = columns[place[rows]]
+        pair, at = np.repeat(np.arange(len(linked)), linked), column[_ranges(first[place[rows]], linked)]
+        beats_PM[torch.from_numpy(pair).to(device), torch.from_numpy(at).to(device)] = 0
+        counted = weights.sum() - np.bincount(pair, weights[at], minlength=len(linked))
         # The half keeps p above 0: nobody beats a caption by less than one draw.
-        p[rows] = ((above + 0.5) / (counted_PM.sum(1) + 1)).double().cpu().numpy()
+        p[rows] = ((beats_PM @ weights_M).double().cpu().numpy() + 0.5) / (counted + 1)
         cosine[rows] = (text_PD * image_PD).sum(1).double().cpu().numpy()
     return p, cosine
 
 
-def cells(sides: Sequence[Features], seed: int, size: int = 32, most: int = 4096) -> Integers:
-    """Cell int32 [rows] of each row by k-means on the features of all `sides`, each [rows, width]: about `size` rows a
-    cell, `most` cells at most."""
-    # Two seconds to import, which no other run need wait for.
-    from sklearn.cluster import MiniBatchKMeans
+def _ranges(starts: Integers, lengths: Integers) -> Integers:
+    """starts[0], starts[0] + 1, …, `lengths[0]` of them, and so on: int64 [sum of lengths]."""
+    ahead = np.cumsum(lengths) - lengths
+    return np.repeat(starts - ahead, lengths) + np.arange(lengths.sum())
 
-    n = len(sides[0])
-    k = min(max(1, n // size), most)
 
-    def together(rows: slice) -> Features:
-        return np.concatenate([np.asarray(features[rows], np.float32) for features in sides], axis=1)
+def _sums(
+    text_KD: Features, captions: Integers, starts: Integers, counts: Integers, device: torch.device
+) -> torch.Tensor:
+    """Of each image the sum of its captions' features, float32 [images, width]; `counts` may be 0."""
+    sums, ends = [], np.cumsum(counts)
+    bounds = np.unique(np.searchsorted(ends, np.arange(0, counts.sum() + ROWS, ROWS)))
+    for low, high in itertools.pairwise(np.unique([0, *bounds, len(counts)])):
+        some = _ranges(starts[low:high], counts[low:high])
+        lengths = torch.from_numpy(counts[low:high]).to(device)
+        sums.append(torch.segment_reduce(rows_of(text_KD, captions[some], device), "sum", lengths=lengths, axis=0))
+    return torch.cat(sums)
 
-    means = MiniBatchKMeans(k, batch_size=max(4096, 4 * k), n_init=1, random_state=seed)
-    means.fit(together(slice(0, n, max(1, n // (64 * k)))))
-    return np.concatenate([means.predict(together(slice(row, row + 65536))) for row in range(0, n, 65536)])
+
+def _linked_columns(captions: Integers, degree: Integers, null_ids: Integers) -> tuple[Integers, Integers, Integers]:
+    """Columns of `null_ids` that the images' `captions`, `degree` an image and ascending in each, stand in; how many
+    are each image's, and where its first is."""
+    image = np.repeat(np.arange(len(degree)), degree)
+    at = np.minimum(np.searchsorted(null_ids, captions), len(null_ids) - 1)
+    there = null_ids[at] == captions
+    # A pair may stand twice in a store.
+    there[1:] &= (captions[1:] != captions[:-1]) | (image[1:] != image[:-1])
+    columns = np.bincount(image[there], minlength=len(degree))
+    return at[there], columns, np.cumsum(columns) - columns
 
 
 def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers | None) -> Floats:
@@ -207,7 +183,7 @@ def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers |
     for key in (cell, ids):
         hits, total = np.bincount(key, hit)[key], np.bincount(key)[key].astype(np.float64)
         if apart is not None:
-            _, both = np.unique(np.stack([key, apart]), axis=1, return_inverse=True)
+            _, both = np.unique(key.astype(np.int64) * (int(apart.max()) + 1) + apart, return_inverse=True)
             hits, total = hits - np.bincount(both, hit)[both], total - np.bincount(both)[both]
         rate = (hits + BACKING * rate) / (total + BACKING)
     return np.log(rate) - np.log1p(-rate)
@@ -221,20 +197,24 @@ class Competence:
     """
 
     caption_ids: Integers
+    frequency: Integers  # [captions], of these pairs
     pair: Floats
     mismatched_caption: Floats
     mismatched_image: Floats
 
-    def mismatched_above(self, threshold: float, rows: Integers) -> float:
+    def mismatched_above(self, thresholds: Floats, rows: Integers) -> Floats:
         """Share of all combinations of a caption with an image of the pairs `rows` that are at least so competent.
 
         Captions are as frequent as in the whole store: one that noise has brought to `rows` counts no more for it.
         """
-        present = np.zeros(int(self.caption_ids.max()) + 1, bool)
-        present[self.caption_ids[rows]] = True
-        ordered = np.sort(self.mismatched_caption[present[self.caption_ids]])
-        below = np.searchsorted(ordered, threshold - self.mismatched_image[rows], side="left")
-        return float(1 - below.mean() / len(ordered))
+        captions, at = np.unique(self.caption_ids[rows], return_index=True)
+        value = self.mismatched_caption[rows[at]]
+        order = np.argsort(value, kind="stable")
+        below = np.concatenate([[0], np.cumsum(self.frequency[captions[order]])])
+        # Ascending, the needles find one another's place in the cache.
+        wanting = -np.sort(self.mismatched_image[rows])[::-1]
+        shares = [below[np.searchsorted(value[order], one + wanting)].mean() for one in thresholds]
+        return np.asarray(1 - np.array(shares) / below[-1])
 
 
 def competence(
@@ -248,6 +228,7 @@ def competence(
     """Competence around the pairs; all arguments are [pairs], `hit` tells where p is small."""
     return Competence(
         caption_ids,
+        np.bincount(caption_ids),
         side_competence(hit, caption_ids, caption_cell, groups) + side_competence(hit, image_ids, image_cell, groups),
         side_competence(hit, caption_ids, caption_cell, None),
         side_competence(hit, image_ids, image_cell, np.arange(len(hit))),
@@ -279,7 +260,7 @@ def _counts(p: Floats, found: Competence, rows: Integers) -> tuple[npt.NDArray[n
     threshold = float(np.quantile(found.pair[rows], 1 - COMPETENT))
     competent = p[rows][found.pair[rows] >= threshold]
     beyond, failed = int((competent > FOREIGN).sum()), int((competent > FAILED).sum())
-    expected = len(rows) * found.mismatched_above(threshold, rows)
+    expected = len(rows) * float(found.mismatched_above(np.array([threshold]), rows)[0])
     return np.array([failed - beyond, beyond, len(competent) - failed]), max(expected, 1e-9)
 
 
@@ -299,7 +280,7 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) ->
     odds, competent = np.zeros(len(rows)), found.pair[rows]
     bounds = np.quantile(competent, np.linspace(0, 1, STRATA + 1))
     bounds[0], bounds[-1] = -np.inf, np.inf
-    mismatched = [found.mismatched_above(bound, rows) for bound in bounds]
+    mismatched = found.mismatched_above(bounds, rows)
     for low, high, more, less in zip(bounds[:-1], bounds[1:], mismatched[:-1], mismatched[1:], strict=True):
         chosen = np.flatnonzero((competent >= low) & (competent < high))
         if len(chosen) == 0:
@@ -309,7 +290,9 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) ->
         for _ in range(100):
             density = (1 - wrong) * a * np.exp((a - 1) * log_p)
             right = density / (density + wrong)
-            a = min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
+            before, a = a, min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
+            if abs(a - before) < CONVERGED:
+                break
         odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p
     return odds
 
@@ -330,37 +313,72 @@ def sources(store: Store) -> list[tuple[str, npt.NDArray[np.int64]]]:
     elif small:
         names[0] += f" and {few}"
     codes = np.where(found.of < large, found.of, together)
-    return [(names[code], np.flatnonzero(codes == code)) for code in np.unique(codes)]
+    order, (told, first) = np.argsort(codes, kind="stable"), np.unique(np.sort(codes), return_index=True)
+    return [(names[code], rows) for code, rows in zip(told, np.split(order, first[1:]), strict=True)]
 
 
-def judge(
-    store: Store,
-    groups: npt.NDArray[np.int64],
-    fold: npt.NDArray[np.int8],
-    text_2KD: Sequence[Features],
-    visits: int,
-    seed: int,
-) -> CrossFit:
-    """What two towers say about a store's pairs: tower f, whose features of all captions are text_2KD[f], trained on
-    the pairs of fold f and judges the others. `groups` and `fold` are those of the pairs."""
-    p, score, parts = np.empty(len(store)), np.empty(len(store)), sources(store)
-    for _, part in parts:
-        for tower, text_KD in enumerate(text_2KD):
-            if len(rows := part[fold[part] != tower]):
-                p[rows], score[rows] = p_values(
-                    text_KD, store.features, store.caption_ids[rows], store.image_ids[rows], store.caption_edges, seed
-                )
-    caption_cell = cells(text_2KD, seed)[store.caption_ids]
-    image_cell = cells([store.features], seed)[store.image_ids]
-    found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
-    rate, odds, told = 0.0, np.zeros(len(store)), []
-    for name, rows in parts:
-        rate_here = noise_rate(p, found, rows)
-        told.append(SourceRate(name, len(rows), rate_here, *noise_interval(p, found, rows)))
-        rate_here *= rate_here >= NEGLIGIBLE
-        odds[rows] = clean_log_odds(p, found, rows, rate_here)
-        rate += rate_here * len(rows) / len(store)
-    return CrossFit(rate, visits, fold, score, p, found.pair, odds, tuple(told))
+class Docket:
+    """A store's pairs in the order in which they are judged, in parts of at most PART pairs: by source, by the tower
+    that did not train on them, by image.
+
+    Tower f, whose features of all captions are text_2KD[f], trained on the pairs of fold f and judges the others.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        fold: npt.NDArray[np.int8],
+        text_2KD: Sequence[Features],
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
+        self.store, self.fold, self.text_2KD, self.seed, self.device = store, fold, text_2KD, seed, device
+        self.sources = sources(store)
+        source = np.empty(len(store), np.int32)
+        for number, (_, rows) in enumerate(self.sources):
+            source[rows] = number
+        panel = 2 * source + (1 - fold)
+        self.order = np.lexsort((store.image_ids, panel))
+        self.bounds = [0, *(np.flatnonzero(np.diff(panel[self.order])) + 1).tolist(), len(store)]
+        self.captions_of = edges(store.image_ids, store.caption_ids, len(store.features))
+        # Panel, begin and end in `order` of each part.
+        self.parts = [
+            (number, begin, min(begin + PART, high))
+            for number, (low, high) in enumerate(itertools.pairwise(self.bounds))
+            for begin in range(low, high, PART)
+        ]
+        self._null: tuple[int, tuple[Integers, Integers]] | None = None
+
+    def answers(self, part: int) -> Floats:
+        """p and cosine of the part's pairs, float64 [pairs, 2]."""
+        number, begin, end = self.parts[part]
+        rows, caption_ids = self.order[begin:end], self.store.caption_ids
+        if self._null is None or self._null[0] != number:
+            every = self.order[self.bounds[number] : self.bounds[number + 1]]
+            self._null = number, null_captions(caption_ids[every], self.seed)
+        text_KD, images = self.text_2KD[1 - self.fold[rows[0]]], self.store.image_ids[rows]
+        found = p_values(
+            text_KD, self.store.features, caption_ids[rows], images, self.captions_of, self._null[1], self.device
+        )
+        return np.stack(found, 1)
+
+    def verdicts(self, answers: Floats, groups: npt.NDArray[np.int64], visits: int) -> CrossFit:
+        """What the towers say, from the answers [pairs, 2] of all parts, one after the other. `groups` are those of the
+        pairs."""
+        store, device = self.store, self.device
+        p, score = np.empty(len(store)), np.empty(len(store))
+        p[self.order], score[self.order] = answers[:, 0], answers[:, 1]
+        caption_cell = cells(self.text_2KD, self.seed, device)[store.caption_ids]
+        image_cell = cells([store.features], self.seed, device)[store.image_ids]
+        found = competence(p < HIT, store.caption_ids, store.image_ids, caption_cell, image_cell, groups)
+        rate, odds, told = 0.0, np.zeros(len(store)), []
+        for name, rows in self.sources:
+            rate_here = noise_rate(p, found, rows)
+            told.append(SourceRate(name, len(rows), rate_here, *noise_interval(p, found, rows)))
+            rate_here *= rate_here >= NEGLIGIBLE
+            odds[rows] = clean_log_odds(p, found, rows, rate_here)
+            rate += rate_here * len(rows) / len(store)
+        return CrossFit(rate, visits, self.fold, score, p, found.pair, odds, tuple(told))
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:

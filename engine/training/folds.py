@@ -1,41 +1,60 @@
-"""Two fold towers and what they say about the pairs.
+"""Two fold towers and what they say about the pairs: three stages, each of which goes on where it was cut short.
 
-CROSS_FIT/fold-0, fold-1       ordinary runs on half of the pairs each, resumable
-          model/               the mean of the two towers: the joint run's start
-          cross_fit.parquet    a row a pair: fold, score, p, competence, clean_log_odds; the rates in its metadata
+CROSS_FIT/groups.npz         the group of each pair, and the store that they are of, until the verdicts stand
+          fold-0, fold-1     ordinary runs on half of the pairs each
+          judging/           what encoding and judging have finished, until then
+              made_of.json   store, towers and settings; of others all is made anew
+              captions-0.bin, captions-1.bin    fp16 [captions, width], by fold 0's and 1's tower
+              answers.bin    float64 [pairs, 2]: p and cosine, in the docket's order
+          model/             the mean of the two towers: the joint run's start
+          cross_fit.parquet  a row a pair: fold, score, p, competence, clean_log_odds; the rates in its metadata
+
+All ranks train together; then each encodes and judges parts of its own; rank 0 sums up when the others have left.
 """
 
 from __future__ import annotations
 
-import os
+import gc
+import json
+import math
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
+from .. import __version__
 from ..config import Confidence, Config, MaskedLanguageModelling
 from ..data.store import Store
-from ..errors import UserError, writing
+from ..errors import UserError, reading, writing
 from ..files import digests
-from ..files.atomic import as_umask, put_in_place
-from ..model.efficientclip import load_model
+from ..files.atomic import as_umask, put_in_place, write_atomically, written_aside
+from ..files.parts import Parts
+from ..hardware import compute_dtype
+from ..model.efficientclip import check_model, load_model
 from ..model.encode import BATCH, encode_rows
-from ..noise.rate import NEGLIGIBLE, folds, judge, near, pair_groups, write_cross_fit
+from ..noise.neighbourhoods import folds, near, pair_groups
+from ..noise.rate import NEGLIGIBLE, CrossFit, Docket, write_cross_fit
 from .distributed import process_group
-from .ranks import assembled
-from .run_folder import owned, proven
+from .ranks import assembled, told
+from .run_folder import finished, owned, proven
 from .runs import new_trainer, text_run, told_to_stop
 from .trainer import Trainer
 
+ENCODED = 32 * BATCH  # captions that a rank encodes at a time
+GROUPS, MADE_OF = "groups.npz", "made_of.json"
+
 
 def cross_fit(config: Config) -> int:
-    """Train the fold towers that `config` describes, or go on with them, and write what they say: the exit code.
+    """Train the fold towers that `config` describes, encode and judge by them, or go on with it: the exit code.
 
-    A signal while the folds train saves first; while the captions are encoded and judged there is nothing to save.
+    A signal while the folds train saves first; while captions are encoded and judged, parts that are finished stand.
     """
     folder = config.confidence.cross_fit
     if folder is None:
@@ -44,36 +63,56 @@ def cross_fit(config: Config) -> int:
         raise UserError("cross-fit: needs data.store and training.tower=text; other runs have no captions to judge")
     with process_group(config) as rank, owned(folder, "cross-fit", "cross-fit"):
         store = Store(config.data.store)
-        proven({"store": store})
-        groups = pair_groups(store, near(store.features, config.seed))
+        identity = proven({"store": store})["store"]
+        groups = _groups(folder / GROUPS, store, identity, config.seed, rank)
         fold = folds(groups, config.seed)
         runs = [folder / f"fold-{number}" for number in range(2)]
-        encoded = [folder / f"captions-{number}.bin" for number in range(2)]
-        text_2KD, visits = [], 0
-        for number in range(2):
-            with owned(runs[number], "run", "cross-fit"):
-                trainer = _fold_trainer(config, runs[number], np.flatnonzero(fold == number))
-                if (stopped_by := trainer.train()) is not None:
-                    return told_to_stop(trainer, stopped_by)
-            text_2KD.append(captions_by(trainer, store, encoded[number]))
-            visits += trainer.visits
+        fold_configs = [_fold_config(config, run) for run in runs]
+        for number, fold_config in enumerate(fold_configs):
+            if stopped := _train(fold_config, np.flatnonzero(fold == number), rank):
+                return stopped
+        judging = folder / "judging"
         if rank == 0:
-            found = judge(store, groups, fold, text_2KD, visits, config.seed)
+            begin(judging, _made_of(config, store, identity, runs))
+        encoded = [
+            _encoded(judging / f"captions-{number}.bin", fold_config, store, number)
+            for number, fold_config in enumerate(fold_configs)
+        ]
+        assembled()
+        docket = Docket(store, fold, [parts.read() for parts in encoded], config.seed, _device())
+        answers = Parts(judging / "answers.bin", [end - begin for _, begin, end in docket.parts], 2, np.float64)
+        for part in _dealt(answers, 0, "judging", "pair"):
+            answers.write(part, docket.answers(part))
+        assembled()
+        # From here on no rank waits for this one.
+        if rank == 0:
+            found = docket.verdicts(answers.read(), groups, sum(map(_visits, fold_configs)))
             save_mean(folder / "model", runs)
             write_cross_fit(folder, store, found)
-            for file in encoded:
-                file.unlink()
-            print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
-            for source in found.sources if len(found.sources) > 1 else ():
-                none = f", below {NEGLIGIBLE:.0%}: none is dropped for it" if source.rate < NEGLIGIBLE else ""
-                interval = f"95 % interval {source.low:.1%} to {source.high:.1%}"
-                print(f"  {source.name}: {source.rate:.1%} ({interval}) of {source.pairs:,} pairs{none}")
-        assembled()
+            end(judging)
+            (folder / GROUPS).unlink()
+            _tell(folder, store, found)
     return 0
 
 
-def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Trainer:
-    """The trainer of a text tower on the pairs `rows`."""
+def _groups(file: Path, store: Store, identity: str, seed: int, rank: int) -> npt.NDArray[np.int64]:
+    """Groups of the pairs, as rank 0 finds them, once: folds that trained by others would judge what they had seen."""
+    if rank == 0 and not (file.is_file() and _read_groups(file)[0] == f"{identity} {seed}"):
+        groups = pair_groups(store, near(store.features, seed), _device())
+        with written_aside(file) as aside, aside.open("wb") as stream:
+            np.savez(stream, of=f"{identity} {seed}", groups=groups)
+    assembled()
+    return _read_groups(file)[1]
+
+
+def _read_groups(file: Path) -> tuple[str, npt.NDArray[np.int64]]:
+    anew = "remove it and run `efficientclip cross-fit CONFIG` again"
+    with reading("groups of pairs", file, anew), np.load(file) as found:
+        return str(found["of"]), found["groups"]
+
+
+def _fold_config(config: Config, run: Path) -> Config:
+    """That of a run of a text tower on half of the pairs."""
     training, judging = config.training, config.confidence
     budget = {
         "pair_visits": max(1, round(judging.cross_fit_share * training.pair_visits / 2)),
@@ -87,37 +126,107 @@ def _fold_trainer(config: Config, run: Path, rows: npt.NDArray[np.int64]) -> Tra
         "optimizer": config.optimizer.model_copy(update={"lr": judging.cross_fit_lr or config.optimizer.lr}),
         "training": training.model_copy(update=budget),
     }
-    fold_config = config.model_copy(update=changes)
-    return new_trainer(fold_config, Trainer, text_run(fold_config, rows))
+    return config.model_copy(update=changes)
 
 
-def captions_by(trainer: Trainer, store: Store, file: Path) -> npt.NDArray[np.float32]:
-    """Features float32 [captions, width] of all captions by the trained tower, mapped on rank 0, which alone writes
-    them; the other ranks, which share the encoding, get none."""
-    model, rank, ranks = trainer.engine.module, trainer.rank, trainer.world_size
-    K, D = len(store.offsets) - 1, trainer.config.model.width
-    rounds = -(-K // (BATCH * ranks))
-    size = -(-K // (rounds * ranks))
-    text_KD = _mapped(file, (K, D)) if rank == 0 else np.empty((0, D), np.float32)
-    gathered = [torch.empty(size, D, device=trainer.device) for _ in range(ranks)]
-    model.eval()
-    for first in tqdm(range(0, rounds * ranks, ranks), f"{file.stem} of {file.parent}", unit="batch", disable=rank > 0):
-        # All ranks go forward alike, as ZeRO-3 needs: the last parts overlap rather than run out.
-        starts = [min((first + other) * size, K - size) for other in range(ranks)]
-        rows = np.arange(starts[rank], starts[rank] + size)
-        features = encode_rows(model, store, rows, trainer.config.training.max_caption_tokens)
-        dist.all_gather(gathered, torch.from_numpy(features).to(trainer.device))
-        if rank == 0:
-            for start, part in zip(starts, gathered, strict=True):
-                text_KD[start : start + size] = part.cpu().numpy()
-    return text_KD
+def _train(config: Config, rows: npt.NDArray[np.int64], rank: int) -> int:
+    """Train a fold's tower on the pairs `rows`, unless that is done; the exit code where a signal ended it, or 0."""
+    inputs = text_run(config, rows)
+    with owned(config.run, "run", "cross-fit"):
+        if told(rank == 0 and finished(config, inputs.identity)):
+            return 0
+        trainer = new_trainer(config, Trainer, inputs)
+        stopped_by = trainer.train()
+        if stopped_by is not None:
+            return told_to_stop(trainer, stopped_by)
+    # The engine holds itself by hooks, and a device's memory with it.
+    del trainer
+    gc.collect()
+    get_accelerator().empty_cache()
+    return 0
 
 
-def _mapped(file: Path, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """A new file as an array, with its room taken: a mapped page that finds the disk full would kill the process."""
-    with writing(file), file.open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(4 * shape[0] * shape[1], 1))
-    return np.memmap(file, np.float32, "r+", shape=shape)
+def _visits(config: Config) -> int:
+    training = config.training
+    return math.ceil(training.pair_visits / training.batch_size) * training.batch_size
+
+
+def _device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def _made_of(config: Config, store: Store, identity: str, runs: Iterable[Path]) -> dict[str, Any]:
+    """What the parts of encoding and judging follow from."""
+    for run in runs:
+        check_model(run)
+    return {
+        "efficientclip": __version__,
+        "store": identity,
+        "pairs": store.manifest["files"]["pairs.parquet"]["xxh3"],
+        "towers": [digests.read_digests(run / "model") for run in runs],
+        "max_caption_tokens": config.training.max_caption_tokens,
+        "precision": config.training.precision,
+        "seed": config.seed,
+    }
+
+
+def begin(folder: Path, made_of: dict[str, Any]) -> None:
+    """`folder` with what was `made_of` the same, or empty; UserError where it was not begun here."""
+    file = folder / MADE_OF
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+        if not file.is_file() and any(path.name != f".{MADE_OF}.partial" for path in folder.iterdir()):
+            raise UserError(f"{folder}: holds files, but no {MADE_OF}, so cross-fit did not write it; move it away")
+        if file.is_file():
+            with reading("cross-fit", file, f"remove {folder} and run `efficientclip cross-fit CONFIG` again"):
+                if json.loads(file.read_text(encoding="utf-8")) == made_of:
+                    return
+            end(folder)
+            folder.mkdir()
+        write_atomically(file, json.dumps(made_of, indent=1).encode())
+
+
+def end(folder: Path) -> None:
+    """Remove what `begin` began; cut short, it is known as begun until nothing else is left."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != MADE_OF:
+            path.unlink()
+    shutil.rmtree(folder)
+
+
+def _dealt(parts: Parts, first: int, doing: str, unit: str) -> Iterator[int]:
+    """The missing parts that are this rank's, dealt out from rank `first` on, under rank 0's bar."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    missing = parts.begin() if rank == 0 else []
+    # Taking the room may be long.
+    assembled()
+    mine = told(missing)[(rank - first) % ranks :: ranks]
+    total = sum(parts.rows[part] for part in mine)
+    with tqdm(total=total, desc=doing, unit=unit, unit_scale=True, disable=rank > 0 or not mine) as bar:
+        for part in mine:
+            yield part
+            bar.update(parts.rows[part])
+
+
+def _encoded(file: Path, config: Config, store: Store, first: int) -> Parts:
+    """This rank's share, dealt out from rank `first` on, of the features fp16 [captions, width] of all captions by a
+    fold's tower."""
+    captions, model = len(store.offsets) - 1, None
+    rows = [min(ENCODED, captions - start) for start in range(0, captions, ENCODED)]
+    parts = Parts(file, rows, config.model.width, np.float16)
+    for part in _dealt(parts, first, f"captions by {config.run.name}", "caption"):
+        if model is None:
+            model = load_model(config.run)
+            torch.nn.Module.to(model, _device())
+            model.compute = compute_dtype(config.training.precision)
+        begin, end = int(parts.starts[part]), int(parts.starts[part + 1])
+        # The same batches on any number of ranks: the last bits of a product follow its shape.
+        batches = [np.arange(start, min(start + BATCH, end)) for start in range(begin, end, BATCH)]
+        found = [encode_rows(model, store, batch, config.training.max_caption_tokens) for batch in batches]
+        parts.write(part, np.concatenate(found))
+    return parts
 
 
 def save_mean(folder: Path, runs: list[Path]) -> None:
@@ -134,3 +243,11 @@ def save_mean(folder: Path, runs: list[Path]) -> None:
         as_umask(aside)
         digests.write_digests(aside)
     put_in_place(aside, folder)
+
+
+def _tell(folder: Path, store: Store, found: CrossFit) -> None:
+    print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+    for source in found.sources if len(found.sources) > 1 else ():
+        none = f", below {NEGLIGIBLE:.0%}: none is dropped for it" if source.rate < NEGLIGIBLE else ""
+        interval = f"95 % interval {source.low:.1%} to {source.high:.1%}"
+        print(f"  {source.name}: {source.rate:.1%} ({interval}) of {source.pairs:,} pairs{none}")

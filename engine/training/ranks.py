@@ -24,13 +24,15 @@ from ..errors import UserError, message_of, short, tell
 from ..stopping import rank_of_environment
 
 T = TypeVar("T")
-FIRST, HEARD = "efficientclip/first error", "efficientclip/heard"
+FIRST, HEARD, ALIVE = "efficientclip/first error", "efficientclip/heard", "efficientclip/alive"
 POLL_SECONDS = 0.5
 # For ranks that still import what this one has imported.
 JOIN_SECONDS = 60
 HEARD_SECONDS = 5
 SIGNAL_SECONDS = 2
 LOST_SECONDS = 3
+# Of no sign from a rank that others wait for.
+SILENT_SECONDS = 30
 ANOTHER_PORT = "give all ranks another MASTER_PORT (deepspeed, torchrun: --master_port)"
 LOST = (
     "connection closed by", "connection was likely closed", "connection reset", "connection refused", "broken pipe",
@@ -176,6 +178,7 @@ def _listen() -> None:
         return _leave_alone(failed[0] if failed else dist.DistNetworkError("timed out"))
     while not _words.ended.wait(POLL_SECONDS):
         try:
+            store.add(_key(f"{ALIVE} {rank_of_environment()}"), 1)
             found = store.check([_key(FIRST)])
         except Exception:
             _rank_0_is_gone()
@@ -253,7 +256,8 @@ def _wait_until_heard(*, heard: bool = False, seconds: float = HEARD_SECONDS) ->
 def assembled() -> None:
     """Wait, however long, until all ranks have come here: a collective would give up after ten minutes.
 
-    For work of some ranks that takes long; the others end by the listening thread where it fails.
+    For work of some ranks that takes long; the others end by the listening thread where it fails, and rank 0 ends them
+    where one of them gives no sign for SILENT_SECONDS.
     """
     store = join()
     if store is None:
@@ -261,10 +265,29 @@ def assembled() -> None:
     _words.meetings += 1
     key = _key(f"efficientclip/meeting {_words.meetings}")
     store.add(key, 1)
+    signs: dict[int, tuple[int, float]] = {}
     while store.add(key, 0) < world_of_environment():
+        if rank_of_environment() == 0:
+            _require_signs(store, signs)
         time.sleep(POLL_SECONDS / 5)
     # Rank 0, which keeps the words, goes on when all have seen that all are here.
     dist.barrier()
+
+
+def _require_signs(store: dist.TCPStore, signs: dict[int, tuple[int, float]]) -> None:
+    """UserError where a rank's count stands still: its launcher may not tell that it was killed. `signs` keeps the last
+    count of each rank, and since when."""
+    now = time.monotonic()
+    for rank in range(1, world_of_environment()):
+        count, since = signs.get(rank, (-1, now))
+        # Asking all ranks at each poll would be the work of many ranks' store.
+        if rank in signs and now - since < SILENT_SECONDS / 10:
+            continue
+        found = store.add(_key(f"{ALIVE} {rank}"), 0)
+        if found != count:
+            signs[rank] = found, now
+        elif now - since > SILENT_SECONDS:
+            raise UserError(f"rank {rank}: gave no sign for {SILENT_SECONDS} seconds; {stopping.GOES_ON}")
 
 
 def _network(error: Exception) -> str | None:

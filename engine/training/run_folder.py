@@ -126,6 +126,15 @@ def describe(config: Config, identity: Mapping[str, Any], tokenizer: PreTrainedT
         digests.write_digests(run, digests.described(run, own) if not begun else _told_before(run, own))
 
 
+def finished(config: Config, identity: Mapping[str, Any]) -> bool:
+    """Whether the run has come to its end; UserError where it is of another config or other data."""
+    run = config.run
+    if not (run / digests.NAME).is_file() or not {ENDED[0], "config.yaml"} <= digests.read_digests(run).keys():
+        return False
+    _same_run(config, identity)
+    return True
+
+
 def _same_run(config: Config, identity: Mapping[str, Any]) -> None:
     run = config.run
     another = "choose another run folder, or remove this one"

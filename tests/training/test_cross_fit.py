@@ -70,8 +70,9 @@ def test_two_ranks_judge_as_one(folder: Path) -> None:
     one, two = (read_cross_fit(folder / name) for name in ("judged", "judged-2"))
     np.testing.assert_array_equal(one.fold, two.fold)
     np.testing.assert_allclose(one.score, two.score, atol=1e-4)
-    # The rate of so few pairs, none of them competent, turns on a single p: it is not compared.
-    np.testing.assert_allclose(one.p, two.p, atol=0.03)
+    # The rate of so few pairs, none of them competent, turns on a single p: it is not compared. In a p, one of some 60
+    # captions may change its place.
+    np.testing.assert_allclose(one.p, two.p, atol=0.05)
 
 
 @pytest.fixture(scope="module")
