@@ -17,6 +17,7 @@ from torch import Tensor
 
 Positives = Literal["pair", "ids"]
 Exchange = Literal["gather", "ring"]
+FINITE_CELLS = 1 << 15
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -450,8 +451,14 @@ def require_range(name: str, rows: Tensor, bank_QD: Tensor) -> None:
 
 def require_finite(name: str, features: Tensor, first: int = 0) -> None:
     """`first` is the row of all that these begin with."""
-    for start in range(0, len(features), 1 << 16):
-        finite = features[start : start + (1 << 16)].isfinite().all(1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    rows = 1 << 16 if features.is_cuda else max(1, FINITE_CELLS // max(features[:1].numel(), 1))
+    for start in range(0, len(features), rows):
+        part = features[start : start + rows]
+        # On CPUs `isfinite` takes many times as long; a norm is infinite too where squares overflow.
+        if math.isfinite(torch.linalg.vector_norm(part.to(dtype)).item()):
+            continue
+        finite = part.isfinite().all(1)
         if not bool(finite.all()):
             row = first + start + int((~finite).nonzero()[0, 0])
             raise ValueError(f"{name} row {row} holds NaN or infinity, expected finite features")

@@ -5,10 +5,11 @@ Cost model of the chunked path, for M queries, Q bank rows, width D and E positi
 - `paired_similarity`: a few chunks of `CHUNK_ROWS` rows in fp32.
 - `positive_ranks`: one product of M Q D multiply-adds, plus E D for the positives; workspace two tiles of `TILE_CELLS`
   scores and one panel of the bank in fp64.
-- `top_k`: one product of M Q D, one selection a tile; the same workspace and 12 M k bytes.
+- `top_k`: one product of M Q D, rough in fp32 on CPUs, and again in fp64 for the bank rows that it leaves in doubt, few
+  behind the first panels; workspace a panel of the bank, a tile of `TILE_CELLS` rough scores, and 12 M k bytes.
 
-Chunked products are taken in fp64 and rounded to fp32 once: that costs 1.7 times an fp32 product on a CPU, and
-makes equal bank rows score equally wherever in a panel they lie.
+Scores are products in fp64, rounded to fp32 once: that costs 1.7 times an fp32 product on a CPU, and makes equal bank
+rows score equally wherever in a panel they lie.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from .paths import no_kernels, takes_kernels
 TILE_CELLS = 1 << 21
 TILE_ROWS = 512
 CHUNK_ROWS = 4096
+# 1 MB of fp32, a core's share of a panel that is converted and used once, stays in the core's own cache.
+PANEL_CELLS = 1 << 18
 
 
 # Naive references
@@ -143,6 +146,57 @@ def _select(scores_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores_RK, columns_RK.gather(1, order_RK)
 
 
+def _rough_dtype(query_MD: Tensor, bank_QD: Tensor) -> torch.dtype:
+    """Of products whose error is known, and that cost least: no TF32 on CUDA, no bf16 in their place on CPUs."""
+    wide = torch.float64 in (query_MD.dtype, bank_QD.dtype) or query_MD.device.type != "cpu"
+    whole = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    return torch.float32 if whole and not wide else torch.float64
+
+
+def _nearest_chunked(query_MD: Tensor, bank_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    (M, D), device, dtype = query_MD.shape, query_MD.device, _rough_dtype(query_MD, bank_QD)
+    row_step = max(1, min(TILE_ROWS, M))
+    cells = PANEL_CELLS * torch.get_num_threads() if device.type == "cpu" else TILE_CELLS
+    col_step = max(1, min(cells // D, TILE_CELLS // row_step, len(bank_QD)))
+    buffer_CD = torch.empty(col_step, D, dtype=dtype, device=device)
+    tile = torch.empty(row_step * col_step, dtype=dtype, device=device)
+    scores_MK = torch.empty(M, k, dtype=torch.float32, device=device)
+    rows_MK = torch.empty(M, k, dtype=torch.int64, device=device)
+    # What rounding, here and of the exact score to fp32, may add to or take from a score, for a bank row of length 1.
+    rounding = D * torch.finfo(dtype).eps + 4 * torch.finfo(torch.float32).eps
+    error_M1 = query_MD.double().norm(dim=1, keepdim=True) * rounding
+    for cols in _chunks(len(bank_QD), col_step):
+        panel_CD = buffer_CD[: cols.stop - cols.start].copy_(bank_QD[cols])
+        longest = torch.linalg.vector_norm(panel_CD, dim=1).amax()
+        # Infinite too where squares overflow; then all rows are in doubt.
+        if not math.isfinite(longest.item()):
+            require_finite("bank_QD", bank_QD[cols], cols.start)
+        held = min(k, cols.start)
+        for rows in _chunks(M, row_step):
+            query_RD = query_MD[rows].to(dtype)
+            rough_RC = torch.mm(query_RD, panel_CD.T, out=tile[: len(query_RD) * len(panel_CD)].view(-1, len(panel_CD)))
+            error_R1 = (error_M1[rows] * longest + D * torch.finfo(dtype).tiny).to(dtype)
+            if held == k:
+                least_R1 = scores_MK[rows, -1:] - error_R1
+            elif k <= len(panel_CD):
+                least_R1 = rough_RC.topk(k, dim=1).values[:, -1:] - 2 * error_R1
+            else:
+                least_R1 = torch.full_like(error_R1, -math.inf)
+            # Not `>=`: a rough score that overflowed to NaN is in doubt.
+            near_C = (~(rough_RC < least_R1)).any(0).nonzero().squeeze(1)
+            if not len(near_C):
+                continue
+            exact_RC = (query_MD[rows].double() @ panel_CD[near_C].double().T).float()
+            scores, columns = _select(exact_RC, min(k, len(near_C)))
+            # Rows held so far are the smaller ones: a stable sort keeps them first among equals.
+            scores = torch.cat([scores_MK[rows, :held], scores], 1)
+            columns = torch.cat([rows_MK[rows, :held], near_C[columns] + cols.start], 1)
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            now = min(k, cols.stop)
+            scores_MK[rows, :now], rows_MK[rows, :now] = scores[:, :now], columns.gather(1, order[:, :now])
+    return scores_MK, rows_MK
+
+
 # Public functions
 
 
@@ -252,18 +306,4 @@ def top_k(query_MD: Tensor, bank_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(bank_QD):
         raise ValueError(f"k is {k} and bank_QD has {len(bank_QD)} rows: pass a k from 1 to len(bank_QD)")
     require_finite("query_MD", query_MD)
-    M, device = len(query_MD), query_MD.device
-    scores_MK = torch.empty(M, k, dtype=torch.float32, device=device)
-    rows_MK = torch.empty(M, k, dtype=torch.int64, device=device)
-    for _, rows, cols, tile_RC in _Panels(query_MD, bank_QD):
-        if rows.start == 0:
-            require_finite("bank_QD", bank_QD[cols], cols.start)
-        held = min(k, cols.start)
-        scores, columns = _select(tile_RC, min(k, tile_RC.shape[1]))
-        # Rows held so far are the smaller ones: a stable sort keeps them first among equals.
-        scores = torch.cat([scores_MK[rows, :held], scores], 1)
-        columns = torch.cat([rows_MK[rows, :held], columns + cols.start], 1)
-        scores, order = scores.sort(dim=1, descending=True, stable=True)
-        now = min(k, cols.stop)
-        scores_MK[rows, :now], rows_MK[rows, :now] = scores[:, :now], columns.gather(1, order[:, :now])
-    return scores_MK, rows_MK
+    return _nearest_chunked(query_MD, bank_QD, k)

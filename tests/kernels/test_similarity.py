@@ -32,6 +32,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "TILE_ROWS", 61)
     monkeypatch.setattr(similarity, "TILE_CELLS", 61 * 37)
     monkeypatch.setattr(similarity, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(similarity, "PANEL_CELLS", 61 * 37)
 
 
 def unit(rng: torch.Generator, rows: int, D: int, dtype: torch.dtype) -> Tensor:
@@ -109,6 +110,41 @@ def test_top_k(rng: torch.Generator, small_tiles: None, M: int, Q: int, D: int, 
         expected_scores, expected_rows = top_k_naive(query, bank, k)
         torch.testing.assert_close(scores, expected_scores, rtol=1e-6, atol=1e-9)
         assert torch.equal(rows, expected_rows)
+
+
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_nearest_rows_that_fp32_cannot_tell_apart(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, scale: float, precision: str
+) -> None:
+    """A rough score in fp32 is wrong by more than these differ; where squares overflow, nothing bounds it."""
+    monkeypatch.setattr(similarity, "PANEL_CELLS", 1 << 13)
+    query = unit(rng, 3, 512, torch.float32)
+    bank = (query[:1] + 1e-7 * torch.randn(1200, 512, generator=rng)) * scale
+    expected_scores, expected_rows = top_k_naive(query, bank, 9)
+    in_fp32 = (query @ bank.T).sort(dim=1, descending=True, stable=True).indices[:, :9]
+    assert not torch.equal(in_fp32, expected_rows)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+    try:
+        scores, rows = top_k(query, bank, 9)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(scores, expected_scores, rtol=1e-6, atol=0)
+
+
+def test_few_bank_rows_are_scored_twice(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, bank = unit(rng, 1, 64, torch.float32), unit(rng, 1 << 16, 64, torch.float16)
+    scored, real = [], similarity._select
+
+    def counted(scores_RC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        scored.append(scores_RC.shape[1])
+        return real(scores_RC, k)
+
+    monkeypatch.setattr(similarity, "_select", counted)
+    top_k(query, bank, 10)
+    assert 10 <= sum(scored) < 500
 
 
 @pytest.mark.parametrize(("dtype", "of_bank"), MIXED, ids=str)
@@ -290,6 +326,7 @@ WRONG: list[tuple[Any, dict[int, Any], type[Exception], str]] = [
     (top_k, {2: 0}, ValueError, "k is 0 and bank_QD has 6 rows"),
     (top_k, {2: 1.0}, TypeError, "k is a float, expected an int from 1 to 6"),
     (top_k, {0: torch.full((4, 8), -math.inf)}, ValueError, "query_MD row 0 holds NaN or infinity"),
+    (positive_ranks, {1: BANK.index_fill(0, torch.tensor(4), math.inf)}, ValueError, "bank_QD row 4 holds NaN or inf"),
     (top_k, {1: BANK.index_fill(0, torch.tensor(5), math.nan)}, ValueError, "bank_QD row 5 holds NaN or infinity"),
 ]
 
