@@ -167,7 +167,7 @@ class CaptionPairs(PairSource):
             self.weights = weighted(found.of, [weights.get(name, 1.0) for name in found.names])
 
     def names(self, rows: IntArray) -> list[str]:
-        return self.store.pairs()["key"].take(rows if self.rows is None else self.rows[rows]).to_pylist()
+        return self.store.pairs(rows if self.rows is None else self.rows[rows], ["key"])["key"].to_pylist()
 
     def by_source(self) -> Sources:
         found = self.store.sources()

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from ..errors import UserError, reading
 from ..files import digests
+from .parquet import rows_of, tables_of
 
 # CSR of a bipartite graph: indptr int64 [left nodes + 1], indices int32, ascending in each row.
 Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
@@ -38,6 +39,7 @@ FORMAT = 3
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
 TOLD_SOURCES = 20
+PAIR_COLUMNS = ("key", "caption", "source", "image_id", "caption_id", "noise", "shard", "offset", "length")
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
     *TEXT_FILES,
@@ -166,18 +168,27 @@ class Store(TextStore):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def pairs(self) -> pa.Table:
-        """The whole pair table: for reports and search, never for training."""
-        with reading("pair table", self.path / "pairs.parquet", ANEW):
-            return pq.read_table(self.path / "pairs.parquet", memory_map=True)
+    def pairs(
+        self, rows: npt.NDArray[np.integer[Any]] | None = None, columns: Sequence[str] = PAIR_COLUMNS
+    ) -> pa.Table:
+        """The pair table's `columns`, of its `rows` in their order. All rows of its texts may be gigabytes: for small
+        stores."""
+        file = self.path / "pairs.parquet"
+        with reading("pair table", file, ANEW):
+            if rows is not None:
+                return rows_of(file, rows, columns)
+            return pq.read_table(file, columns=list(columns), memory_map=True)
 
     def sources(self) -> Sources:
         """By the pair table's column, where it tells none by the name ""."""
-        file = self.path / "pairs.parquet"
+        file, known = self.path / "pairs.parquet", dict[str, int]()
+        parts = [np.empty(0, np.int32)]
         with reading("pair table", file, ANEW):
-            column = pq.read_table(file, columns=["source"], memory_map=True)["source"].combine_chunks()
-            told = column.fill_null("").dictionary_encode()
-        names, codes = told.dictionary.to_pylist(), told.indices.to_numpy()
+            for table in tables_of(file, ["source"]):
+                told = table["source"].combine_chunks().fill_null("").dictionary_encode()
+                number = [known.setdefault(name, len(known)) for name in told.dictionary.to_pylist()]
+                parts.append(np.array(number, np.int32)[told.indices.to_numpy()])
+        names, codes = [*known], np.concatenate(parts)
         counts = np.bincount(codes, minlength=len(names))
         order = [at for at in sorted(range(len(names)), key=lambda at: (-counts[at], names[at])) if counts[at]]
         number_of = np.zeros(len(names), np.min_scalar_type(len(names)))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..config import Config
+from ..data.parquet import tables_of
 from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically, written_aside
@@ -32,7 +33,6 @@ from .report import Chart, Figure, template
 from .run import trained_on
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
-ROWS = 1 << 16
 SOURCES = 30
 PAIR_COLUMNS = ["key", "caption", "source", "shard", "image_id", "noise", "offset", "length"]
 SCORE_COLUMNS = ["score", "times_seen", "kept", "dropped_epoch"]
@@ -196,7 +196,7 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
 
 
 def _chunks(audit: Audit) -> Iterator[tuple[int, pa.Table, pa.Table]]:
-    """First row, pairs and their scores, ROWS at a time."""
+    """First row, pairs and their scores, a part at a time."""
     tables = (
         tables_of(audit.store.path / "pairs.parquet", PAIR_COLUMNS),
         tables_of(audit.folder / "confidence.parquet", SCORE_COLUMNS),
@@ -205,22 +205,6 @@ def _chunks(audit: Audit) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     for pairs, scores in zip(*tables, strict=True):
         yield first, pairs, scores
         first += len(pairs)
-
-
-def tables_of(file: Path, columns: list[str]) -> Iterator[pa.Table]:
-    """The file's rows, ROWS at a time whatever its row groups are; text columns are plain strings."""
-    held: pa.Table | None = None
-    for batch in pq.ParquetFile(file, memory_map=True).iter_batches(ROWS, columns=columns):
-        table = pa.Table.from_batches([batch])
-        for at, field in enumerate(table.schema):
-            if pa.types.is_dictionary(field.type):
-                table = table.set_column(at, field.name, table[field.name].cast(pa.string()))
-        held = table if held is None else pa.concat_tables([held, table])
-        while len(held) >= ROWS:
-            yield held.slice(0, ROWS)
-            held = held.slice(ROWS)
-    if held is not None and len(held):
-        yield held
 
 
 def _lists(values_NE: npt.NDArray[Any]) -> pa.ListArray:

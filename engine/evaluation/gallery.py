@@ -17,7 +17,7 @@ from PIL import Image
 from ..data.store import Store
 from ..objectives.retrieval import best_ranks
 from .run import Run
-from .search import nearest, pairs_by, square_picture
+from .search import SHOWN, nearest, pairs_by, square_picture
 from .verdicts import Verdicts
 
 EDGE = 160
@@ -50,7 +50,7 @@ class Answers:
 
 def has_pictures(store: Store) -> bool:
     """False for a store of parallel text."""
-    return bool(pc.all(pc.greater(store.pairs()["length"], 0)).as_py())
+    return bool(pc.all(pc.greater(store.pairs(columns=["length"])["length"], 0)).as_py())
 
 
 def named_queries(run: Run, store: Store) -> list[Answers]:
@@ -58,7 +58,7 @@ def named_queries(run: Run, store: Store) -> list[Answers]:
     captions = len(store.offsets) - 1
     step = max(captions // NAMED_QUERIES, 1)
     ids = np.arange(step // 2, captions, step)[:NAMED_QUERIES]
-    found = pairs_by(store, "caption_id", ids)
+    found = pairs_by(store, "caption_id", ids, most=1)
     queries = [found[caption][0]["caption"] for caption in ids.tolist()]
     indptr, images = store.caption_edges
     right = [images[indptr[caption] : indptr[caption + 1]] for caption in ids]
@@ -80,7 +80,7 @@ def free_queries(run: Run, store: Store) -> list[Answers]:
 def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
     """The pairs that ECL is surest to keep, or to drop."""
     rows = verdicts.surest(kept=kept, count=SUREST)
-    pairs = store.pairs().take(rows).to_pylist()
+    pairs = store.pairs(rows, SHOWN).to_pylist()
     return [judged_card(pair, verdicts, row) for row, pair in zip(rows.tolist(), pairs, strict=True)]
 
 
@@ -97,10 +97,10 @@ def _found(
     store: Store, text_QD: npt.NDArray[np.float32], right: Sequence[npt.NDArray[np.int32]] | None
 ) -> list[list[Card]]:
     scores_QT, ids_QT = nearest(store.features, text_QD, FOUND)
-    pairs = pairs_by(store, "image_id", ids_QT)
+    pairs = pairs_by(store, "image_id", ids_QT, most=CAPTIONS)
 
     def card(query: int, image: int, score: float) -> Card:
-        captions = "、".join([pair["caption"] for pair in pairs[image]][:CAPTIONS])
+        captions = "、".join([pair["caption"] for pair in pairs[image]])
         is_right = None if right is None else image in right[query]
         note = f"✓ {score:.3f}" if is_right else f"{score:.3f}"
         return Card(_data_uri(pairs[image][0]), captions, note, is_right)

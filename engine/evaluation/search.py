@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findSystemFonts
@@ -44,6 +42,9 @@ from .run import Run, is_store, left_out, open_data, open_run
 COLUMNS = 5
 EDGE = 256
 CAPTION_LINE, CAPTION_LINES = 14, 2
+IDS_AT_ONCE = 1 << 22
+# Columns of the pair table that tell a pair and lead to its picture.
+SHOWN = ("key", "caption", "shard", "offset", "length")
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,19 @@ def nearest(
 
 
 def pairs_by(
-    store: Store, column: Literal["image_id", "caption_id"], ids: npt.NDArray[np.int64]
+    store: Store, column: Literal["image_id", "caption_id"], ids: npt.NDArray[np.integer[Any]], most: int | None = None
 ) -> dict[int, list[dict[str, Any]]]:
-    """Rows of the pair table that carry one of `ids`, by id."""
-    pairs = store.pairs()
-    wanted = pairs.filter(pc.is_in(pairs[column], pa.array(ids.ravel(), pa.int32())))
+    """Pairs that carry one of `ids`, by id: SHOWN of each, in the order of the store; `most` of an id, if given."""
+    ids_N = store.image_ids if column == "image_id" else store.caption_ids
+    wanted = np.unique(ids)
+    parts = (slice(start, start + IDS_AT_ONCE) for start in range(0, len(ids_N), IDS_AT_ONCE))
+    rows = np.concatenate([part.start + np.flatnonzero(np.isin(ids_N[part], wanted)) for part in parts])
+    rows = rows[np.argsort(ids_N[rows], kind="stable")]
+    before = np.arange(len(rows)) - np.searchsorted(ids_N[rows], ids_N[rows])
+    rows = rows[before < (len(rows) if most is None else most)]
     found: dict[int, list[dict[str, Any]]] = {}
-    for pair in wanted.to_pylist():
-        found.setdefault(pair[column], []).append(pair)
+    for one, pair in zip(ids_N[rows].tolist(), store.pairs(rows, SHOWN).to_pylist(), strict=True):
+        found.setdefault(one, []).append(pair)
     return found
 
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .. import _loader
+from ..data.parquet import tables_of
 from ..data.pictures import suffix_of
 from ..data.shards import Members, read_members, read_picture
 from ..data.store import Store
@@ -32,7 +33,7 @@ from ..files.atomic import write_atomically, written_aside
 from ..files.lock import held
 from ..files.ownership import claim, mark
 from ..files.places import Location, location
-from .audit import Audit, tables_of
+from .audit import Audit
 
 # A header, and content rounded up, in bytes.
 BLOCK = 512

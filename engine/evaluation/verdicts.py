@@ -85,7 +85,7 @@ def read_verdicts(run: Path, store: Store) -> Verdicts | None:
             f"run {run}: {file.name} tells of {len(table)} pairs, but store {store.path} holds {len(store)}; say where"
             " the store that the run trained on lies with --store PATH"
         )
-    noise = store.pairs()["noise"]
+    noise = store.pairs(columns=["noise"])["noise"]
     verdicts = Verdicts(
         score=score,
         kept=kept,
@@ -152,7 +152,8 @@ def separation(upper: Floats, lower: Floats) -> float:
     """Area under the ROC curve: the chance that one of `upper` exceeds one of `lower`, ties count half."""
     if len(upper) == 0 or len(lower) == 0:
         return float("nan")
-    _, place, counts = np.unique(np.concatenate([upper, lower]), return_inverse=True, return_counts=True)
-    rank = np.cumsum(counts) - (counts - 1) / 2
-    wins = rank[place[: len(upper)]].sum() - len(upper) * (len(upper) + 1) / 2
+    # Ranks of `lower` in `upper` alone: 5 million scores are sorted once, and no copy of both is.
+    upper, lower = np.sort(upper), np.sort(lower)
+    doubled = sum(np.searchsorted(upper, lower, side).sum(dtype=np.int64) for side in ("left", "right"))
+    wins = len(upper) * len(lower) - doubled / 2
     return float(wins / len(upper) / len(lower))

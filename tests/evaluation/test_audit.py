@@ -132,7 +132,7 @@ def test_a_finished_run_called_again_keeps_its_history(audited: Audited, tmp_pat
 
 
 def test_table_tells_every_pair(audited: Audited, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efficientclip.evaluation.audit.ROWS", 50)
+    monkeypatch.setattr("efficientclip.data.parquet.ROWS", 50)
     assert main(["audit", str(audited.run), str(tmp_path / "out")]) == 0
     table = pq.read_table(tmp_path / "out" / "audit.parquet").to_pylist()
     assert pq.read_metadata(tmp_path / "out" / "audit.parquet").num_row_groups > 1
