@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--text-train", type=Path, metavar="FILE", help="linear probe: a table of text and label")
     evaluate.add_argument("--text-test", type=Path, metavar="FILE", help="its test (default: a fifth of --text-train)")
-    evaluate.add_argument("--seed", type=int, default=0, help="of that fifth (default: 0)")
+    evaluate.add_argument("--queries", type=int, metavar="N", help="retrieval: N drawn a direction (default: all)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of that fifth, or of those queries (default: 0)")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the result there, too")
     _add_replace(evaluate)
 
@@ -291,6 +292,8 @@ def _evaluate(given: argparse.Namespace) -> None:
         raise UserError("evaluate: give either DATA (pictures) or --text-train FILE (texts)")
     if given.text_train is None and given.text_test is not None:
         raise UserError("--text-test: needs --text-train")
+    if given.queries is not None and (given.queries < 1 or given.data is None or given.classes is not None):
+        raise UserError(f"--queries {given.queries}: give 1 or more, for the retrieval between pictures and texts")
     if given.data is None and (given.classes or given.images or _columns(given).given):
         raise UserError("--classes, --images and --image-column and its like: need DATA, not --text-train")
     if given.json is not None:
@@ -317,7 +320,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         report = classify(given.run, given.data, given.classes, given.images, given.store, _columns(given))
         table = class_table(report, title)
     else:
-        report = evaluate(given.run, given.data, given.images, given.store, _columns(given))
+        report = evaluate(given.run, given.data, given.images, given.store, _columns(given), given.queries, given.seed)
         table = recall_table(report, title)
     Console().print(table)
     if given.json is not None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,7 @@ from ..data.cache import Cache
 from ..data.sources import Source, check_folder, open_source
 from ..data.store import Store, edges
 from ..data.tables import USUAL, Columns
-from ..errors import UserError
+from ..errors import UserError, writing
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
 from ..files.places import Location
@@ -35,6 +38,8 @@ def evaluate(
     images: Location | None = None,
     store: Path | None = None,
     columns: Columns = USUAL,
+    queries: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Retrieval between all captions and all images of `data`: a store, tars, or what else `open_source` reads.
 
@@ -45,7 +50,8 @@ def evaluate(
     tables) equal captions are one text whose images are all right.
 
     The rank of an answer is 1 + candidates that beat it + half of those that equal it; a query's other answers never
-    stand before its best one. Chinese-CLIP's scripts differ in ties alone: there the candidate that the file has first
+    stand before its best one. Of more than `queries`, as many are drawn by `seed`, of each direction; all images and
+    captions stay candidates. Chinese-CLIP's scripts differ in ties alone: there the candidate that the file has first
     wins, so that a tower which maps everything to one point owes its recall to the order of the file.
     """
     opened = open_run(run, store)
@@ -56,24 +62,36 @@ def evaluate(
     else:
         source = open_source(data, images, columns, Cache.of(opened.config.data))
         if not source.of_tars:
-            return _measure_source(opened, source)
+            return _measure_source(opened, source, queries, seed)
     with open_data(opened, data) as found:
-        return measure(opened, found)
+        return measure(opened, found, queries, seed)
 
 
-def measure(run: Run, store: Store) -> dict[str, Any]:
+def measure(run: Run, store: Store, queries: int | None = None, seed: int = 0) -> dict[str, Any]:
     """`evaluate` for what is open already."""
-    report = retrieval_report(
-        run.encode_store(store, progress=True),
-        store.features,
-        store.caption_edges,
-        edges(store.image_ids, store.caption_ids, len(store.features)),
-    )
+    with _scratch(len(store.offsets) - 1, store.width) as text_KD:
+        report = retrieval_report(
+            run.encode_store(store, progress=True, out=text_KD),
+            store.features,
+            store.caption_edges,
+            edges(store.image_ids, store.caption_ids, len(store.features)),
+            queries,
+            seed,
+        )
     shards = {BAD_SHARDS: len(found)} if (found := store.manifest.get("bad_shards")) else {}
     return {**report, "left_out": {**store.manifest.get("bad_counts", {}), **shards}}
 
 
-def _measure_source(run: Run, source: Source) -> dict[str, Any]:
+@contextmanager
+def _scratch(rows: int, width: int) -> Iterator[npt.NDArray[np.float32]]:
+    """An array in a file of no name, its room taken: a mapped page that finds the disk full would kill the process."""
+    with TemporaryFile() as file:
+        with writing(Path(gettempdir())):
+            os.posix_fallocate(file.fileno(), 0, max(4 * rows * width, 1))
+        yield np.memmap(file, np.float32, "r+", shape=(rows, width))
+
+
+def _measure_source(run: Run, source: Source, queries: int | None, seed: int) -> dict[str, Any]:
     texts: dict[str, tuple[int, str]] = {}
     images: dict[tuple[str, int], int] = {}
     rows: list[npt.NDArray[np.float32]] = []
@@ -94,6 +112,8 @@ def _measure_source(run: Run, source: Source) -> dict[str, Any]:
         np.stack(rows),
         edges(text_E, image_E, len(texts)),
         edges(image_E, text_E, len(rows)),
+        queries,
+        seed,
     )
     return {**report, "left_out": dict(bad)}
 

@@ -79,16 +79,20 @@ class Run:
         """L2-normalised features float32 [len(texts), D]; `progress` shows a bar with the rate."""
         return self.encode_store(Texts.of(self.tokenizer(texts)["input_ids"]), progress=progress)
 
-    def encode_store(self, texts: TextStore, *, progress: bool = False) -> npt.NDArray[np.float32]:
-        """L2-normalised features float32 [captions, D] of a store; `progress` shows a bar with the rate."""
+    def encode_store(
+        self, texts: TextStore, *, progress: bool = False, out: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """L2-normalised features float32 [captions, D] of a store, in `out` if given; `progress` shows a bar with the
+        rate."""
         n = len(texts.offsets) - 1
-        features = []
+        features_KD = np.empty((n, self.config.model.width), np.float32) if out is None else out
         with tqdm(total=n, desc="texts", unit="text", disable=not progress) as bar:
             for start in range(0, n, TEXTS_AT_ONCE):
                 part = Texts(texts.tokens, texts.offsets[start : start + TEXTS_AT_ONCE + 1])
-                features.append(encode_store(self.model, part, self.config.training.max_caption_tokens))
-                bar.update(len(features[-1]))
-        return np.concatenate(features)
+                end = start + len(part)
+                features_KD[start:end] = encode_store(self.model, part, self.config.training.max_caption_tokens)
+                bar.update(len(part))
+        return features_KD
 
     def encode_source(
         self, source: Source, bad: Counter[str], *, keep_encoded: bool = False

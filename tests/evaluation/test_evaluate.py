@@ -100,6 +100,39 @@ def _right(score_QK: Scores, answers: dict[int, list[int]]) -> npt.NDArray[np.bo
     return right
 
 
+def test_queries_come_in_blocks_and_may_be_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    text_ND, image_KD = (random.standard_normal((n, 8)).astype(np.float32) for n in (120, 60))
+    # The last five of each side have no answer.
+    left, right = random.integers(115, size=300), random.integers(55, size=300)
+    graphs = edges(left, right, 120), edges(right, left, 60)
+    whole = retrieval_report(text_ND, image_KD, *graphs)
+    ranks = best_ranks(text_ND, image_KD, graphs[0], np.unique(left))
+    monkeypatch.setattr("efficientclip.objectives.retrieval.QUERIES_AT_ONCE", 7)
+    assert retrieval_report(text_ND, image_KD, *graphs) == whole
+    asked = np.unique(left)[[80, 3, 44, 45, 46, 47, 48, 49, 50]]
+    np.testing.assert_array_equal(
+        best_ranks(text_ND, image_KD, graphs[0], asked), ranks[[80, 3, 44, 45, 46, 47, 48, 49, 50]]
+    )
+    drawn = retrieval_report(text_ND, image_KD, *graphs, queries=40)
+    assert (drawn["t2i"]["queries"], drawn["i2t"]["queries"], drawn["candidates"]) == (40, 40, 60)
+    assert retrieval_report(text_ND, image_KD, *graphs, queries=40, seed=1) != drawn
+    assert retrieval_report(text_ND, image_KD, *graphs, queries=115) == whole
+    text_ND[50, 3] = np.nan
+    with pytest.raises(UserError, match="query 50 holds NaN or infinity"):
+        best_ranks(text_ND, image_KD, graphs[0], np.unique(left))
+
+
+def test_the_command_draws_queries(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["evaluate", str(world.run), str(world.store), "--queries"]
+    assert main([*arguments, "5", "--json", str(tmp_path / "drawn.json")]) == 0
+    report = json.loads((tmp_path / "drawn.json").read_text())
+    assert report["t2i"]["queries"] == report["i2t"]["queries"] == 5 and report["candidates"] == 12
+    for wrong in (["0"], ["5", "--classes", "names.txt"]):
+        assert main([*arguments, *wrong]) == 2
+        assert "--queries" in capsys.readouterr().err
+
+
 def test_random_features_find_by_chance() -> None:
     random = np.random.default_rng()
     text_ND, image_KD = (random.standard_normal((2000, 8)).astype(np.float32) for _ in range(2))
