@@ -13,10 +13,12 @@ from efficientclip.config import load_config
 from efficientclip.data.images import ImageLoader
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
+from efficientclip.evaluation import kept as module
 from efficientclip.evaluation import subset
 from efficientclip.evaluation.audit import Audit
 from efficientclip.evaluation.subset import export_kept
 from efficientclip.evaluation.verdicts import Verdicts
+from efficientclip.files.ownership import MARK
 from efficientclip.prepare.build import prepare
 from tests.evaluation.conftest import World
 from tests.formats import chinese_clip, files, picture
@@ -56,7 +58,7 @@ def test_kept_pairs_of_any_source_are_exported(
     kept[[0, 4, 5]] = False
     audit = Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
     out = tmp_path / "kept"
-    real, asked = subset.read_picture, []
+    real, asked = module.read_picture, []
 
     def failing(shard: Path, offset: int, length: int) -> bytes:
         asked.append(offset)
@@ -64,9 +66,11 @@ def test_kept_pairs_of_any_source_are_exported(
             raise KeyboardInterrupt
         return real(shard, offset, length)
 
-    monkeypatch.setattr(subset, "read_picture", failing)
+    monkeypatch.setattr(subset, "cores", lambda: 1)
+    monkeypatch.setattr(module, "read_picture", failing)
     with pytest.raises(KeyboardInterrupt):
         export_kept(audit, out, samples=2, size=1 << 20)
+    assert {file.name for file in out.iterdir()} == {MARK, "00000.tar", "00001.tar", "export.json"}
     assert export_kept(audit, out, samples=2, size=1 << 20) == (3, 2 * COUNT - 3)
     found = {}
     with ImageLoader(out, batch_size=8, size=16, train=False, keep_encoded=True) as loader:
@@ -78,6 +82,28 @@ def test_kept_pairs_of_any_source_are_exported(
     assert found == expected
     made = prepare(out, tmp_path / "again", config)
     assert (made["pairs"], made["images"]) == (2 * COUNT - 3, COUNT - 1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "base64"])
+def test_processes_and_parts_of_the_table_change_nothing(
+    world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(world.run / "config.yaml")
+    prepare(write(tmp_path, kind), tmp_path / "store", config)
+    store = Store(tmp_path / "store")
+    kept = np.ones(len(store), bool)
+    kept[[0, 4, 5]] = False
+    audit = Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+    made = {}
+    for name, cores, rows in (("one", 1, 1 << 16), ("three", 3, 1 << 16), ("parts", 1, 3)):
+        monkeypatch.setattr(subset, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr("efficientclip.data.parquet.ROWS", rows)
+        assert export_kept(audit, tmp_path / name, samples=2, size=1 << 20) == (3, 2 * COUNT - 3)
+        files_of = (file for file in (tmp_path / name).iterdir() if file.name != MARK)
+        made[name] = {file.name: file.read_bytes() for file in files_of}
+    assert made["one"] == made["three"] == made["parts"] and len(made["one"]) == 4
+    # What a share holds is bounded by bytes, too.
+    assert export_kept(audit, tmp_path / "small", samples=100, size=1)[0] == COUNT - 1
 
 
 @pytest.mark.parametrize(
