@@ -260,11 +260,15 @@ class ImageLoader(ThreadedLoader):
                 )
         self._go_to(state["epoch"], state["consumed"], state["bad"], state["bad_shards"])
 
+    def start(self) -> None:
+        """Make the next batches now, before they are asked for."""
+        if self._threads is None:
+            self._start()
+
     def __next__(self) -> ImageBatch:
         started = time.perf_counter()
         try:
-            if self._threads is None:
-                self._start()
+            self.start()
             images, records, bad, bad_shards, consumed, by_other = self._threads.next()
             self.waited_seconds += time.perf_counter() - started
             batch = None

@@ -14,10 +14,10 @@ from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -34,10 +34,12 @@ from ..files.digests import check
 from ..files.ownership import claim, kind_of
 from ..files.places import Location, is_pattern, location, resolved
 from ..model.frozen import tower_difference
+from .deal import Ranks, dealt
+from .merge import merge
 from .parallel import parallel_recipe
-from .parts import bad_of, kept_part, merge, slow_of, taken_part, write_part
+from .parts import Making, bad_of, kept_part, samples_of, slow_of, taken_part, write_part
 from .pictures import picture_recipe
-from .recipe import Recipe
+from .recipe import Part, Recipe
 from .texts import build_texts
 from .writer import files_of, finish, settle
 
@@ -52,6 +54,7 @@ def prepare(
     columns: Columns = USUAL,
     *,
     replace: bool = False,
+    ranks: Ranks | None = None,
 ) -> dict[str, Any]:
     """Make a store at `path`: of whatever `open_source` reads, a zh<TAB>en `.tsv` or a `.txt`.
 
@@ -63,7 +66,10 @@ def prepare(
     Finished parts of an interrupted call are kept; the store appears whole or not at all. Returns its manifest. Up to
     data.max_bad_shards tars that cannot be had or are not whole are left out, named there, and tried again by the next
     call.
+
+    `ranks`: each makes its share of the parts; rank 0 puts them together, the others return {} once theirs stand.
     """
+    ranks = ranks or Ranks()
     given = source if isinstance(source, Mapping) else {"": source}
     for one in given.values():
         if isinstance(one, Path) and not one.exists() and not is_pattern(one):
@@ -95,11 +101,29 @@ def prepare(
         claim(path, "store", sources=_local(recipe.files))
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else resolved(images)}
         identity |= {"columns": columns.given} if columns.given else {}
-        build = partial(_build_pairs, recipe, ", ".join(map(str, given.values())), target, config, tokenizer)
+        source_names = ", ".join(map(str, given.values()))
+        build = partial(_build_pairs, recipe, source_names, target, config, tokenizer, ranks)
     identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": fingerprint(tokenizer)}
+    if ranks.rank > 0:
+        if text is None:
+            _make_share(recipe, target, config, ranks)
+        return {}
     made = _standing(target, identity, known, replace)
-    if made is not None and not made.get("bad_shards"):
-        return made
+    if made is None or made.get("bad_shards"):
+        made = _built(target, identity, known, build, replace)
+    # Where nothing was to be made, they wait still.
+    ranks.tell("shares", None)
+    return made
+
+
+def _built(
+    target: Path,
+    identity: dict[str, Any],
+    known: Sequence[Described | None],
+    build: Callable[[Path], dict[str, Any]],
+    replace: bool,
+) -> dict[str, Any]:
+    """The manifest of the store that `build` makes at `target`, or that another process made meanwhile."""
     folder = staging(target)
     _require_ours(folder)
     with lock.held(folder, "preparing"):
@@ -117,7 +141,7 @@ def prepare(
         manifest = {**identity, **build(folder)}
         bad = {entry["shard"] for entry in manifest.get("bad_shards", ())}
         manifest["source_fingerprint"] = _fingerprint(known, bad)
-        finish(folder, target, manifest, PAIR_FILES if text is None else TEXT_FILES)
+        finish(folder, target, manifest, PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES)
     return manifest
 
 
@@ -202,42 +226,51 @@ def _clear(folder: Path) -> None:
 
 
 def _build_pairs(
-    recipe: Recipe, source: str, target: Path, config: Config, tokenizer: PreTrainedTokenizerBase, folder: Path
+    recipe: Recipe,
+    source: str,
+    target: Path,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Write a pair store's files into `folder`; returns their part of the manifest.
+    """Write a pair store's files into `folder`, when all ranks have made their parts; returns their part of the
+    manifest.
 
     A store at `target` that was made without some shards has kept the parts of the others.
     """
-    files: list[Path] = []
+    sizes = [part.size for part in recipe.parts]
+    there = [bool([*folder.glob(f"part-{part.name}-*.parquet")]) for part in recipe.parts]
+    # Those to be made are dealt out by themselves: to prove the others takes no time beside.
+    shares = [
+        sorted(made + kept)
+        for made, kept in zip(
+            *(dealt([at for at, has in enumerate(there) if has == held], sizes, ranks.world) for held in (False, True)),
+            strict=True,
+        )
+    ]
+    ranks.tell("shares", {"of": _names(recipe), "shares": shares})
+    ranks.tell("made by 0", _make_parts(recipe, shares[0], target, folder, config, ranks))
+    made: dict[int, str] = {}
+    causes_of: dict[int, str] = {}
+    for rank in range(ranks.world):
+        told = ranks.hear(f"made by {rank}", rank)
+        made |= {int(part): file for part, file in told["files"].items()}
+        causes_of |= {int(part): cause for part, cause in told["bad_shards"].items()}
+    files = [folder / made[at] for at in sorted(made)]
+    bad_shards = [
+        {"shard": resolved(shard), "cause": causes_of[at]}
+        for at in sorted(causes_of)
+        if (shard := recipe.parts[at].shard) is not None
+    ]
     listed: list[dict[str, str]] = []
-    bad_shards: list[dict[str, str]] = []
     causes, seen, slow = Counter[str](), 0, 0
-    with tqdm(total=recipe.samples, unit="sample") as bar:
-        for number, part in enumerate(recipe.parts):
-            bar.set_description(f"{target.name}, part {number + 1} of {len(recipe.parts)}")
-            before, kept = bar.n, kept_part(folder, part.name) or taken_part(target, folder, part.name)
-            try:
-                file = kept or write_part(folder, part.name, part.make(bar))
-            except ShardError as error:
-                if part.shard is None or len(bad_shards) == config.data.max_bad_shards:
-                    raise
-                bad_shards.append({"shard": resolved(part.shard), "cause": str(error)})
-                tell(f"notice: left out: {error}")
-                bar.n = before
-                continue
-            bad = bad_of(file)
-            causes.update(entry["cause"] for entry in bad)
-            slow += slow_of(file)
-            listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
-            found = pq.read_metadata(file).num_rows + len(bad)
-            seen += found
-            bar.update(found - (bar.n - before))
-            if kept is not None:
-                # The rate is that of the parts made now.
-                bar.initial += found
-            if recipe.samples is None:
-                bar.total = seen * len(recipe.parts) // (number + 1)
-            files.append(file)
+    for file in files:
+        bad = bad_of(file)
+        causes.update(entry["cause"] for entry in bad)
+        slow += slow_of(file)
+        listed += bad[: LISTED_BAD_SAMPLES - len(listed)]
+        seen += samples_of(file)
     if seen == 0 and bad_shards:
         raise ShardError(bad_shards[0]["cause"])
     if seen == 0:
@@ -256,6 +289,87 @@ def _build_pairs(
         merged = merge(folder, files, tokenizer, config.training.max_caption_tokens)
     left_out = {"bad_counts": dict(causes), "bad_samples": listed, "bad_shards": bad_shards}
     return {**merged, "slow_pictures": slow, **left_out}
+
+
+def _names(recipe: Recipe) -> str:
+    return hashlib.sha256("".join(part.name for part in recipe.parts).encode()).hexdigest()
+
+
+def _make_share(recipe: Recipe, target: Path, config: Config, ranks: Ranks) -> None:
+    """What a rank beside rank 0 does: its share of the parts, if any are to be made."""
+    told = ranks.hear("shares")
+    if told is None:
+        return
+    if told["of"] != _names(recipe):
+        raise UserError(
+            f"rank {ranks.rank}: found another source, tower or tokenizer than rank 0; let nothing change while ranks"
+            " start, give all the same command, and run it again"
+        )
+    made = _make_parts(recipe, told["shares"][ranks.rank], target, staging(target), config, ranks)
+    ranks.tell(f"made by {ranks.rank}", made)
+
+
+def _make_parts(
+    recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, config: Config, ranks: Ranks
+) -> dict[str, Any]:
+    """The parts of these numbers: names of their files, and what is wrong with those that could not be made."""
+    files: dict[int, str] = {}
+    bad_shards: dict[int, str] = {}
+    missing: list[int] = []
+    total = None if recipe.samples is None else sum(recipe.parts[at].size for at in mine)
+    with tqdm(total=total, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
+        for at in mine:
+            name = recipe.parts[at].name
+            if (file := kept_part(folder, name) or taken_part(target, folder, name)) is None:
+                missing.append(at)
+                continue
+            files[at] = file.name
+            found = samples_of(file)
+            # The rate is that of the parts made now.
+            bar.initial += found
+            bar.update(found)
+        following = None
+        try:
+            for at, after in zip_longest(missing, missing[1:]):
+                making = following or _begun(recipe.parts[at])
+                # Its first pictures are read while the last ones of this part are encoded.
+                following = None if after is None else _begun(recipe.parts[after])
+                bar.set_description(f"{target.name}, part {len(files) + len(bad_shards) + 1} of {len(mine)}")
+                before = bar.n
+                try:
+                    files[at] = _made(making, folder, recipe.parts[at].name, bar).name
+                except ShardError as error:
+                    if recipe.parts[at].shard is None or ranks.count_bad_shard() > config.data.max_bad_shards:
+                        raise
+                    bad_shards[at] = str(error)
+                    tell(f"notice: left out: {error}")
+                    bar.n = before
+                    continue
+                bar.update(samples_of(folder / files[at]) - (bar.n - before))
+                if recipe.samples is None:
+                    bar.total = bar.n * len(mine) // (len(files) + len(bad_shards))
+        finally:
+            if following is not None and not isinstance(following, ShardError):
+                following.close()
+    return {"files": files, "bad_shards": bad_shards}
+
+
+def _begun(part: Part) -> Making | ShardError:
+    try:
+        making = part.make()
+        making.start()
+    except ShardError as error:
+        return error
+    return making
+
+
+def _made(making: Making | ShardError, folder: Path, name: str, bar: Any) -> Path:
+    if isinstance(making, ShardError):
+        raise making
+    try:
+        return write_part(folder, name, making, bar)
+    finally:
+        making.close()
 
 
 def _fingerprint(known: Sequence[Described | None], without: Container[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""Parts of a pair store: written one by one as a source is encoded, then merged into the store's files."""
+"""Parts of a pair store: what a piece of a source gives, as columns, in a file that is known by what it was made of."""
 
 from __future__ import annotations
 
@@ -6,93 +6,113 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-from xxhash import xxh3_128_hexdigest
 
 from ..data.shards import UNREADABLE, BadSample
 from ..errors import reading, writing
-from ..files.atomic import write_atomically
+from ..files.atomic import sync
 from ..files.digests import digest_of
-from .writer import token_dtype, write_ids, write_tokens
 
-PAIR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("image_id", pa.int32()),
-        ("caption_id", pa.int32()),
-        ("noise", pa.bool_()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-    ]
-)
-
-
-@dataclass
-class Item:
-    """One distinct frozen row of a part: its feature and the captions that stand on it."""
-
-    hash: bytes
-    feature: bytes
-    key: str
-    source: str
-    shard: str
-    offset: int
-    length: int
-    captions: list[str]
-    noise: list[bool | None]
+# Rows are held, written and read so many at a time: with their texts far below what an Arrow column can hold.
+ROWS_AT_ONCE = 16_384
+DIGEST_BYTES = 16
+COLUMNS = [
+    ("hash", pa.binary(DIGEST_BYTES)),
+    ("key", pa.string()),
+    ("source", pa.string()),
+    ("shard", pa.string()),
+    ("offset", pa.int64()),
+    ("length", pa.int64()),
+    ("captions", pa.list_(pa.string())),
+    # Those of a row's captions, end to end.
+    ("caption_hashes", pa.binary()),
+    ("noise", pa.list_(pa.bool_())),
+]
+FEATURE = "feature"
 
 
-class Made(NamedTuple):
-    """The rows of a part, the samples that make none, and how many pictures took the decoder's slow path."""
+class Making(Protocol):
+    """A part on its way. `bad` samples make no row; `slow` pictures took the decoder's slow path."""
 
-    items: list[Item]
     bad: list[BadSample]
-    slow: int = 0
+    slow: int
+
+    def start(self) -> None:
+        """Read ahead of the first batch."""
+
+    def batches(self, bar: Any) -> Iterator[pa.RecordBatch]:
+        """Its rows, by `batch_of`, in order, counted by `bar`; `bad` and `slow` are whole behind the last one."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
 
 
-def write_part(folder: Path, name: str, made: Made) -> Path:
-    """Write a part of that name, in place of any other; returns its file."""
-    schema = pa.schema(
-        [
-            ("hash", pa.binary()),
-            ("feature", pa.binary()),
-            ("key", pa.string()),
-            ("source", pa.string()),
-            ("shard", pa.string()),
-            ("offset", pa.int64()),
-            ("length", pa.int64()),
-            ("captions", pa.list_(pa.string())),
-            ("noise", pa.list_(pa.bool_())),
-        ],
-        metadata={
-            "bad": json.dumps([asdict(entry) for entry in made.bad], ensure_ascii=False),
-            "slow": str(made.slow),
-        },
+def batch_of(features_MD: npt.NDArray[np.float16], contents: Sequence[bytes], **columns: Any) -> pa.RecordBatch:
+    """M rows: their features, the frozen side's own bytes, by which equal ones are known, and the `columns` beside."""
+    captions = columns["captions"]
+    arrays = {
+        **columns,
+        "hash": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(DIGEST_BYTES), len(contents), [None, pa.py_buffer(b"".join(map(digest, contents)))]
+        ),
+        "caption_hashes": [b"".join([digest(caption.encode()) for caption in texts]) for texts in captions],
+    }
+    rows = np.ascontiguousarray(features_MD)
+    feature = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(rows.shape[1] * rows.itemsize), len(rows), [None, pa.py_buffer(rows)]
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([vars(item) for item in made.items], schema=schema), sink)
-    content = sink.getvalue().to_pybytes()
-    file = folder / f"part-{name}-{xxh3_128_hexdigest(content)}.parquet"
-    for other in folder.glob(f"part-{name}-*.parquet"):
-        other.unlink()
-    write_atomically(file, content)
+    schema = pa.schema([*COLUMNS, (FEATURE, feature.type)])
+    typed = [pa.array(arrays[name], kind) for name, kind in COLUMNS]
+    return pa.record_batch([*typed, feature], schema=schema)
+
+
+def write_part(folder: Path, name: str, making: Making, bar: Any) -> Path:
+    """Write a part of that name, in place of any other; returns its file."""
+    # A rank of an earlier call may be about to end only.
+    aside = folder / f".part-{name}-{os.getpid()}.partial"
+    try:
+        with writing(folder):
+            _write(aside, making.batches(bar), making)
+            sync(aside)
+            file = folder / f"part-{name}-{digest_of(aside)}.parquet"
+            for other in folder.glob(f"part-{name}-*.parquet"):
+                if other != file:
+                    other.unlink()
+            os.replace(aside, file)
+            sync(folder)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     return file
+
+
+def _write(file: Path, batches: Iterator[pa.RecordBatch], making: Making) -> None:
+    first = next(batches, None)
+    schema = pa.schema(COLUMNS) if first is None else first.schema
+    options = {"compression": "none", "use_dictionary": ["source", "shard"], "write_statistics": False}
+    with pq.ParquetWriter(file, schema, **options) as writer:
+        for rows in _gathered([] if first is None else [first], batches):
+            writer.write_table(pa.Table.from_batches(rows), row_group_size=ROWS_AT_ONCE)
+        told = json.dumps([asdict(entry) for entry in making.bad], ensure_ascii=False)
+        writer.add_key_value_metadata({"bad": told, "slow": str(making.slow)})
+
+
+def _gathered(held: list[pa.RecordBatch], more: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    for batch in more:
+        if sum(map(len, held)) + len(batch) > ROWS_AT_ONCE:
+            yield held
+            held = []
+        held.append(batch)
+    if held:
+        yield held
 
 
 def kept_part(folder: Path, name: str) -> Path | None:
@@ -123,165 +143,27 @@ def taken_part(store: Path, folder: Path, name: str) -> Path | None:
 
 
 def bad_of(file: Path) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = json.loads(pq.read_schema(file).metadata[b"bad"])
+    found: list[dict[str, str]] = json.loads(pq.read_metadata(file).metadata[b"bad"])
     return found
 
 
 def slow_of(file: Path) -> int:
-    # Parts of earlier versions tell none.
-    return int(pq.read_schema(file).metadata.get(b"slow", 0))
+    return int(pq.read_metadata(file).metadata[b"slow"])
 
 
-def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
-    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
+def samples_of(file: Path) -> int:
+    """Rows of a part, and samples that made none."""
+    rows: int = pq.read_metadata(file).num_rows
+    return rows + len(bad_of(file))
 
-    Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
-    Ids count in the order of first occurrence. Of all parts together only digests and ids are held, never texts.
-    """
-    row_digests, caption_digests = bytearray(), bytearray()
-    counts = []
+
+def tables_of(files: Iterable[Path], columns: list[str] | None = None) -> Iterator[pa.Table]:
+    """The rows of parts in order, some thousands at a time."""
     for file in files:
-        table = _part_table(file, ["hash", "captions"])
-        row_digests += b"".join(table["hash"].to_pylist())
-        counts.append(pc.list_value_length(table["captions"]).to_numpy())
-        caption_digests += b"".join(digest(caption.encode()) for caption in _flat(table, "captions").to_pylist())
-    image_of_row, rows = _ids(row_digests)
-    image_ids = np.repeat(image_of_row, np.concatenate(counts))
-    caption_ids, captions = _ids(caption_digests)
-    del row_digests, caption_digests, counts, image_of_row
-    pairs = np.unique(image_ids.astype(np.int64) << 32 | caption_ids, return_index=True)[1]
-    pairs.sort()
-    repeated = len(image_ids) - len(pairs)
-    image_ids, caption_ids = image_ids[pairs], caption_ids[pairs]
-    width = _write_rows(folder, files, rows)
-    _write_pairs(folder, files, pairs, image_ids, caption_ids)
-    dtype = token_dtype(len(tokenizer))
-    texts = tqdm(_texts(files, captions), desc="captions", unit="text", total=len(captions))
-    tokens = chain.from_iterable(tokenizer(batch)["input_ids"] for batch in batches(texts, 4096))
-    told = Counter[str](long_captions=0, unknown_captions=0)
-    write_tokens(folder, _counted(tokens, longest, frozenset(tokenizer.all_special_ids), told), dtype)
-    write_ids(folder, image_ids, caption_ids, len(captions))
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return {
-        "width": width,
-        "pairs": len(pairs),
-        "images": len(rows),
-        "captions": len(captions),
-        "token_dtype": dtype.name,
-        "vocabulary": len(tokenizer),
-        "repeated_pairs": repeated,
-        **told,
-    }
-
-
-def _counted(
-    token_lists: Iterable[list[int]], longest: int, special: frozenset[int], told: Counter[str]
-) -> Iterator[list[int]]:
-    for tokens in token_lists:
-        told["long_captions"] += len(tokens) > longest
-        told["unknown_captions"] += special.issuperset(tokens)
-        yield tokens
-
-
-def _part_table(file: Path, columns: list[str]) -> pa.Table:
-    with reading("part", file, "remove it and run the same command again"):
-        return pq.read_table(file, columns=columns)
+        with reading("part", file, "remove it and run the same command again"), pq.ParquetFile(file) as part:
+            for group in range(part.num_row_groups):
+                yield part.read_row_group(group, columns).combine_chunks()
 
 
 def digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _ids(digests: bytearray) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-    """An id for each digest of 16 bytes, counted in the order of first occurrence, and where each id occurs first."""
-    high, low = np.frombuffer(digests, np.uint64).reshape(-1, 2).T
-    # Stable: of equal digests the first stands first.
-    order = np.lexsort((low, high))
-    new = np.ones(len(order), bool)
-    new[1:] = _changes(high[order])
-    new[1:] |= _changes(low[order])
-    firsts = order[new]
-    by_occurrence = np.argsort(firsts)
-    rank = np.empty(len(firsts), np.int32)
-    rank[by_occurrence] = np.arange(len(firsts), dtype=np.int32)
-    ids = np.empty(len(order), np.int32)
-    ids[order] = rank[np.cumsum(new, dtype=np.int32) - 1]
-    return ids, firsts[by_occurrence]
-
-
-def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    changed: npt.NDArray[np.bool_] = values[1:] != values[:-1]
-    return changed
-
-
-def _flat(table: pa.Table, column: str) -> pa.Array:
-    flat: pa.Array = pc.list_flatten(table[column]).combine_chunks()
-    return flat
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _chosen(chosen: npt.NDArray[np.int64], start: int, count: int) -> npt.NDArray[np.int64]:
-    """Those of the ascending `chosen` that lie in the next `count` from `start`, counted from there."""
-    first, last = np.searchsorted(chosen, (start, start + count))
-    return chosen[first:last] - start
-
-
-def _write_rows(folder: Path, files: list[Path], rows: npt.NDArray[np.int64]) -> int:
-    """features.bin of the parts' `rows`, ascending; returns their width."""
-    start = width = 0
-    with (folder / "features.bin").open("wb") as stream:
-        for file in files:
-            features = _part_table(file, ["feature"])["feature"]
-            for feature in features.take(_chosen(rows, start, len(features))).to_pylist():
-                stream.write(feature)
-                width = len(feature) // 2
-            start += len(features)
-    return width
-
-
-def _write_pairs(
-    folder: Path,
-    files: list[Path],
-    pairs: npt.NDArray[np.int64],
-    image_ids: npt.NDArray[np.int32],
-    caption_ids: npt.NDArray[np.int32],
-) -> None:
-    """pairs.parquet of the parts' `pairs`, ascending, with the ids of each."""
-    start = done = 0
-    with pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA) as writer:
-        for file in files:
-            table = _part_table(
-                file, ["key", "source", "shard", "offset", "length", "captions", "noise"]
-            ).combine_chunks()
-            captions, noise = _flat(table, "captions"), _flat(table, "noise")
-            chosen = _chosen(pairs, start, len(captions))
-            rows = table.take(pc.list_parent_indices(table["captions"]).combine_chunks().take(chosen)).combine_chunks()
-            here = slice(done, done + len(chosen))
-            columns = {
-                "caption": captions.take(chosen),
-                "image_id": image_ids[here],
-                "caption_id": caption_ids[here],
-                "noise": noise.take(chosen),
-            }
-            arrays = [columns[name] if name in columns else rows[name] for name in PAIR_SCHEMA.names]
-            writer.write_table(pa.table(arrays, names=PAIR_SCHEMA.names).cast(PAIR_SCHEMA))
-            start, done = start + len(captions), here.stop
-
-
-def _texts(files: list[Path], captions: npt.NDArray[np.int64]) -> Iterator[str]:
-    """The parts' `captions`, ascending."""
-    start = 0
-    for file in files:
-        texts = _flat(_part_table(file, ["captions"]), "captions")
-        yield from texts.take(_chosen(captions, start, len(texts))).to_pylist()
-        start += len(texts)
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

@@ -5,19 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NoReturn
+
+import pyarrow as pa
 
 from ..config import Config
 from ..data import sources
 from ..data.cache import Cache
-from ..data.images import ImageBatch
+from ..data.images import ImageBatch, ImageLoader
 from ..data.remote import Described, at_once, described
+from ..data.shards import BadSample
 from ..data.sources import Source, open_source
 from ..data.tables import USUAL, Columns
 from ..errors import ShardError, UserError
 from ..files.places import Location, resolved
 from ..model.frozen import FrozenImages, image_tower_name
-from .parts import Item, Made, digest
+from .parts import Making, batch_of
 from .recipe import Part, Recipe, fp16_rows
 
 
@@ -41,22 +44,25 @@ def picture_recipe(
         refused = {file: one for file, one in zip(opened.files, told, strict=True) if isinstance(one, ShardError)}
         found = [one if isinstance(one, Described) else None for one in told]
         shards: Sequence[Location | None]
+        pieces = opened.parts
         if opened.of_tars:
             shards = opened.files
+            sizes = [max(0, one.size) if one else 0 for one in found]
             named: list[list[Any]] = [[name, one or str(tar)] for tar, one in zip(opened.files, found, strict=True)]
         else:
             for why in refused.values():
                 raise why
             folder = None if images is None else resolved(images)
-            named = [[name, *found, folder, sources.PART, *columns.given, at] for at in range(len(opened.parts))]
+            named = [[name, *found, folder, sources.PART, *columns.given, at] for at in range(len(pieces))]
             shards = [None] * len(named)
-        for of, part, shard in zip(named, opened.parts, shards, strict=True):
+            sizes = [piece.pictures or 0 for piece in pieces]
+        for of, piece, shard, size in zip(named, pieces, shards, sizes, strict=True):
             whole = [*of, {"source": source_name}] if source_name else of
-            make = partial(_made, encoder, part, source_name)
+            make: Callable[[], Making] = partial(_Pictures, encoder, piece, source_name)
             if shard in refused:
                 # Read all the same, nothing would tell later whether it has changed.
                 make = partial(_refuse, refused[shard])
-            parts.append(Part(whole, make, shard))
+            parts.append(Part(whole, make, size, shard))
         files += opened.files
         known += found
         counts.append(opened.pictures)
@@ -72,36 +78,58 @@ def _described(file: Location) -> Described | ShardError:
         return error
 
 
-def _refuse(why: ShardError, _: Any) -> Made:
+def _refuse(why: ShardError) -> NoReturn:
     raise why
 
 
-def _made(load: Callable[[], FrozenImages], part: Source, source_name: str, bar: Any) -> Made:
-    items: list[Item] = []
-    encoder = load()
-    started = time.perf_counter()
-    with encoder.loader(part, keep_encoded=True) as loader:
+def _place(batch: ImageBatch, row: int) -> str:
+    return f"picture {batch.keys[row]} of {batch.files[row]}"
+
+
+class _Pictures:
+    """A part of pictures on its way through the tower."""
+
+    def __init__(self, load: Callable[[], FrozenImages], part: Source, source_name: str) -> None:
+        self._load, self._part, self._source_name = load, part, source_name
+        self._loader: ImageLoader | None = None
+        self._resolved: dict[str, str] = {}
+        self.bad: list[BadSample] = []
+        self.slow = 0
+
+    def start(self) -> None:
+        self._begun().start()
+
+    def batches(self, bar: Any) -> Iterator[pa.RecordBatch]:
+        loader, started = self._begun(), time.perf_counter()
         for batch in loader:
-            rows = encoder.encode_pixels(batch.images)
-            places = [f"picture {key} of {file}" for key, file in zip(batch.keys, batch.files, strict=True)]
-            items += _items(batch, fp16_rows(rows, places), source_name)
+            features_MD = self._load().encode_pixels(batch.images)
+            yield self._columns(batch, fp16_rows(features_MD, partial(_place, batch)))
             bar.update(len(batch))
             share = loader.waited_seconds / max(time.perf_counter() - started, 1e-9)
             slow = {"by_pillow": loader.slow_pictures} if loader.slow_pictures else {}
             bar.set_postfix(waited_for_data=f"{share:.0%}", **slow, refresh=False)
-        return Made(items, loader.bad_samples, loader.slow_pictures)
+        self.bad, self.slow = loader.bad_samples, loader.slow_pictures
 
+    def _begun(self) -> ImageLoader:
+        if self._loader is None:
+            self._loader = self._load().loader(self._part, keep_encoded=True)
+        return self._loader
 
-def _items(batch: ImageBatch, features: list[bytes], source_name: str) -> Iterator[Item]:
-    for at, feature in enumerate(features):
-        yield Item(
-            hash=digest(batch.encoded[at] or b""),
-            feature=feature,
-            key=batch.keys[at],
-            source=source_name or batch.sources[at],
-            shard=resolved(batch.files[at]),
-            offset=batch.offsets[at],
-            length=batch.lengths[at],
-            captions=batch.captions[at],
-            noise=batch.noise[at],
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def _columns(self, batch: ImageBatch, features_MD: Any) -> pa.RecordBatch:
+        for file in {*batch.files} - self._resolved.keys():
+            self._resolved[file] = resolved(file)
+        return batch_of(
+            features_MD,
+            [encoded or b"" for encoded in batch.encoded],
+            key=batch.keys,
+            source=[self._source_name] * len(batch) if self._source_name else batch.sources,
+            shard=[self._resolved[file] for file in batch.files],
+            offset=batch.offsets,
+            length=batch.lengths,
+            captions=batch.captions,
+            noise=batch.noise,
         )

@@ -9,28 +9,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..data.remote import Described
 from ..data.store import first_not_finite
 from ..errors import UserError
 from ..files.places import Location
-from .parts import Made
+from .parts import Making
+
+# Of parts: those of another are made again.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Part:
     """A piece of a source, and what its rows depend on: other pieces may change without it.
 
-    `shard`: the tar that it is, without which the store may be made.
+    `size`: in bytes or samples, whatever the source's pieces are compared by. `shard`: the tar that it is, without
+    which the store may be made.
     """
 
     of: list[Any]
-    make: Callable[[Any], Made]
+    make: Callable[[], Making]
+    size: int
     shard: Location | None = None
 
     @property
     def name(self) -> str:
-        return hashlib.sha256(json.dumps(self.of).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps([FORMAT, *self.of]).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -49,8 +55,10 @@ class Recipe:
     outside: bool
 
 
-def fp16_rows(features_MD: np.ndarray[Any, Any], places: Sequence[str], more: str = "") -> list[bytes]:
-    """UserError naming the first of `places` whose row is not finite; `more`: what else may be the cause."""
+def fp16_rows(
+    features_MD: npt.NDArray[np.floating[Any]], places: Callable[[int], str], more: str = ""
+) -> npt.NDArray[np.float16]:
+    """UserError naming the first row that is not finite by its place; `more`: what else may be the cause."""
     if (row := first_not_finite(features_MD)) is not None:
-        raise UserError(f"{places[row]}: the frozen tower gave NaN or infinity for it; check its weights{more}")
-    return [row.tobytes() for row in features_MD.astype(np.float16)]
+        raise UserError(f"{places(row)}: the frozen tower gave NaN or infinity for it; check its weights{more}")
+    return features_MD.astype(np.float16)

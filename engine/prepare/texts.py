@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from ..data.captions import read_lines, stripped
 from ..errors import UserError, writing
 from ..files.places import Location
-from .parts import batches
 from .writer import token_dtype, write_tokens
 
 
@@ -32,7 +32,8 @@ def build_texts(
     inner = max_tokens - 2
 
     def pieces() -> Iterator[list[int]]:
-        for batch in batches(tqdm(lines, desc=f"tokens of {name}", unit="text"), 1024):
+        told = iter(tqdm(lines, desc=f"tokens of {name}", unit="text"))
+        while batch := list(islice(told, 1024)):
             for tokens in tokenizer(batch, add_special_tokens=False)["input_ids"]:
                 for start in range(0, len(tokens), inner):
                     yield [tokenizer.cls_token_id, *tokens[start : start + inner], tokenizer.sep_token_id]

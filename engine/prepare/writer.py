@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
 
 from ..data.store import FORMAT, PAIR_FILES, edges, manifest_digest, read_manifest
 from ..errors import writing
@@ -18,6 +19,8 @@ from ..files import digests, lock
 from ..files.atomic import put_in_place, write_atomically
 from ..files.ownership import MARK, claim, mark
 
+# Edges are sorted so many captions at a time.
+CAPTIONS_AT_ONCE = 1 << 22
 # What building a store leaves beside its files.
 LEFTOVERS = ("part-*.parquet", ".*.partial", "identity.json")
 # What Hugging Face's tokenizers consist of.
@@ -32,27 +35,77 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16) if vocabulary <= 1 << 16 else np.dtype(np.int32)
 
 
+class TokenFile:
+    """tokens.bin and offsets.bin of a store in `folder`, written as the tokens come."""
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any]) -> None:
+        self.dtype, self.texts, self._end = dtype, 0, 0
+        self._files = ExitStack()
+        self._tokens = self._files.enter_context((folder / "tokens.bin").open("wb"))
+        self._offsets = self._files.enter_context((folder / "offsets.bin").open("wb"))
+        self._offsets.write(np.zeros(1, np.int64).data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def write(self, flat: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> None:
+        """Texts of so many tokens each, end to end."""
+        ends = self._end + np.cumsum(lengths, dtype=np.int64)
+        self._tokens.write(np.ascontiguousarray(flat, self.dtype).data)
+        self._offsets.write(ends.data)
+        self.texts, self._end = self.texts + len(lengths), int(ends[-1]) if len(ends) else self._end
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    """The tokens of `texts` end to end, and how many each has."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        lists = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    else:
+        lists = tokenizer(texts)["input_ids"] if texts else []
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum())), lengths
+
+
 def write_tokens(folder: Path, token_lists: Iterable[list[int]], dtype: np.dtype[Any]) -> int:
     """tokens.bin and offsets.bin of `token_lists`, which are held a few thousand at a time; returns their number."""
     remaining = iter(token_lists)
-    texts = end = 0
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "offsets.bin").open("wb") as offsets:
-        np.zeros(1, np.int64).tofile(offsets)
+    with TokenFile(folder, dtype) as file:
         while batch := list(islice(remaining, 4096)):
-            ends = end + np.cumsum([len(one) for one in batch], dtype=np.int64)
-            np.fromiter(chain.from_iterable(batch), dtype, int(ends[-1]) - end).tofile(tokens)
-            ends.tofile(offsets)
-            texts, end = texts + len(batch), int(ends[-1])
-    return texts
+            lengths = np.array([len(one) for one in batch], np.int64)
+            file.write(np.fromiter(chain.from_iterable(batch), dtype, int(lengths.sum())), lengths)
+    return file.texts
 
 
 def write_ids(folder: Path, image_ids: npt.NDArray[Any], caption_ids: npt.NDArray[Any], captions: int) -> None:
     """Ids of the pairs [pairs] and the edges from captions to images, as a store reads them."""
-    image_ids.astype(np.int32).tofile(folder / "image_ids.bin")
-    caption_ids.astype(np.int32).tofile(folder / "caption_ids.bin")
-    offsets, images = edges(caption_ids, image_ids, captions)
-    offsets.tofile(folder / "edges.offsets.bin")
-    images.tofile(folder / "edges.images.bin")
+    image_ids.astype(np.int32, copy=False).tofile(folder / "image_ids.bin")
+    caption_ids.astype(np.int32, copy=False).tofile(folder / "caption_ids.bin")
+    offsets = np.zeros(1, np.int64)
+    with (folder / "edges.offsets.bin").open("wb") as ends, (folder / "edges.images.bin").open("wb") as linked:
+        ends.write(offsets.data)
+        for first in range(0, captions, CAPTIONS_AT_ONCE):
+            here = min(CAPTIONS_AT_ONCE, captions - first)
+            chosen = _between(caption_ids, first, first + here)
+            indptr, images = edges(caption_ids[chosen] - first, image_ids[chosen], here)
+            offsets = offsets[-1] + indptr[1:]
+            ends.write(offsets.data)
+            linked.write(images.data)
+
+
+def _between(ids: npt.NDArray[Any], first: int, end: int) -> npt.NDArray[np.int64]:
+    """Which of `ids` are `first` to `end` - 1."""
+    found = [
+        start + np.flatnonzero((part >= first) & (part < end))
+        for start in range(0, len(ids), CAPTIONS_AT_ONCE)
+        if len(part := ids[start : start + CAPTIONS_AT_ONCE])
+    ]
+    return np.concatenate([np.empty(0, np.int64), *found])
 
 
 def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from efficientclip.data.shards import BadSample, read_picture
 from efficientclip.data.store import PAIR_FILES, Store, TextStore, staging
 from efficientclip.errors import UserError
 from efficientclip.model import frozen
-from efficientclip.prepare import parts, pictures
+from efficientclip.prepare import merge, pictures
 from efficientclip.prepare.build import prepare
 from tests.formats import chinese_clip, files
 from tests.prepare.tars import CAPTIONS, as_table, good, png, write_tar
@@ -105,7 +105,8 @@ def test_interrupted_call_keeps_its_finished_parts(
 
     def failing(part: sources.Source, **settings: Any) -> Any:
         read.append(part.path.name)
-        if len(read) == 2:
+        # The reader of the part after next is made once the first one stands.
+        if len(read) == 3:
             raise KeyboardInterrupt
         return real(part, **settings)
 
@@ -115,10 +116,10 @@ def test_interrupted_call_keeps_its_finished_parts(
     with pytest.raises(UserError, match="was interrupted"):
         Store(tmp_path / "made")
     prepare(shards, tmp_path / "made", config)
-    assert read == ["0.tar", "1.tar", "1.tar", "2.tar"]
+    assert read == ["0.tar", "1.tar", "2.tar", "1.tar", "2.tar"]
     assert Store(tmp_path / "made").manifest["images"] == 6
     prepare(shards, tmp_path / "made", config)
-    assert len(read) == 4
+    assert len(read) == 5
 
 
 def test_long_texts_are_cut_into_pieces_without_loss(tmp_path: Path, config: Config) -> None:
@@ -344,12 +345,18 @@ def test_a_changed_picture_file_is_told_when_it_is_shown(tmp_path: Path) -> None
         read_picture(tmp_path / "x_imgs.tsv", 2, 4)
 
 
-def test_ids_count_in_the_order_of_first_occurrence() -> None:
+@pytest.mark.parametrize("at_once", [1 << 20, 7])
+def test_ids_count_in_the_order_of_first_occurrence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(merge, "SORTED_AT_ONCE", at_once)
+    monkeypatch.setattr(merge, "SCANNED_AT_ONCE", 2 * at_once)
     random = np.random.default_rng(0)
     # Halves of the digests are equal where the whole is not.
-    digests = [b"".join(random.choice([b"a" * 8, b"b" * 8, b"c" * 8], 2).tolist()) for _ in range(200)]
+    digests_N2 = random.choice(random.integers(0, 1 << 64, 3, np.uint64, endpoint=False), (200, 2))
     known: dict[bytes, int] = {}
-    expected = [known.setdefault(digest, len(known)) for digest in digests]
-    ids, firsts = parts._ids(bytearray(b"".join(digests)))
-    assert ids.tolist() == expected and len(known) == 9
-    assert firsts.tolist() == [digests.index(digest) for digest in known]
+    expected = [known.setdefault(digest.tobytes(), len(known)) for digest in digests_N2]
+    ids, new, count = merge._ids(tmp_path, digests_N2)
+    assert ids.tolist() == expected and count == len(known) == 9
+    assert np.flatnonzero(new).tolist() == [expected.index(number) for number in range(9)]
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,228 @@
+"""A pair store's files, of its finished parts: what is equal stands once, in the order of first occurrence.
+
+Of all parts together only digests and ids are held, in files without names that the system may keep in memory or not;
+sorted are some millions of them at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .parts import DIGEST_BYTES, FEATURE, tables_of
+from .writer import TokenFile, token_dtype, tokens_of, write_ids
+
+PAIR_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("image_id", pa.int32()),
+        ("caption_id", pa.int32()),
+        ("noise", pa.bool_()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+SORTED_AT_ONCE = 1 << 22
+SCANNED_AT_ONCE = 1 << 20
+# Odd, so that no two products of 64 bits are equal: neighbours are spread over all of these.
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
+    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
+
+    Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
+    Ids count in the order of first occurrence.
+    """
+    rows, entries = _sizes(files)
+    row_digests, caption_digests = _scratch(folder, (rows, 2), np.uint64), _scratch(folder, (entries, 2), np.uint64)
+    row_of = _scratch(folder, (entries,), np.int32)
+    _read_digests(files, row_digests, caption_digests, row_of)
+    row_ids, new_row, images = _ids(folder, row_digests)
+    caption_ids, new_caption, captions = _ids(folder, caption_digests)
+    # A pair as a digest: the picture's id spread over 64 bits, and the caption's.
+    for here in _blocks(entries):
+        caption_digests[here, 0] = row_ids[row_of[here]].astype(np.uint64) * SPREAD
+        caption_digests[here, 1] = caption_ids[here]
+    _, new_pair, pairs = _ids(folder, caption_digests)
+    image_ids = _scratch(folder, (pairs,), np.int32)
+    kept_captions = _scratch(folder, (pairs,), np.int32)
+    done = 0
+    for here in _blocks(entries):
+        chosen = np.flatnonzero(new_pair[here])
+        there = slice(done, done := done + len(chosen))
+        image_ids[there], kept_captions[there] = row_ids[row_of[here]][chosen], caption_ids[here][chosen]
+    told = _write(folder, files, tokenizer, longest, (new_row, new_caption, new_pair), image_ids, kept_captions)
+    write_ids(folder, image_ids, kept_captions, captions)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return {
+        "width": told.pop("width"),
+        "pairs": pairs,
+        "images": images,
+        "captions": captions,
+        "token_dtype": token_dtype(len(tokenizer)).name,
+        "vocabulary": len(tokenizer),
+        "repeated_pairs": entries - pairs,
+        **told,
+    }
+
+
+def _sizes(files: list[Path]) -> tuple[int, int]:
+    """Rows of all parts, and captions on these."""
+    rows = entries = 0
+    for table in tables_of(files, ["captions"]):
+        rows, entries = rows + len(table), entries + pc.sum(pc.list_value_length(table["captions"])).as_py()
+    return rows, entries
+
+
+def _scratch(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array in a file without a name, whose room is taken at once."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if size == 0:
+        return np.empty(shape, dtype)
+    with TemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for start in range(0, n, SCANNED_AT_ONCE):
+        yield slice(start, min(start + SCANNED_AT_ONCE, n))
+
+
+def _read_digests(
+    files: list[Path], rows_R2: npt.NDArray[Any], captions_C2: npt.NDArray[Any], row_of_C: npt.NDArray[Any]
+) -> None:
+    row = entry = 0
+    for table in tables_of(files, ["hash", "captions", "caption_hashes"]):
+        lengths = pc.list_value_length(table["captions"]).to_numpy()
+        rows = slice(row, row := row + len(table))
+        entries = slice(entry, entry := entry + int(lengths.sum()))
+        rows_R2[rows] = _bytes_of(table["hash"], DIGEST_BYTES).view(np.uint64).reshape(-1, 2)
+        captions_C2[entries] = _bytes_of(table["caption_hashes"]).view(np.uint64).reshape(-1, 2)
+        row_of_C[entries] = np.repeat(np.arange(rows.start, rows.stop, dtype=np.int32), lengths)
+
+
+def _bytes_of(column: pa.ChunkedArray, width: int | None = None) -> npt.NDArray[np.uint8]:
+    """What a column's binary values hold, end to end; `width`: each of them has so many bytes."""
+    held = []
+    for chunk in column.chunks:
+        if width is None:
+            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            first, end = int(ends[0]), int(ends[-1])
+        else:
+            first, end = chunk.offset * width, (chunk.offset + len(chunk)) * width
+        held.append(np.frombuffer(chunk.buffers()[-1], np.uint8)[first:end])
+    return held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.uint8)])
+
+
+def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], int]:
+    """An id int32 [N] for each digest, counted in the order of first occurrence; whether each stands there for the
+    first time; and how many ids there are."""
+    n = len(digests_N2)
+    first_of, new = _scratch(folder, (n,), np.int32), _scratch(folder, (n,), np.bool_)
+    # Digests are spread evenly: those of a range of their first half are some millions.
+    ranges = -(-n // SORTED_AT_ONCE)
+    width = np.uint64((1 << 64) // ranges + 1 if ranges > 1 else (1 << 64) - 1)
+    for number in range(ranges):
+        held = [here.start + np.flatnonzero(digests_N2[here, 0] // width == number) for here in _blocks(n)]
+        chosen = np.concatenate(held).astype(np.int32)
+        low, high = digests_N2[chosen, 1], digests_N2[chosen, 0]
+        # Stable: of equal digests the first stands first.
+        order = np.lexsort((low, high))
+        begins = np.ones(len(order), bool)
+        begins[1:] = (np.diff(high[order]) != 0) | (np.diff(low[order]) != 0)
+        group = np.cumsum(begins) - 1
+        first_of[chosen[order]] = chosen[order[begins]][group]
+    count = 0
+    ids = _scratch(folder, (n,), np.int32)
+    for here in _blocks(n):
+        new[here] = first_of[here] == np.arange(here.start, here.stop)
+        ids[here] = count + np.cumsum(new[here]) - 1
+        count += int(new[here].sum())
+        # Those that stand first have their ids, here and before.
+        ids[here] = ids[first_of[here]]
+    return ids, new, count
+
+
+def _write(
+    folder: Path,
+    files: list[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    new: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]],
+    image_ids: npt.NDArray[np.int32],
+    caption_ids: npt.NDArray[np.int32],
+) -> dict[str, Any]:
+    """features.bin, pairs.parquet and the tokens, of the rows, captions and pairs that are `new`; returns what is to be
+    told of them."""
+    new_row, new_caption, new_pair = new
+    told = Counter[str](long_captions=0, unknown_captions=0, width=0)
+    special = np.array(sorted(tokenizer.all_special_ids))
+    row = entry = pair = 0
+    with ExitStack() as open_files:
+        features = open_files.enter_context((folder / "features.bin").open("wb"))
+        pairs = open_files.enter_context(pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA))
+        tokens = open_files.enter_context(TokenFile(folder, token_dtype(len(tokenizer))))
+        bar = open_files.enter_context(tqdm(desc="captions", unit="text", total=len(new_caption)))
+        # The tokenizer's own threads work while the next rows are read and written.
+        ahead = open_files.enter_context(ThreadPoolExecutor(1))
+        coming: Future[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]] | None = None
+
+        def tokenized() -> None:
+            if coming is None:
+                return
+            flat, lengths = coming.result()
+            tokens.write(flat, lengths)
+            told["long_captions"] += int((lengths > longest).sum())
+            words = np.concatenate([[0], np.cumsum(~np.isin(flat, special))])
+            ends = np.concatenate([[0], np.cumsum(lengths)])
+            told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
+
+        for table in tables_of(files):
+            captions, noise = _flat(table, "captions"), _flat(table, "noise")
+            rows = slice(row, row := row + len(table))
+            entries = slice(entry, entry := entry + len(captions))
+            texts = captions.take(pa.array(np.flatnonzero(new_caption[entries])))
+            tokenized()
+            coming = ahead.submit(tokens_of, tokenizer, texts.to_pylist())
+            told["width"] = table.schema.field(FEATURE).type.byte_width // 2
+            row_bytes = _bytes_of(table[FEATURE], 2 * told["width"]).reshape(len(table), -1)
+            features.write(np.ascontiguousarray(row_bytes[new_row[rows]]).data)
+            chosen = pa.array(np.flatnonzero(new_pair[entries]))
+            here = slice(pair, pair := pair + len(chosen))
+            parents = pc.list_parent_indices(table["captions"].combine_chunks()).take(chosen)
+            columns = {
+                "caption": captions.take(chosen),
+                "noise": noise.take(chosen),
+                "image_id": pa.array(image_ids[here]),
+                "caption_id": pa.array(caption_ids[here]),
+            }
+            names = [name for name in PAIR_SCHEMA.names if name not in columns]
+            columns |= {name: table[name].take(parents) for name in names}
+            pairs.write_table(pa.table({name: columns[name] for name in PAIR_SCHEMA.names}).cast(PAIR_SCHEMA))
+            bar.update(len(captions))
+        tokenized()
+    return dict(told)
+
+
+def _flat(table: pa.Table, column: str) -> pa.Array:
+    flat: pa.Array = pc.list_flatten(table[column].combine_chunks())
+    return flat
