@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, profile, stopping
 from .errors import UserError, reported
 from .files.places import Location, location
+from .launchers import adopt_rank
 
 if TYPE_CHECKING:
     from .data.tables import Columns
+    from .prepare.deal import Words
 
 PICTURES = (
     ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
@@ -40,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="efficientclip",
         description="Trains a Chinese CLIP text tower against frozen image features.",
-        epilog="On several devices: deepspeed --module efficientclip.train (or .profile) CONFIG [key=value …], or the"
-        " same module by torchrun, srun or mpirun",
+        epilog="On several devices: deepspeed --module efficientclip.train (or .prepare, .cross_fit, .profile) and the"
+        " command's arguments, or the same module by torchrun, srun or mpirun",
     )
     parser.add_argument("--version", action="version", version=f"efficientclip {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -72,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_replace(prepare, "a store of something else that is there goes once the new one is whole")
     prepare.add_argument("--config", type=Path, required=True, help="names the frozen tower and the tokenizer")
     prepare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    # The `deepspeed` launcher sets it.
+    prepare.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
     train = command(_train, "train", "train a run on one device, or go on from its newest checkpoint")
     train.add_argument("config", type=Path, metavar="CONFIG")
@@ -209,6 +215,24 @@ def _demo_data(given: argparse.Namespace) -> None:
 
 
 def _prepare(given: argparse.Namespace) -> None:
+    adopt_rank()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _make_store(given, None)
+        return
+    # Of ranks, the first tells.
+    stopping.watch()
+    from .training.ranks import take_device, together, words
+
+    def work() -> int:
+        take_device()
+        _make_store(given, words("prepare"))
+        return 0
+
+    sys.exit(together(work))
+
+
+def _make_store(given: argparse.Namespace, words: Words | None) -> None:
+    """The share of this rank, which meets the others in `words`; rank 0, or who is alone, tells of the store."""
     from .config import Config, load_config
 
     if str(given.store).partition("=")[0].partition(".")[0] in Config.model_fields and "=" in str(given.store):
@@ -220,11 +244,18 @@ def _prepare(given: argparse.Namespace) -> None:
         raise UserError("prepare: give SOURCE and STORE, or STORE alone and data.sources, with paths, in the config")
     _silence_model_files()
     from .prepare.build import prepare
+    from .prepare.deal import Ranks
 
-    manifest = prepare(given.source or named, given.store, config, given.images, _columns(given), replace=given.replace)
+    ranks = Ranks(words, stopping.rank_of_environment(), int(os.environ.get("WORLD_SIZE", 1)))
+    source, columns = given.source or named, _columns(given)
+    made = prepare(source, given.store, config, given.images, columns, replace=given.replace, ranks=ranks)
+    if ranks.rank == 0:
+        _tell_of_store(given.store, made, config.training.max_caption_tokens)
+
+
+def _tell_of_store(store: Path, manifest: dict[str, Any], longest: int) -> None:
     kinds = [kind for kind in ("pairs", "images", "captions", "texts") if kind in manifest]
     bad = [f"{count:,} × {cause}" for cause, count in manifest.get("bad_counts", {}).items()]
-    longest = config.training.max_caption_tokens
     notes = {
         "slow_pictures": "picture by Pillow, the slow path",
         "repeated_pairs": "repeated pair, held once",
@@ -236,7 +267,7 @@ def _prepare(given: argparse.Namespace) -> None:
     if shards := manifest.get("bad_shards"):
         again = "the same command tries again"
         told.append(f"left out: {len(shards):,} of its shards, the first: {shards[0]['cause']}; {again}")
-    print("; ".join([f"{given.store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}", *told]))
+    print("; ".join([f"{store}: {', '.join(f'{manifest[kind]:,} {kind}' for kind in kinds)}", *told]))
 
 
 def _train(given: argparse.Namespace) -> None:

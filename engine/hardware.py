@@ -30,6 +30,13 @@ def device_name() -> str:
     return models[0] if models else platform.machine()
 
 
+def cores_of_rank() -> int:
+    """The cores that this process may use: its share where a launcher started several here, and bound none."""
+    mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_SIZE", 1)) if mine == all_cores else 1
+    return max(1, mine // ranks)
+
+
 # `training.precision` as torch names it; None: no autocast.
 COMPUTED_IN = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

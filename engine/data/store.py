@@ -8,6 +8,7 @@
     edges.offsets.bin int64 [captions + 1], edges.images.bin int32 [pairs]    the images of each caption, ascending
     tokenizer/     the Hugging Face tokenizer that made the tokens
     manifest.json  kind, tower, tokenizer, counts, sizes, checksums, bad samples; written last
+    origin-*.parquet    what each part of the source gave, for the next `prepare`
 
 A text store holds only tokens, offsets, tokenizer and manifest. Opening a store reads its manifest and the sizes of its
 files; `prove` reads what they hold.

@@ -2,6 +2,7 @@
 
 STORE.partial/identity.json          the mark by which the folder is ours, what is being made
              /part-OF-SHA.parquet    a finished part, by digests of what it was made of and of its content
+STORE/origin-OF-SHA.parquet          what that part gave to the finished store, alike
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.remote import Described, described
 from ..data.sources import is_parallel, require_few
-from ..data.store import ANEW, PAIR_FILES, TEXT_FILES, read_manifest, staging
+from ..data.store import ANEW, PAIR_FILES, TEXT_FILES, Store, read_manifest, staging
 from ..data.tables import USUAL, Columns
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import ShardError, UserError, tell, writing
@@ -37,11 +40,11 @@ from ..model.frozen import tower_difference
 from .deal import Ranks, dealt
 from .merge import merge
 from .parallel import parallel_recipe
-from .parts import Making, bad_of, kept_part, samples_of, slow_of, taken_part, write_part
+from .parts import Making, Taken, bad_of, held_in, is_sound, samples_of, slow_of, write_part
 from .pictures import picture_recipe
 from .recipe import Part, Recipe
 from .texts import build_texts
-from .writer import files_of, finish, settle
+from .writer import ORIGIN, files_of, finish, settle
 
 LISTED_BAD_SAMPLES = 1000
 
@@ -105,14 +108,17 @@ def prepare(
         build = partial(_build_pairs, recipe, source_names, target, config, tokenizer, ranks)
     identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": fingerprint(tokenizer)}
     if ranks.rank > 0:
-        if text is None:
-            _make_share(recipe, target, config, ranks)
+        told = ranks.hear("shares")
+        share = _no_parts() if told is None else _make_share(recipe, told, target, config, ranks)
+        ranks.tell(f"made by {ranks.rank}", share)
         return {}
     made = _standing(target, identity, known, replace)
     if made is None or made.get("bad_shards"):
         made = _built(target, identity, known, build, replace)
-    # Where nothing was to be made, they wait still.
+    # Where nothing was to be made, the others wait still; all have heard so before this rank, which tells, may end.
     ranks.tell("shares", None)
+    for rank in range(1, ranks.world):
+        ranks.hear(f"made by {rank}", rank)
     return made
 
 
@@ -220,6 +226,8 @@ def _clear(folder: Path) -> None:
     """Remove what an interrupted call left, but its finished parts."""
     for name in (*PAIR_FILES, "manifest.json"):
         (folder / name).unlink(missing_ok=True)
+    for origin in folder.glob(f"{ORIGIN}-*.parquet"):
+        origin.unlink()
     for half in folder.glob(".*.partial"):
         half.unlink()
     shutil.rmtree(folder / "tokenizer", ignore_errors=True)
@@ -237,15 +245,16 @@ def _build_pairs(
     """Write a pair store's files into `folder`, when all ranks have made their parts; returns their part of the
     manifest.
 
-    A store at `target` that was made without some shards has kept the parts of the others.
+    What a store at `target` was made of, and is still wanted, is taken from there.
     """
     sizes = [part.size for part in recipe.parts]
-    there = [bool([*folder.glob(f"part-{part.name}-*.parquet")]) for part in recipe.parts]
+    held = held_in(folder).keys() | held_in(target, ORIGIN).keys()
+    there = [part.name in held for part in recipe.parts]
     # Those to be made are dealt out by themselves: to prove the others takes no time beside.
     shares = [
         sorted(made + kept)
         for made, kept in zip(
-            *(dealt([at for at, has in enumerate(there) if has == held], sizes, ranks.world) for held in (False, True)),
+            *(dealt([at for at, has in enumerate(there) if has == kept], sizes, ranks.world) for kept in (False, True)),
             strict=True,
         )
     ]
@@ -295,18 +304,18 @@ def _names(recipe: Recipe) -> str:
     return hashlib.sha256("".join(part.name for part in recipe.parts).encode()).hexdigest()
 
 
-def _make_share(recipe: Recipe, target: Path, config: Config, ranks: Ranks) -> None:
-    """What a rank beside rank 0 does: its share of the parts, if any are to be made."""
-    told = ranks.hear("shares")
-    if told is None:
-        return
+def _make_share(recipe: Recipe, told: dict[str, Any], target: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
+    """What a rank beside rank 0 makes of what that one told."""
     if told["of"] != _names(recipe):
         raise UserError(
-            f"rank {ranks.rank}: found another source, tower or tokenizer than rank 0; let nothing change while ranks"
-            " start, give all the same command, and run it again"
+            f"rank {ranks.rank}: found another source or tower than rank 0; let nothing change while ranks start, give"
+            " all the same command, and run it again"
         )
-    made = _make_parts(recipe, told["shares"][ranks.rank], target, staging(target), config, ranks)
-    ranks.tell(f"made by {ranks.rank}", made)
+    return _make_parts(recipe, told["shares"][ranks.rank], target, staging(target), config, ranks)
+
+
+def _no_parts() -> dict[str, Any]:
+    return {"files": {}, "bad_shards": {}}
 
 
 def _make_parts(
@@ -316,18 +325,23 @@ def _make_parts(
     files: dict[int, str] = {}
     bad_shards: dict[int, str] = {}
     missing: list[int] = []
+    parts, origins, features = held_in(folder), held_in(target, ORIGIN), _features_of(target)
+    found = 0
+    for at in mine:
+        name = recipe.parts[at].name
+        file, origin = parts.get(name), origins.get(name)
+        if not is_sound(file):
+            file = None
+            if features is not None and is_sound(origin):
+                file = write_part(folder, name, Taken(origin, features), None)
+        if file is None:
+            missing.append(at)
+            continue
+        files[at] = file.name
+        found += samples_of(file)
     total = None if recipe.samples is None else sum(recipe.parts[at].size for at in mine)
-    with tqdm(total=total, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
-        for at in mine:
-            name = recipe.parts[at].name
-            if (file := kept_part(folder, name) or taken_part(target, folder, name)) is None:
-                missing.append(at)
-                continue
-            files[at] = file.name
-            found = samples_of(file)
-            # The rate is that of the parts made now.
-            bar.initial += found
-            bar.update(found)
+    # The rate is that of the parts made now.
+    with tqdm(total=total, initial=found, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
         following = None
         try:
             for at, after in zip_longest(missing, missing[1:]):
@@ -352,6 +366,18 @@ def _make_parts(
             if following is not None and not isinstance(following, ShardError):
                 following.close()
     return {"files": files, "bad_shards": bad_shards}
+
+
+def _features_of(target: Path) -> npt.NDArray[np.float16] | None:
+    """Of the store there, if they are as they were written."""
+    try:
+        manifest = read_manifest(target)
+        if manifest["kind"] != "pairs":
+            return None
+        check(target, {"features.bin": manifest["files"]["features.bin"]}, ANEW)
+        return Store(target).features
+    except UserError:
+        return None
 
 
 def _begun(part: Part) -> Making | ShardError:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .parts import DIGEST_BYTES, FEATURE, tables_of
+from .parts import DIGEST_BYTES, FEATURE, keep_origin, tables_of
 from .writer import TokenFile, token_dtype, tokens_of, write_ids
 
 PAIR_SCHEMA = pa.schema(
@@ -71,6 +71,11 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, l
         image_ids[there], kept_captions[there] = row_ids[row_of[here]][chosen], caption_ids[here][chosen]
     told = _write(folder, files, tokenizer, longest, (new_row, new_caption, new_pair), image_ids, kept_captions)
     write_ids(folder, image_ids, kept_captions, captions)
+    row = 0
+    for file in files:
+        held = pq.read_metadata(file).num_rows
+        keep_origin(folder, file, row_ids[row : row + held])
+        row += held
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         "width": told.pop("width"),

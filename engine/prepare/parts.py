@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from ..data.shards import UNREADABLE, BadSample
 from ..errors import reading, writing
 from ..files.atomic import sync
 from ..files.digests import digest_of
+from .writer import ORIGIN
 
 # Rows are held, written and read so many at a time: with their texts far below what an Arrow column can hold.
 ROWS_AT_ONCE = 16_384
@@ -36,7 +36,8 @@ COLUMNS = [
     ("caption_hashes", pa.binary()),
     ("noise", pa.list_(pa.bool_())),
 ]
-FEATURE = "feature"
+FEATURE, IMAGE_ID = "feature", "image_id"
+OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": ["source", "shard"], "write_statistics": False}
 
 
 class Making(Protocol):
@@ -65,13 +66,15 @@ def batch_of(features_MD: npt.NDArray[np.float16], contents: Sequence[bytes], **
         ),
         "caption_hashes": [b"".join([digest(caption.encode()) for caption in texts]) for texts in captions],
     }
-    rows = np.ascontiguousarray(features_MD)
-    feature = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(rows.shape[1] * rows.itemsize), len(rows), [None, pa.py_buffer(rows)]
-    )
+    feature = _binary(features_MD)
     schema = pa.schema([*COLUMNS, (FEATURE, feature.type)])
     typed = [pa.array(arrays[name], kind) for name, kind in COLUMNS]
     return pa.record_batch([*typed, feature], schema=schema)
+
+
+def _binary(rows_MD: npt.NDArray[np.float16]) -> pa.Array:
+    kind = pa.binary(rows_MD.shape[1] * rows_MD.itemsize)
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(rows_MD), [None, pa.py_buffer(np.ascontiguousarray(rows_MD))])
 
 
 def write_part(folder: Path, name: str, making: Making, bar: Any) -> Path:
@@ -97,8 +100,7 @@ def write_part(folder: Path, name: str, making: Making, bar: Any) -> Path:
 def _write(file: Path, batches: Iterator[pa.RecordBatch], making: Making) -> None:
     first = next(batches, None)
     schema = pa.schema(COLUMNS) if first is None else first.schema
-    options = {"compression": "none", "use_dictionary": ["source", "shard"], "write_statistics": False}
-    with pq.ParquetWriter(file, schema, **options) as writer:
+    with pq.ParquetWriter(file, schema, **OPTIONS) as writer:
         for rows in _gathered([] if first is None else [first], batches):
             writer.write_table(pa.Table.from_batches(rows), row_group_size=ROWS_AT_ONCE)
         told = json.dumps([asdict(entry) for entry in making.bad], ensure_ascii=False)
@@ -115,31 +117,62 @@ def _gathered(held: list[pa.RecordBatch], more: Iterable[pa.RecordBatch]) -> Ite
         yield held
 
 
-def kept_part(folder: Path, name: str) -> Path | None:
-    """The part of that name that an earlier call finished, if it is as it was written.
+def held_in(folder: Path, kind: str = "part") -> dict[str, Path]:
+    """The parts in a folder, or the origins of a store, by name."""
+    return {name_of(file): file for file in folder.glob(f"{kind}-*.parquet")}
+
+
+def is_sound(file: Path | None) -> TypeGuard[Path]:
+    """Whether a part, or an origin, is there and as it was written.
 
     One without some pictures, because their files were missing, is made again: they may be there now.
     """
-    for file in folder.glob(f"part-{name}-*.parquet"):
-        whole = file.stem.endswith(digest_of(file))
-        if whole and not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file)):
-            return file
-    return None
+    if file is None or not file.stem.endswith(digest_of(file)):
+        return False
+    return not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file))
 
 
-def taken_part(store: Path, folder: Path, name: str) -> Path | None:
-    """A part that a finished store kept, as it was made without some shards, beside those in `folder`."""
-    found = kept_part(store, name)
-    if found is None:
-        return None
-    with writing(folder):
-        try:
-            os.link(found, folder / found.name)
-        except FileExistsError:
-            pass
-        except OSError:
-            shutil.copyfile(found, folder / found.name)
-    return kept_part(folder, name)
+def keep_origin(folder: Path, part: Path, image_ids_R: npt.NDArray[np.int32]) -> None:
+    """Note beside the store in `folder` what it has of `part`: all but the features, but where these stand [rows].
+
+    From both, a later call has the part again, as long as its source and the tower stay.
+    """
+    aside, row = folder / ".origin.partial", 0
+    schema = pa.schema([*COLUMNS, (IMAGE_ID, pa.int32())])
+    with pq.ParquetWriter(aside, schema, **OPTIONS) as writer:
+        for table in tables_of([part], [name for name, _ in COLUMNS]):
+            ids = pa.array(image_ids_R[row : row + len(table)])
+            writer.write_table(table.append_column(IMAGE_ID, ids).cast(schema), row_group_size=ROWS_AT_ONCE)
+            row += len(table)
+        told = pq.read_metadata(part).metadata
+        writer.add_key_value_metadata({name: told[name.encode()].decode() for name in ("bad", "slow")})
+    sync(aside)
+    os.replace(aside, folder / f"{ORIGIN}-{name_of(part)}-{digest_of(aside)}.parquet")
+
+
+class Taken:
+    """A part on its way out of a store with these features, which was made of it."""
+
+    def __init__(self, origin: Path, features: npt.NDArray[np.float16]) -> None:
+        self._origin, self._features = origin, features
+        self.bad = [BadSample(**entry) for entry in bad_of(origin)]
+        self.slow = slow_of(origin)
+
+    def start(self) -> None:
+        """Nothing is read ahead."""
+
+    def batches(self, bar: Any) -> Iterator[pa.RecordBatch]:
+        for table in tables_of([self._origin]):
+            feature = _binary(self._features[table[IMAGE_ID].to_numpy()])
+            columns = table.drop_columns([IMAGE_ID]).append_column(FEATURE, pa.chunked_array([feature]))
+            yield from columns.combine_chunks().to_batches()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def name_of(file: Path) -> str:
+    return file.stem.split("-")[1]
 
 
 def bad_of(file: Path) -> list[dict[str, str]]:

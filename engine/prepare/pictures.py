@@ -19,6 +19,7 @@ from ..data.sources import Source, open_source
 from ..data.tables import USUAL, Columns
 from ..errors import ShardError, UserError
 from ..files.places import Location, resolved
+from ..hardware import cores_of_rank
 from ..model.frozen import FrozenImages, image_tower_name
 from .parts import Making, batch_of
 from .recipe import Part, Recipe, fp16_rows
@@ -112,7 +113,7 @@ class _Pictures:
 
     def _begun(self) -> ImageLoader:
         if self._loader is None:
-            self._loader = self._load().loader(self._part, keep_encoded=True)
+            self._loader = self._load().loader(self._part, keep_encoded=True, threads=cores_of_rank())
         return self._loader
 
     def close(self) -> None:

@@ -21,6 +21,8 @@ from ..files.ownership import MARK, claim, mark
 
 # Edges are sorted so many captions at a time.
 CAPTIONS_AT_ONCE = 1 << 22
+# Beside a store's files: what each part gave to it.
+ORIGIN = "origin"
 # What building a store leaves beside its files.
 LEFTOVERS = ("part-*.parquet", ".*.partial", "identity.json")
 # What Hugging Face's tokenizers consist of.
@@ -125,9 +127,7 @@ def settle(folder: Path, path: Path) -> None:
     A store that stands there is replaced; UserError where anything else does.
     """
     target = claim(path, "store", existing="replace", files=files_of(path))
-    # Its parts wait for the shards that it was made without.
-    unfinished = read_manifest(folder).get("bad_shards")
-    for pattern in LEFTOVERS[1:] if unfinished else LEFTOVERS:
+    for pattern in LEFTOVERS:
         for left in folder.glob(pattern):
             left.unlink()
     mark(folder, "store")
@@ -141,7 +141,8 @@ def settle(folder: Path, path: Path) -> None:
 def files_of(path: Path) -> Iterator[str]:
     """Relative paths of everything that belongs to the store at `path`, whatever state that is in."""
     yield from (*PAIR_FILES, "manifest.json", "identity.json", MARK, lock.NAME)
-    yield from (part.name for part in path.glob(LEFTOVERS[0]))
+    # Earlier versions left parts in stores that lacked shards.
+    yield from (part.name for pattern in (LEFTOVERS[0], f"{ORIGIN}-*.parquet") for part in path.glob(pattern))
     listed: list[str] = []
     with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]

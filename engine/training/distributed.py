@@ -27,10 +27,9 @@ import efficientclip.kernels
 
 from .. import __version__
 from ..config import Config, identity_keys
-from ..errors import UserError
 from ..launchers import stand_alone
 from ..stopping import end_children
-from .ranks import agree, join
+from .ranks import agree, join, take_device
 from .trackers import require_installed
 
 
@@ -97,7 +96,7 @@ def join_process_group() -> tuple[int, int]:
         stand_alone()
     cuda = torch.cuda.is_available()
     if cuda:
-        _take_device()
+        take_device()
     else:
         _load_shared_memory_operator()
     # Before torch may find another run's ranks there.
@@ -106,20 +105,6 @@ def join_process_group() -> tuple[int, int]:
     if not cuda:
         _forget_shared_memory()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _take_device() -> None:
-    """The device of this rank's number on its node; where a launcher shows each rank its own alone, that one."""
-    rank, devices = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if devices == 1:
-        # DeepSpeed reads it, too.
-        rank, os.environ["LOCAL_RANK"] = 0, "0"
-    if rank >= devices:
-        raise UserError(
-            f"LOCAL_RANK: {rank}, but this node shows {devices} devices; start a rank a device at most"
-            " (CUDA_VISIBLE_DEVICES says which are shown)"
-        )
-    torch.cuda.set_device(rank)
 
 
 def _load_shared_memory_operator() -> None:

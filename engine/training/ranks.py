@@ -146,6 +146,28 @@ def join() -> dist.TCPStore | None:
         return _words.store
 
 
+def words(name: str) -> dist.Store | None:
+    """The words of this run's ranks about `name`, each of which any rank may set; None where this rank is alone."""
+    store = join()
+    return None if store is None else dist.PrefixStore(_key(f"efficientclip/{name}"), store)
+
+
+def take_device() -> None:
+    """The CUDA device of this rank's number on its node; where a launcher shows each its own alone, that one."""
+    if not torch.cuda.is_available():
+        return
+    rank, devices = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if devices == 1:
+        # DeepSpeed reads it, too.
+        rank, os.environ["LOCAL_RANK"] = 0, "0"
+    if rank >= devices:
+        raise UserError(
+            f"LOCAL_RANK: {rank}, but this node shows {devices} devices; start a rank a device at most"
+            " (CUDA_VISIBLE_DEVICES says which are shown)"
+        )
+    torch.cuda.set_device(rank)
+
+
 def _take_seat(store: dist.TCPStore) -> None:
     """End this process, without a word to the others, where another run keeps its words at the same address.
 

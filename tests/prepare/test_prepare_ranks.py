@@ -1,0 +1,127 @@
+"""`prepare` on several ranks: one store whatever their number, after whatever end of one of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from efficientclip.config import Config
+from efficientclip.data.store import read_manifest, staging
+from efficientclip.prepare.build import prepare
+from efficientclip.prepare.deal import dealt
+from tests.prepare.tars import good, write_shards, write_tar
+from tests.training import launch
+
+SLOW = Path(__file__).with_name("slow_prepare.py")
+
+
+def started(folder: Path, shards: Path, store: Path, *more: str, ranks: int = 2) -> list[BaseProcess]:
+    arguments = (*(["prepare", str(shards), str(store)]), "--config", str(folder / "config.yaml"), *more)
+    return launch.start_ranks(folder, *[arguments] * ranks, script=SLOW)
+
+
+def ended(folder: Path, processes: list[BaseProcess], seconds: float = 120) -> list[str]:
+    """What each rank printed; all must end by themselves."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    told = [(folder / f"log-{rank}").read_text() for rank in range(len(processes))]
+    assert not any(process.is_alive() for process in processes), told
+    return told
+
+
+def wait_for(folder: Path, processes: list[BaseProcess], rank: int, parts: int) -> None:
+    """Until that rank encodes its part of that number."""
+    log, deadline = folder / f"log-{rank}", time.monotonic() + 120
+    while not log.exists() or log.read_text().count("encoding") < parts:
+        assert processes[rank].is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_largest_parts_are_dealt_first() -> None:
+    sizes = [1, 9, 4, 4, 0, 2]
+    assert dealt(range(6), sizes, 2) == [[0, 1, 4], [2, 3, 5]]
+    assert dealt([0, 3], sizes, 3) == [[3], [0], []]
+    assert sorted(part for share in dealt(range(20), [7] * 20, 3) for part in share) == [*range(20)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_make_the_store_of_one(tmp_path: Path, config: Config, ranks: int) -> None:
+    shards = write_shards(tmp_path / "shards", 7)
+    # The same picture and caption in the hands of two ranks.
+    write_tar(shards / "7.tar", good(0) | good(40, "狗"))
+    processes = started(tmp_path, shards, tmp_path / "made", ranks=ranks)
+    told = ended(tmp_path, processes)
+    assert [process.exitcode for process in processes] == [0] * ranks, told
+    assert all("encoding" in rank for rank in told) and sum(rank.count("encoding") for rank in told) == 8
+    assert ["15 pairs, 15 images" in rank for rank in told] == [True, *[False] * (ranks - 1)]
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(tmp_path / "made") == read_manifest(tmp_path / "expected")
+    # Nothing is to be made: all end.
+    processes = started(tmp_path, shards, tmp_path / "made", ranks=ranks)
+    told = ended(tmp_path, processes)
+    assert [process.exitcode for process in processes] == [0] * ranks and "encoding" not in "".join(told)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_costs_a_part_a_rank(tmp_path: Path, config: Config, victim: int) -> None:
+    shards, path = write_shards(tmp_path / "shards", 12), tmp_path / "made"
+    seed = int(np.random.default_rng().integers(2**31))
+    print(f"seed {seed}")
+    random = np.random.default_rng(seed)
+    processes = started(tmp_path, shards, path)
+    wait_for(tmp_path, processes, victim, int(random.integers(1, 5)))
+    time.sleep(random.uniform(0, 0.1))
+    for process in (processes[victim], *processes):
+        # A launcher ends the others.
+        if process.is_alive() and process.pid is not None:
+            os.kill(process.pid, signal.SIGKILL if process is processes[victim] else signal.SIGTERM)
+    told = ended(tmp_path, processes)
+    assert not path.exists() and "Traceback" not in "".join(told)
+    encoded = sum(rank.count("encoding") for rank in told)
+    left = len(list(staging(path).glob("part-*.parquet")))
+    assert encoded - 2 <= left <= encoded
+    processes = started(tmp_path, shards, path)
+    told = ended(tmp_path, processes)
+    assert [process.exitcode for process in processes] == [0, 0], told
+    assert sum(rank.count("encoding") for rank in told) == 12 - left
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("allowed", [1, 2])
+def test_bad_shards_are_counted_over_all_ranks(tmp_path: Path, config: Config, allowed: int) -> None:
+    shards = write_shards(tmp_path / "shards", 6)
+    for name in ("2.tar", "3.tar"):
+        (shards / name).write_bytes((shards / name).read_bytes()[:700])
+    processes = started(tmp_path, shards, tmp_path / "made", f"data.max_bad_shards={allowed}")
+    told = ended(tmp_path, processes)
+    if allowed == 1:
+        assert [process.exitcode for process in processes] == [2, 2], told
+        assert "".join(told).count("error:") == 1 and "Traceback" not in "".join(told)
+        assert not (tmp_path / "made").exists()
+        return
+    assert [process.exitcode for process in processes] == [0, 0], told
+    limited = config.model_copy(update={"data": config.data.model_copy(update={"max_bad_shards": 2})})
+    expected = prepare(shards, tmp_path / "expected", limited)
+    assert read_manifest(tmp_path / "made") == read_manifest(tmp_path / "expected")
+    assert [Path(entry["shard"]).name for entry in expected["bad_shards"]] == ["2.tar", "3.tar"]
+
+
+def test_an_error_of_one_rank_ends_all_with_one_message(tmp_path: Path, config: Config) -> None:
+    shards = write_shards(tmp_path / "shards", 40)
+    processes = started(tmp_path, shards, tmp_path / "made")
+    wait_for(tmp_path, processes, 1, 2)
+    # Rank 1 has the odd ones: its last one goes.
+    (shards / "9.tar").write_bytes(b"")
+    began = time.monotonic()
+    told = ended(tmp_path, processes)
+    assert [process.exitcode for process in processes] == [2, 2], told
+    assert "".join(told).count("error:") == 1 and "9.tar" in "".join(told) and "Traceback" not in "".join(told)
+    assert time.monotonic() - began < 20
