@@ -144,7 +144,7 @@ def test_a_store_of_something_else_stays_until_the_new_one_is_whole(
         return real(self, pixels)
 
     monkeypatch.setattr(pictures.FrozenImages, "encode_pixels", noted)
-    prepare(shards / "0.tar", path, config, replace=True)
+    prepare(write_tar(tmp_path / "other.tar", good(80) | good(81)), path, config, replace=True)
     assert usable == [6] and len(Store(path)) == 2
     assert not [found.name for found in tmp_path.iterdir() if "made" in found.name and found != path]
 
