@@ -2,7 +2,7 @@
 
 The cost model, on the operations and bytes that `work` counts:
 
-- the image tower encodes every picture once, on one device: `prepare` is one process;
+- the image tower encodes every picture once, by a `prepare` on all devices;
 - activations are held for each token of a micro-batch, with their gradients for a layer at a time; where layers are
   recomputed, their inputs are held, and one layer's activations;
 - a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, and gathers the batch's features
@@ -104,20 +104,17 @@ class Plan:
             return {"as measured": self.settings.profile.flop_per_second_computing}
         return {f"at {share:.0%} of peak": share * self.settings.device.peak_in(self.precision) for share in SHARES}
 
-    def devices(self, part: str) -> int:
-        """How many work on it."""
-        return 1 if part == PICTURES else self.settings.world_size
-
     def parts(self, rate: float) -> dict[str, float]:
         """Seconds on the clock of each part at `rate` operations a second of each device."""
-        return {name: flop / rate / self.devices(name) for name, flop in self.flop.items()} | self.seconds
+        W = self.settings.world_size
+        return {name: flop / rate / W for name, flop in self.flop.items()} | self.seconds
 
     def days(self, rate: float, *, before: bool = True) -> float:
         """Days on the clock at `rate` operations a second of each device, with what comes `before` or not."""
         return sum(seconds for name, seconds in self.parts(rate).items() if before or name not in BEFORE) / DAY
 
     def device_days(self, rate: float) -> float:
-        return sum(self.devices(name) * seconds for name, seconds in self.parts(rate).items()) / DAY
+        return self.settings.world_size * self.days(rate)
 
 
 def plan(config: Config, settings: Settings) -> Plan:

@@ -37,7 +37,7 @@ def advice(made: Plan, config: Config) -> list[str]:
     notes.append(f"the loader must give {made.visits / training:,.0f} pairs a second, over all devices")
     if PICTURES in parts:
         pictures = made.settings.images / parts[PICTURES]
-        notes.append(f"the frozen tower takes {pictures:,.0f} pictures a second on the one device that `prepare` uses")
+        notes.append(f"the frozen tower takes {pictures:,.0f} pictures a second, which `prepare` must read and decode")
     if made.settings.profile is not None:
         notes += _profiled(made, config, made.settings.profile)
     if config.confidence.selection == "calibrated":

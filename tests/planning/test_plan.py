@@ -104,10 +104,9 @@ def test_a_plan_adds_up() -> None:
     assert list(made.rates.values()) == [0.1 * 67e12, 0.2 * 67e12, 0.4 * 67e12]
     assert list(plan(config(precision="bf16"), SETTINGS).rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
     assert made.days(1e13) - fixed == pytest.approx(4 * (made.days(4e13) - fixed))
-    # One device makes the features, the others are not there yet.
-    features = 500_000 * work.picture / 1e13 / 86_400
+    features = 500_000 * work.picture / 1e13 / 86_400 / 8
     assert made.days(1e13) - made.days(1e13, before=False) == pytest.approx(features)
-    assert made.device_days(1e13) == pytest.approx(features + 8 * made.days(1e13, before=False))
+    assert made.device_days(1e13) == pytest.approx(8 * made.days(1e13))
 
 
 def test_links_are_those_of_a_node_or_between_nodes() -> None:
