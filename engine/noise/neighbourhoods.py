@@ -45,9 +45,12 @@ def near(features: npt.NDArray[np.float16], seed: int, samples: int = 1 << 20, c
     random, cpu = np.random.default_rng(seed), torch.device("cpu")
     one, other = random.integers(0, len(features), (2, min(samples, 64 * len(features))))
     one, other = one[one != other], other[one != other]
-    parts = zip(np.array_split(one, 256), np.array_split(other, 256), strict=True)
-    cosines = [(rows_of(features, a, cpu) * rows_of(features, b, cpu)).sum(1).numpy() for a, b in parts]
-    return float(np.quantile(np.concatenate(cosines), 1 - chance)) if len(one) else 1.0
+    # Taken at once: small results between large ones would keep the allocator from giving these back.
+    cosine = np.empty(len(one), np.float32)
+    for begin in range(0, len(one), ROWS):
+        here = slice(begin, begin + ROWS)
+        cosine[here] = (rows_of(features, one[here], cpu) * rows_of(features, other[here], cpu)).sum(1).numpy()
+    return float(np.quantile(cosine, 1 - chance)) if len(one) else 1.0
 
 
 def pair_groups(store: Store, threshold: float, device: torch.device | None = None) -> npt.NDArray[np.int64]:
