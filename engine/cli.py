@@ -16,7 +16,6 @@ from .launchers import adopt_rank
 
 if TYPE_CHECKING:
     from .data.tables import Columns
-    from .prepare.deal import Words
 
 PICTURES = (
     ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
@@ -217,22 +216,22 @@ def _demo_data(given: argparse.Namespace) -> None:
 def _prepare(given: argparse.Namespace) -> None:
     adopt_rank()
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        _make_store(given, None)
+        _make_store(given)
         return
     # Of ranks, the first tells.
     stopping.watch()
-    from .training.ranks import take_device, together, words
+    from .training.ranks import take_device, together
 
     def work() -> int:
         take_device()
-        _make_store(given, words("prepare"))
+        _make_store(given)
         return 0
 
     sys.exit(together(work))
 
 
-def _make_store(given: argparse.Namespace, words: Words | None) -> None:
-    """The share of this rank, which meets the others in `words`; rank 0, or who is alone, tells of the store."""
+def _make_store(given: argparse.Namespace) -> None:
+    """The share of this rank; rank 0, or who is alone, tells of the store."""
     from .config import Config, load_config
 
     if str(given.store).partition("=")[0].partition(".")[0] in Config.model_fields and "=" in str(given.store):
@@ -245,8 +244,9 @@ def _make_store(given: argparse.Namespace, words: Words | None) -> None:
     _silence_model_files()
     from .prepare.build import prepare
     from .prepare.deal import Ranks
+    from .training.ranks import signs_of, words, world_of_environment
 
-    ranks = Ranks(words, stopping.rank_of_environment(), int(os.environ.get("WORLD_SIZE", 1)))
+    ranks = Ranks(words("prepare"), stopping.rank_of_environment(), world_of_environment(), signs_of)
     source, columns = given.source or named, _columns(given)
     made = prepare(source, given.store, config, given.images, columns, replace=given.replace, ranks=ranks)
     if ranks.rank == 0:

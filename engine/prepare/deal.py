@@ -6,17 +6,14 @@ They meet in a few words, never in a collective, which would give up while one o
 from __future__ import annotations
 
 import json
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ..errors import UserError
 from ..stopping import GOES_ON
 
 POLL_SECONDS = 0.1
-BEAT_SECONDS = 5
 SILENT_SECONDS = 120
 
 
@@ -30,15 +27,19 @@ class Words(Protocol):
 
 
 class Ranks:
-    """This rank among `world`; without `words` it is alone."""
+    """This rank among `world`; without `words` it is alone. `signs` counts a rank's signs of life."""
 
-    def __init__(self, words: Words | None = None, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        words: Words | None = None,
+        rank: int = 0,
+        world: int = 1,
+        signs: Callable[[int], int] = lambda rank: 0,
+    ) -> None:
         self.rank, self.world = rank, world
-        self._words = words
+        self._words, self._signs = words, signs
         self._said: dict[str, Any] = {}
         self._counted = 0
-        if words is not None and rank > 0:
-            threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
     def tell(self, name: str, word: Any) -> None:
         """`word`, as JSON can hold it, to whoever asks for that name."""
@@ -49,12 +50,12 @@ class Ranks:
     def hear(self, name: str, of: int = 0) -> Any:
         """What rank `of` tells by that name; waits for it as long as that rank lives."""
         if name not in self._said and self._words is not None:
-            beats, heard = -1, time.monotonic()
+            signs, heard = -1, time.monotonic()
             while not self._words.check([name]):
                 time.sleep(POLL_SECONDS)
                 # Rank 0's end is every rank's end.
-                if of > 0 and (now := self._words.add(f"beats of {of}", 0)) != beats:
-                    beats, heard = now, time.monotonic()
+                if of > 0 and (now := self._signs(of)) != signs:
+                    signs, heard = now, time.monotonic()
                 if of > 0 and time.monotonic() > heard + SILENT_SECONDS:
                     raise UserError(f"rank {of}: silent for {SILENT_SECONDS} s; {GOES_ON}")
             self._said[name] = json.loads(self._words.get(name))
@@ -64,13 +65,6 @@ class Ranks:
         """How many shards all ranks have left out by now, with this one."""
         self._counted += 1
         return self._counted if self._words is None else self._words.add("bad shards", 1)
-
-    def _beat(self) -> None:
-        # Without rank 0, which keeps the words, this rank ends by itself.
-        with suppress(Exception):
-            while self._words is not None:
-                self._words.add(f"beats of {self.rank}", 1)
-                time.sleep(BEAT_SECONDS)
 
 
 def dealt(parts: Sequence[int], sizes: Sequence[int], world: int) -> list[list[int]]:

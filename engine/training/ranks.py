@@ -152,6 +152,12 @@ def words(name: str) -> dist.Store | None:
     return None if store is None else dist.PrefixStore(_key(f"efficientclip/{name}"), store)
 
 
+def signs_of(rank: int) -> int:
+    """How many signs of life another rank of this run has given, two a second."""
+    store = join()
+    return 0 if store is None else store.add(_key(f"{ALIVE} {rank}"), 0)
+
+
 def take_device() -> None:
     """The CUDA device of this rank's number on its node; where a launcher shows each its own alone, that one."""
     if not torch.cuda.is_available():
@@ -290,13 +296,13 @@ def assembled() -> None:
     signs: dict[int, tuple[int, float]] = {}
     while store.add(key, 0) < world_of_environment():
         if rank_of_environment() == 0:
-            _require_signs(store, signs)
+            _require_signs(signs)
         time.sleep(POLL_SECONDS / 5)
     # Rank 0, which keeps the words, goes on when all have seen that all are here.
     dist.barrier()
 
 
-def _require_signs(store: dist.TCPStore, signs: dict[int, tuple[int, float]]) -> None:
+def _require_signs(signs: dict[int, tuple[int, float]]) -> None:
     """UserError where a rank's count stands still: its launcher may not tell that it was killed. `signs` keeps the last
     count of each rank, and since when."""
     now = time.monotonic()
@@ -305,7 +311,7 @@ def _require_signs(store: dist.TCPStore, signs: dict[int, tuple[int, float]]) ->
         # Asking all ranks at each poll would be the work of many ranks' store.
         if rank in signs and now - since < SILENT_SECONDS / 10:
             continue
-        found = store.add(_key(f"{ALIVE} {rank}"), 0)
+        found = signs_of(rank)
         if found != count:
             signs[rank] = found, now
         elif now - since > SILENT_SECONDS:
