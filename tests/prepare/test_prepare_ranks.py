@@ -69,6 +69,14 @@ def test_ranks_make_the_store_of_one(tmp_path: Path, config: Config, ranks: int)
     assert [process.exitcode for process in processes] == [0] * ranks and "encoding" not in "".join(told)
 
 
+def test_deepspeed_starts_its_ranks(tmp_path: Path, config: Config) -> None:
+    shards, store = write_shards(tmp_path / "shards", 3), tmp_path / "made"
+    given = [str(shards), str(store), "--config", str(tmp_path / "config.yaml")]
+    launch.run(2, *given, module="efficientclip.prepare", by_deepspeed=True, OMP_NUM_THREADS="1")
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(store) == read_manifest(tmp_path / "expected")
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_costs_a_part_a_rank(tmp_path: Path, config: Config, victim: int) -> None:
     shards, path = write_shards(tmp_path / "shards", 12), tmp_path / "made"
