@@ -456,7 +456,7 @@ def require_finite(name: str, features: Tensor, first: int = 0) -> None:
     for start in range(0, len(features), rows):
         part = features[start : start + rows]
         # On CPUs `isfinite` takes many times as long; a norm is infinite too where squares overflow.
-        if math.isfinite(torch.linalg.vector_norm(part.to(dtype)).item()):
+        if math.isfinite(torch.linalg.vector_norm(part, dtype=dtype).item()):
             continue
         finite = part.isfinite().all(1)
         if not bool(finite.all()):

@@ -17,8 +17,8 @@ import torch
 from efficientclip.config import Config, Optimizer, load_config
 from efficientclip.errors import UserError
 from efficientclip.hardware import compute_dtype
-from efficientclip.training import distributed
 from efficientclip.training import optimizer as optimizers
+from efficientclip.training import ranks
 from efficientclip.training.deepspeed_json import deepspeed_config
 from efficientclip.training.optimizer import build_optimizer, learning_rate
 from tests import tiny
@@ -173,13 +173,14 @@ def test_a_rank_takes_the_device_that_it_is_shown(
 ) -> None:
     found: list[int] = []
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(torch.cuda, "set_device", found.append)
     if taken is None:
         with pytest.raises(UserError, match="LOCAL_RANK: 4, but this node shows 4 devices"):
-            distributed._take_device()
+            ranks.take_device()
     else:
-        distributed._take_device()
+        ranks.take_device()
         assert found == [taken] and os.environ["LOCAL_RANK"] == str(taken)
 
 
