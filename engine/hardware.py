@@ -33,8 +33,12 @@ def device_name() -> str:
 def cores_of_rank() -> int:
     """The cores that this process may use: its share where a launcher started several here, and bound none."""
     mine, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    ranks = int(os.environ.get("LOCAL_SIZE", 1)) if mine == all_cores else 1
-    return max(1, mine // ranks)
+    return max(1, mine // (ranks_here() if mine == all_cores else 1))
+
+
+def ranks_here() -> int:
+    """How many ranks a launcher started on this machine."""
+    return int(os.environ.get("LOCAL_SIZE", 1))
 
 
 # `training.precision` as torch names it; None: no autocast.

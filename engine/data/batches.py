@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from .. import _loader
-from .store import Edges, TextStore
+from .store import Edges, TextStore, ranges
 
 IntArray = npt.NDArray[np.int64]
 
@@ -186,8 +186,7 @@ class Bank:
         indptr, indices = edges
         first, counts = indptr[left_ids], indptr[left_ids + 1] - indptr[left_ids]
         rows = np.repeat(np.arange(len(left_ids)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        slots = self._slot_of[indices[np.repeat(first, counts) + within]]
+        slots = self._slot_of[indices[ranges(first, counts)]]
         found = slots >= 0
         return rows[found], slots[found].astype(np.int64)
 

@@ -40,7 +40,19 @@ FORMAT = 3
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
 TOLD_SOURCES = 20
-PAIR_COLUMNS = ("key", "caption", "source", "image_id", "caption_id", "noise", "shard", "offset", "length")
+PAIR_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.dictionary(pa.int32(), pa.string())),
+        ("image_id", pa.int32()),
+        ("caption_id", pa.int32()),
+        ("noise", pa.bool_()),
+        ("shard", pa.dictionary(pa.int32(), pa.string())),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
 TEXT_FILES = ("tokens.bin", "offsets.bin")
 PAIR_FILES = (
     *TEXT_FILES,
@@ -170,7 +182,7 @@ class Store(TextStore):
         return len(self.image_ids)
 
     def pairs(
-        self, rows: npt.NDArray[np.integer[Any]] | None = None, columns: Sequence[str] = PAIR_COLUMNS
+        self, rows: npt.NDArray[np.integer[Any]] | None = None, columns: Sequence[str] = PAIR_SCHEMA.names
     ) -> pa.Table:
         """The pair table's `columns`, of its `rows` in their order. All rows of its texts may be gigabytes: for small
         stores."""
@@ -226,6 +238,12 @@ def edges(left_ids: npt.NDArray[np.integer[Any]], right_ids: npt.NDArray[np.inte
     indptr = np.zeros(n_left + 1, np.int64)
     np.cumsum(np.bincount(left_ids, minlength=n_left), out=indptr[1:])
     return indptr, right_ids[order].astype(np.int32)
+
+
+def ranges(starts: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]:
+    """starts[0], starts[0] + 1, …, `lengths[0]` of them, and so on: int64 [sum of lengths]."""
+    ahead = np.cumsum(lengths) - lengths
+    return np.repeat(starts - ahead, lengths) + np.arange(lengths.sum())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 import numpy as np
@@ -21,10 +18,11 @@ from ..data.cache import Cache
 from ..data.sources import Source, check_folder, open_source
 from ..data.store import Store, edges
 from ..data.tables import USUAL, Columns
-from ..errors import UserError, writing
+from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
 from ..files.places import Location
+from ..files.scratch import scratch
 from ..objectives.retrieval import CUTOFFS, retrieval_report
 from .run import BAD_SHARDS, Run, is_store, left_out, open_data, open_run
 
@@ -69,26 +67,17 @@ def evaluate(
 
 def measure(run: Run, store: Store, queries: int | None = None, seed: int = 0) -> dict[str, Any]:
     """`evaluate` for what is open already."""
-    with _scratch(len(store.offsets) - 1, store.width) as text_KD:
-        report = retrieval_report(
-            run.encode_store(store, progress=True, out=text_KD),
-            store.features,
-            store.caption_edges,
-            edges(store.image_ids, store.caption_ids, len(store.features)),
-            queries,
-            seed,
-        )
+    text_KD = scratch((len(store.offsets) - 1, store.width), np.float32)
+    report = retrieval_report(
+        run.encode_store(store, progress=True, out=text_KD),
+        store.features,
+        store.caption_edges,
+        edges(store.image_ids, store.caption_ids, len(store.features)),
+        queries,
+        seed,
+    )
     shards = {BAD_SHARDS: len(found)} if (found := store.manifest.get("bad_shards")) else {}
     return {**report, "left_out": {**store.manifest.get("bad_counts", {}), **shards}}
-
-
-@contextmanager
-def _scratch(rows: int, width: int) -> Iterator[npt.NDArray[np.float32]]:
-    """An array in a file of no name, its room taken: a mapped page that finds the disk full would kill the process."""
-    with TemporaryFile() as file:
-        with writing(Path(gettempdir())):
-            os.posix_fallocate(file.fileno(), 0, max(4 * rows * width, 1))
-        yield np.memmap(file, np.float32, "r+", shape=(rows, width))
 
 
 def _measure_source(run: Run, source: Source, queries: int | None, seed: int) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from ..files.atomic import sync, write_atomically
 from ..files.lock import held
 from ..files.ownership import claim, mark
 from ..files.places import location
+from ..hardware import cores_of_rank
 from .audit import Audit
 from .kept import Export, Share, aside, end_with_parent, write_share
 
@@ -76,7 +77,7 @@ def _export(export: Export, kept: npt.NDArray[np.bool_], identity: dict[str, Any
     try:
         with (
             tqdm(total=total, initial=done, desc=f"kept pairs to {folder}", unit="pair", unit_scale=True) as bar,
-            _processes(min(cores(), len(shares))) as spread,
+            _processes(min(cores_of_rank(), len(shares))) as spread,
         ):
             for made in spread(partial(write_share, export), shares):
                 with writing(folder):
@@ -95,10 +96,6 @@ def _export(export: Export, kept: npt.NDArray[np.bool_], identity: dict[str, Any
     record["finished"] = True
     write_atomically(folder / "export.json", json.dumps(record, indent=1).encode())
     return shards
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @contextmanager

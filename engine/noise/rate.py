@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from ..data.store import Edges, Store, edges
+from ..data.store import Edges, Store, edges, ranges
 from ..errors import UserError, reading
 from ..files.atomic import written_aside
 from .neighbourhoods import ROWS, Features, Integers, best_device, cells, rows_of
@@ -120,7 +120,7 @@ def p_values(
     testimony_ID = _sums(text_KD, captions, starts[images], np.where(heard, degree, 0), device)
     # One more than testify, so that a single caption does not speak for all.
     weight_I = torch.from_numpy(TESTIMONY * heard / degree).to(device, torch.float32)
-    column, columns, first = _linked_columns(captions[_ranges(starts[images], degree)], degree, null_ids)
+    column, columns, first = _linked_columns(captions[ranges(starts[images], degree)], degree, null_ids)
     p, cosine = np.empty(n), np.empty(n)
     at_once = max(1, BLOCK[device.type] // len(null_ids))
     for begin in range(0, n, at_once):
@@ -133,19 +133,13 @@ def p_values(
         asked_PE = torch.cat([shown_PD / (2 * ROUNDING), 0.5 - own_P1 / (2 * ROUNDING)], 1)
         beats_PM = (asked_PE @ null_ME.T).clamp_(0, 1)
         linked = columns[place[rows]]
-        pair, at = np.repeat(np.arange(len(linked)), linked), column[_ranges(first[place[rows]], linked)]
+        pair, at = np.repeat(np.arange(len(linked)), linked), column[ranges(first[place[rows]], linked)]
         beats_PM[torch.from_numpy(pair).to(device), torch.from_numpy(at).to(device)] = 0
         counted = weights.sum() - np.bincount(pair, weights[at], minlength=len(linked))
         # The half keeps p above 0: nobody beats a caption by less than one draw.
         p[rows] = ((beats_PM @ weights_M).double().cpu().numpy() + 0.5) / (counted + 1)
         cosine[rows] = (text_PD * image_PD).sum(1).double().cpu().numpy()
     return p, cosine
-
-
-def _ranges(starts: Integers, lengths: Integers) -> Integers:
-    """starts[0], starts[0] + 1, …, `lengths[0]` of them, and so on: int64 [sum of lengths]."""
-    ahead = np.cumsum(lengths) - lengths
-    return np.repeat(starts - ahead, lengths) + np.arange(lengths.sum())
 
 
 def _sums(
@@ -155,7 +149,7 @@ def _sums(
     sums, ends = [], np.cumsum(counts)
     bounds = np.unique(np.searchsorted(ends, np.arange(0, counts.sum() + ROWS, ROWS)))
     for low, high in itertools.pairwise(np.unique([0, *bounds, len(counts)])):
-        some = _ranges(starts[low:high], counts[low:high])
+        some = ranges(starts[low:high], counts[low:high])
         lengths = torch.from_numpy(counts[low:high]).to(device)
         sums.append(torch.segment_reduce(rows_of(text_KD, captions[some], device), "sum", lengths=lengths, axis=0))
     return torch.cat(sums)

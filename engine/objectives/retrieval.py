@@ -11,7 +11,7 @@ import torch
 
 from efficientclip.kernels import positive_ranks
 
-from ..data.store import Edges, first_not_finite
+from ..data.store import Edges, first_not_finite, ranges
 from ..errors import UserError
 
 Ranks = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ def best_ranks(
         rows = np.arange(block.start, block.stop) if asked is None else asked[block]
         sizes = indptr[rows + 1] - indptr[rows]
         groups = np.concatenate([[0], np.cumsum(sizes)])
-        linked = indices[np.repeat(indptr[rows] - groups[:-1], sizes) + np.arange(groups[-1])].astype(np.int64)
+        linked = indices[ranges(indptr[rows], sizes)].astype(np.int64)
         query = query_ND[block] if asked is None else query_ND[rows]
         if (wrong := first_not_finite(query)) is not None:
             raise UserError(f"retrieval: query {rows[wrong]} holds NaN or infinity; the model or the store is broken")

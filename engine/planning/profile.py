@@ -36,7 +36,7 @@ from ..data.pairs import PairSource
 from ..errors import UserError, writing
 from ..files.atomic import write_atomically, written_aside
 from ..files.ownership import MADE_BY, claim_file
-from ..hardware import device_name, hardware
+from ..hardware import device_name, hardware, ranks_here
 from ..model.efficientclip import EfficientCLIP
 from ..training.distributed import join_process_group
 from ..training.runs import set_up
@@ -366,5 +366,4 @@ def _device_memory(device: torch.device) -> int:
     """Bytes of memory for one rank."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    ranks = int(os.environ.get("LOCAL_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_here()

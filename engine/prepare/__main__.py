@@ -9,15 +9,10 @@ import sys
 from typing import NoReturn
 
 from .. import cli, stopping
-from ..errors import reported
-from ..launchers import adopt_rank
 
 
 def main() -> NoReturn:
     """Entry of the launchers; ends the process."""
-    code = reported(adopt_rank)
-    if code:
-        sys.exit(code)
     stopping.watch()
     sys.exit(cli.main(["prepare", *sys.argv[1:]]))
 

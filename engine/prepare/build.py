@@ -14,7 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -325,14 +325,15 @@ def _make_parts(
     files: dict[int, str] = {}
     bad_shards: dict[int, str] = {}
     missing: list[int] = []
-    parts, origins, features = held_in(folder), held_in(target, ORIGIN), _features_of(target)
-    found = 0
+    parts, origins, found = held_in(folder), held_in(target, ORIGIN), 0
+    # Read, and proved, where a part is wanted out of them.
+    standing = cache(partial(_features_of, target))
     for at in mine:
         name = recipe.parts[at].name
         file, origin = parts.get(name), origins.get(name)
         if not is_sound(file):
             file = None
-            if features is not None and is_sound(origin):
+            if is_sound(origin) and (features := standing()) is not None:
                 file = write_part(folder, name, Taken(origin, features), None)
         if file is None:
             missing.append(at)

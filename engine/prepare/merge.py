@@ -6,13 +6,11 @@ sorted are some millions of them at a time.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -23,22 +21,11 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..data.store import PAIR_SCHEMA
+from ..files.scratch import scratch
 from .parts import DIGEST_BYTES, FEATURE, keep_origin, tables_of
 from .writer import TokenFile, token_dtype, tokens_of, write_ids
 
-PAIR_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("source", pa.dictionary(pa.int32(), pa.string())),
-        ("image_id", pa.int32()),
-        ("caption_id", pa.int32()),
-        ("noise", pa.bool_()),
-        ("shard", pa.dictionary(pa.int32(), pa.string())),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-    ]
-)
 SORTED_AT_ONCE = 1 << 22
 SCANNED_AT_ONCE = 1 << 20
 # Odd, so that no two products of 64 bits are equal: neighbours are spread over all of these.
@@ -52,8 +39,8 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, l
     Ids count in the order of first occurrence.
     """
     rows, entries = _sizes(files)
-    row_digests, caption_digests = _scratch(folder, (rows, 2), np.uint64), _scratch(folder, (entries, 2), np.uint64)
-    row_of = _scratch(folder, (entries,), np.int32)
+    row_digests, caption_digests = scratch((rows, 2), np.uint64, folder), scratch((entries, 2), np.uint64, folder)
+    row_of = scratch((entries,), np.int32, folder)
     _read_digests(files, row_digests, caption_digests, row_of)
     row_ids, new_row, images = _ids(folder, row_digests)
     caption_ids, new_caption, captions = _ids(folder, caption_digests)
@@ -62,8 +49,8 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, l
         caption_digests[here, 0] = row_ids[row_of[here]].astype(np.uint64) * SPREAD
         caption_digests[here, 1] = caption_ids[here]
     _, new_pair, pairs = _ids(folder, caption_digests)
-    image_ids = _scratch(folder, (pairs,), np.int32)
-    kept_captions = _scratch(folder, (pairs,), np.int32)
+    image_ids = scratch((pairs,), np.int32, folder)
+    kept_captions = scratch((pairs,), np.int32, folder)
     done = 0
     for here in _blocks(entries):
         chosen = np.flatnonzero(new_pair[here])
@@ -95,16 +82,6 @@ def _sizes(files: list[Path]) -> tuple[int, int]:
     for table in tables_of(files, ["captions"]):
         rows, entries = rows + len(table), entries + pc.sum(pc.list_value_length(table["captions"])).as_py()
     return rows, entries
-
-
-def _scratch(folder: Path, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array in a file without a name, whose room is taken at once."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if size == 0:
-        return np.empty(shape, dtype)
-    with TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
-        return np.memmap(file, dtype, "r+", shape=shape)
 
 
 def _blocks(n: int) -> Iterator[slice]:
@@ -142,7 +119,7 @@ def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
     """An id int32 [N] for each digest, counted in the order of first occurrence; whether each stands there for the
     first time; and how many ids there are."""
     n = len(digests_N2)
-    first_of, new = _scratch(folder, (n,), np.int32), _scratch(folder, (n,), np.bool_)
+    first_of, new = scratch((n,), np.int32, folder), scratch((n,), np.bool_, folder)
     # Digests are spread evenly: those of a range of their first half are some millions.
     ranges = -(-n // SORTED_AT_ONCE)
     width = np.uint64((1 << 64) // ranges + 1 if ranges > 1 else (1 << 64) - 1)
@@ -157,7 +134,7 @@ def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
         group = np.cumsum(begins) - 1
         first_of[chosen[order]] = chosen[order[begins]][group]
     count = 0
-    ids = _scratch(folder, (n,), np.int32)
+    ids = scratch((n,), np.int32, folder)
     for here in _blocks(n):
         new[here] = first_of[here] == np.arange(here.start, here.stop)
         ids[here] = count + np.cumsum(new[here]) - 1

@@ -435,9 +435,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         if self.confidence is not None:
             self.confidence.select(self.loader.epoch)
-        kept = self._kept()
-        self._write_history()
-        if self.confidence is not None:
+            self._write_history()
             self.confidence.start_epoch()
         if self.snapshot is not None:
             parameters = list(self.engine.module.parameters())
@@ -445,7 +443,7 @@ class Trainer:
             with deepspeed.zero.GatheredParameters(parameters, enabled=sharded):
                 self.snapshot.load_state_dict(self.engine.module.state_dict())
         self.loader.next_epoch()
-        self.loader.kept = kept
+        self.loader.kept = self._kept()
         self._count_sources()
 
     def _kept(self) -> npt.NDArray[np.bool_]:

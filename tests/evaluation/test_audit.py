@@ -282,7 +282,7 @@ def test_an_interrupted_export_goes_on(audited: Audited, tmp_path: Path, monkeyp
             raise KeyboardInterrupt
         return real(*given)
 
-    monkeypatch.setattr(subset, "cores", lambda: 1)
+    monkeypatch.setattr(subset, "cores_of_rank", lambda: 1)
     monkeypatch.setattr(module, "_without_dropped", failing)
     interrupted = 0
     while True:

@@ -47,16 +47,21 @@ def write(folder: Path, kind: str) -> Path:
     return chinese_clip(folder, "t", pictures, texts)
 
 
+def audited(world: World, folder: Path, kind: str, dropped: list[int]) -> Audit:
+    """Of a store of these pictures, without the pairs `dropped`."""
+    config = load_config(world.run / "config.yaml")
+    prepare(write(folder, kind), folder / "store", config)
+    store = Store(folder / "store")
+    kept = np.ones(len(store), bool)
+    kept[dropped] = False
+    return Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet", "base64"])
 def test_kept_pairs_of_any_source_are_exported(
     world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(world.run / "config.yaml")
-    prepare(write(tmp_path, kind), tmp_path / "store", config)
-    store = Store(tmp_path / "store")
-    kept = np.ones(len(store), bool)
-    kept[[0, 4, 5]] = False
-    audit = Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+    audit = audited(world, tmp_path, kind, dropped=[0, 4, 5])
     out = tmp_path / "kept"
     real, asked = module.read_picture, []
 
@@ -66,7 +71,7 @@ def test_kept_pairs_of_any_source_are_exported(
             raise KeyboardInterrupt
         return real(shard, offset, length)
 
-    monkeypatch.setattr(subset, "cores", lambda: 1)
+    monkeypatch.setattr(subset, "cores_of_rank", lambda: 1)
     monkeypatch.setattr(module, "read_picture", failing)
     with pytest.raises(KeyboardInterrupt):
         export_kept(audit, out, samples=2, size=1 << 20)
@@ -80,7 +85,7 @@ def test_kept_pairs_of_any_source_are_exported(
         assert not loader.bad_samples
     expected = {picture(n): sorted([f"猫{n}", f"狗{n}"]) for n in range(COUNT) if n != 2} | {picture(0): ["狗0"]}
     assert found == expected
-    made = prepare(out, tmp_path / "again", config)
+    made = prepare(out, tmp_path / "again", audit.config)
     assert (made["pairs"], made["images"]) == (2 * COUNT - 3, COUNT - 1)
 
 
@@ -88,15 +93,10 @@ def test_kept_pairs_of_any_source_are_exported(
 def test_processes_and_parts_of_the_table_change_nothing(
     world: World, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(world.run / "config.yaml")
-    prepare(write(tmp_path, kind), tmp_path / "store", config)
-    store = Store(tmp_path / "store")
-    kept = np.ones(len(store), bool)
-    kept[[0, 4, 5]] = False
-    audit = Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+    audit = audited(world, tmp_path, kind, dropped=[0, 4, 5])
     made = {}
     for name, cores, rows in (("one", 1, 1 << 16), ("three", 3, 1 << 16), ("parts", 1, 3)):
-        monkeypatch.setattr(subset, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(subset, "cores_of_rank", lambda cores=cores: cores)
         monkeypatch.setattr("efficientclip.data.parquet.ROWS", rows)
         assert export_kept(audit, tmp_path / name, samples=2, size=1 << 20) == (3, 2 * COUNT - 3)
         files_of = (file for file in (tmp_path / name).iterdir() if file.name != MARK)
@@ -114,16 +114,8 @@ def test_processes_and_parts_of_the_table_change_nothing(
     ],
 )
 def test_a_picture_that_changed_ends_the_export(world: World, tmp_path: Path, more: int, message: str) -> None:
-    config = load_config(world.run / "config.yaml")
-    prepare(write(tmp_path, "csv"), tmp_path / "store", config)
-    store = Store(tmp_path / "store")
-    verdicts = Verdicts(np.zeros(len(store)), np.ones(len(store), bool), None)
+    audit = audited(world, tmp_path, "csv", dropped=[])
     changed = tmp_path / "a.b" / "3.png"
     changed.write_bytes(b"x" * (changed.stat().st_size + more))
     with pytest.raises(UserError, match=message):
-        export_kept(
-            Audit(world.run, config, store, verdicts, [], np.zeros(len(store))),
-            tmp_path / "out",
-            samples=9,
-            size=1 << 20,
-        )
+        export_kept(audit, tmp_path / "out", samples=9, size=1 << 20)
