@@ -29,11 +29,10 @@ import torch
 
 from benchmarks.measuring import MIB, RESULTS, Neighbours, Row, hardware, show_and_record
 from efficientclip.data.shards import read_members
-from efficientclip.data.store import PAIR_FILES, Store, staging
+from efficientclip.data.store import PAIR_FILES, PAIR_SCHEMA, Store, staging
 from efficientclip.data.tokenizer import fingerprint
 from efficientclip.evaluation.search import nearest, pairs_by
 from efficientclip.files import digests
-from efficientclip.prepare.parts import PAIR_SCHEMA
 from efficientclip.prepare.writer import finish, write_ids
 from efficientclip.training.history import forget_from, write_epoch
 from efficientclip.training.run_folder import seal

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from datetime import date
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,6 +34,14 @@ from efficientclip.demo.pictures import write_shard
 from efficientclip.model.efficientclip import build_model
 
 ROOT = Path(__file__).parents[1]
+
+
+MODULES = [file.stem for file in sorted((ROOT / "benchmarks").glob("[!_]*.py")) if file.stem != "conftest"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_benchmark_finds_what_it_imports(name: str) -> None:
+    import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture
