@@ -30,4 +30,5 @@ def test_steps_are_those_of_clipped_gradients(fused: bool, most: float) -> None:
             optimizer.step()
             optimizer.zero_grad()
         for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+            # Weights that nearly cancel keep the rounding of the steps that they were made of.
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * max(1.0, theirs.abs().max().item()))
