@@ -86,6 +86,11 @@ class Source:
         return self.listing is None and not self.tables
 
     @property
+    def names_texts(self) -> bool:
+        """Whether captions have ids, by which equal ones are told apart."""
+        return any(part.listing is not None and part.listing.text_ids is not None for part in (self, *self.tables))
+
+    @property
     def pictures(self) -> int | None:
         """How many, with the bad rows; None where only reading tells."""
         if self.tables:

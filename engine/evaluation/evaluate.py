@@ -59,9 +59,9 @@ def evaluate(
             raise UserError(f"{columns.given[0]}: {data} is no table; leave it out")
     else:
         source = open_source(data, images, columns, Cache.of(opened.config.data))
-        if not source.of_tars:
+        if source.names_texts:
             return _measure_source(opened, source, queries, seed)
-    with open_data(opened, data) as found:
+    with open_data(opened, data, images, columns) as found:
         return measure(opened, found, queries, seed)
 
 
@@ -90,7 +90,7 @@ def _measure_source(run: Run, source: Source, queries: int | None, seed: int) ->
             image = images.setdefault(place, len(rows))
             if image == len(rows):
                 rows.append(features_MD[at])
-            for name, caption in zip(batch.text_ids[at] or batch.captions[at], batch.captions[at], strict=True):
+            for name, caption in zip(batch.text_ids[at], batch.captions[at], strict=True):
                 text_ids.append(texts.setdefault(name, (len(texts), caption))[0])
                 image_ids.append(image)
     if not texts:

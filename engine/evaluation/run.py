@@ -23,6 +23,7 @@ from ..config import Config
 from ..data.images import ImageBatch
 from ..data.sources import Source, require_few
 from ..data.store import Store, Texts, TextStore
+from ..data.tables import USUAL, Columns
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError, reading, tell
 from ..files import digests
@@ -275,9 +276,11 @@ def left_out(report: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def open_data(run: Run, data: Location | None) -> Iterator[Store]:
-    """The store at `data`, or else the one that the run trained on; a tar, or a folder of tars, becomes a store that
-    lasts as long as the context.
+def open_data(
+    run: Run, data: Location | None, images: Location | None = None, columns: Columns = USUAL
+) -> Iterator[Store]:
+    """The store at `data`, or else the one that the run trained on; pictures, as `prepare` reads them, become a store
+    that lasts as long as the context.
 
     UserError when there is none, it is not whole, or its features or tokens are not those that the run was trained
     with.
@@ -309,5 +312,5 @@ def open_data(run: Run, data: Location | None) -> Iterator[Store]:
         run.tokenizer.save_pretrained(folder / "tokenizer")
         tokenizer = run.config.data.model_copy(update={"tokenizer": str(folder / "tokenizer")})
         path = folder / (re.sub(r"[^\w.-]", "_", data.stem) or "data")
-        prepare(data, path, run.config.model_copy(update={"data": tokenizer}))
+        prepare(data, path, run.config.model_copy(update={"data": tokenizer}), images, columns)
         yield Store(path)

@@ -67,7 +67,8 @@ class SourceRate(NamedTuple):
 
 @dataclass(frozen=True)
 class CrossFit:
-    """Arrays of float64 [pairs], but fold int8. `rate` is the estimated share of wrong pairs, `visits` what it cost."""
+    """Arrays of float64 [pairs], but fold int8. `rate` is the estimated share of wrong pairs, `visits` what it cost;
+    `made_of` tells what all follows from."""
 
     rate: float
     visits: int
@@ -77,6 +78,7 @@ class CrossFit:
     competence: Floats
     clean_log_odds: Floats
     sources: tuple[SourceRate, ...] = ()
+    made_of: str = ""
 
 
 def null_captions(caption_ids: Integers, seed: int) -> tuple[Integers, Integers]:
@@ -382,6 +384,7 @@ def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
     told = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
     told["sources"] = json.dumps(found.sources, ensure_ascii=False)
     told["columns"] = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
+    told["made_of"] = found.made_of
     told["sha256"] = _digest_of(*map(str.encode, told.values()))
     with written_aside(folder / FILE) as aside:
         pq.write_table(table.replace_schema_metadata(told), aside)
@@ -409,7 +412,8 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
     if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
         raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
     by_source = tuple(SourceRate(*source) for source in json.loads(told.get("sources", "[]")))
-    return CrossFit(float(told["rate"]), int(told["visits"]), **columns, sources=by_source)
+    made_of = told.get("made_of", "")
+    return CrossFit(float(told["rate"]), int(told["visits"]), **columns, sources=by_source, made_of=made_of)
 
 
 def read_rate(folder: Path) -> float | None:
@@ -427,7 +431,7 @@ def _told(schema: pa.Schema) -> dict[str, str]:
     # Earlier versions wrote no digests, and no rates of sources.
     later = {
         key: schema.metadata[key.encode()].decode()
-        for key in ("sources", "columns", "sha256")
+        for key in ("sources", "columns", "made_of", "sha256")
         if key.encode() in schema.metadata
     }
     if not 0 <= float(told["rate"]) <= 1 or int(told["visits"]) < 0:

@@ -15,10 +15,12 @@ All ranks train together; then each encodes and judges parts of its own; rank 0 
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from ..hardware import compute_dtype
 from ..model.efficientclip import check_model, load_model
 from ..model.encode import BATCH, encode_rows
 from ..noise.neighbourhoods import folds, near, pair_groups
-from ..noise.rate import NEGLIGIBLE, CrossFit, Docket, write_cross_fit
+from ..noise.rate import NEGLIGIBLE, CrossFit, Docket, read_cross_fit, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled, told
 from .run_folder import finished, owned, proven
@@ -72,8 +74,15 @@ def cross_fit(config: Config) -> int:
             if stopped := _train(fold_config, np.flatnonzero(fold == number), rank):
                 return stopped
         judging = folder / "judging"
+        made_of = _made_of(config, store, identity, runs)
+        standing = _standing(folder, store, made_of) if rank == 0 else None
+        if told(standing is not None):
+            if standing is not None:
+                (folder / GROUPS).unlink()
+                _tell(folder, store, standing)
+            return 0
         if rank == 0:
-            begin(judging, _made_of(config, store, identity, runs))
+            begin(judging, made_of)
         encoded = [
             _encoded(judging / f"captions-{number}.bin", fold_config, store, number)
             for number, fold_config in enumerate(fold_configs)
@@ -88,7 +97,7 @@ def cross_fit(config: Config) -> int:
         if rank == 0:
             found = docket.verdicts(answers.read(), groups, sum(map(_visits, fold_configs)))
             save_mean(folder / "model", runs)
-            write_cross_fit(folder, store, found)
+            write_cross_fit(folder, store, replace(found, made_of=_digest(made_of)))
             end(judging)
             (folder / GROUPS).unlink()
             _tell(folder, store, found)
@@ -168,6 +177,20 @@ def _made_of(config: Config, store: Store, identity: str, runs: Iterable[Path]) 
         "precision": config.training.precision,
         "seed": config.seed,
     }
+
+
+def _digest(made_of: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+
+
+def _standing(folder: Path, store: Store, made_of: dict[str, Any]) -> CrossFit | None:
+    """The verdicts in `folder`, if they and the mean of the towers are whole and follow from the same."""
+    try:
+        found = read_cross_fit(folder, store)
+        check_model(folder)
+    except UserError:
+        return None
+    return found if found.made_of == _digest(made_of) else None
 
 
 def begin(folder: Path, made_of: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from efficientclip.data.pictures import decode_square
+from efficientclip.data.store import TextStore
 from efficientclip.evaluation.run import Run, open_run
 
 Features = npt.NDArray[np.float32]
@@ -29,4 +31,13 @@ def plant(monkeypatch: pytest.MonkeyPatch, feature_of: Callable[[str], Features]
         normalised: Features = features_ND / np.linalg.norm(features_ND, axis=1, keepdims=True)
         return normalised
 
+    def encode_store(run: Run, texts: TextStore, *, progress: bool = False, out: Features | None = None) -> Features:
+        rows = [texts.tokens[begin:end] for begin, end in pairwise(texts.offsets)]
+        words = [run.tokenizer.decode(row, skip_special_tokens=True).replace(" ", "") for row in rows]
+        found = encode_texts(run, words)
+        if out is not None:
+            out[:] = found
+        return found
+
     monkeypatch.setattr(Run, "encode_texts", encode_texts)
+    monkeypatch.setattr(Run, "encode_store", encode_store)

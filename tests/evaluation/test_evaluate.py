@@ -172,14 +172,19 @@ def test_planted_answers_are_found_in_every_format(
 ) -> None:
     images, _ = write_split(tmp_path)
     pictures = [picture(number) for number in range(5)]
-    features = picture_features(world.run, pictures)
+    features, ends = picture_features(world.run, pictures), "红猫狗鸟花"
     files(tmp_path, {f"{number}.png": content for number, content in enumerate(pictures)})
     (tmp_path / "challenger.json").write_text(
-        json.dumps([{"image_id": f"{number}.png", "caption": [f"画{number}", f"图{number}"]} for number in range(5)])
+        json.dumps(
+            [
+                {"image_id": f"{number}.png", "caption": [f"大{ends[number]}", f"小{ends[number]}"]}
+                for number in range(5)
+            ]
+        )
     )
-    rows = [f"{number}.png,{prefix}{number}\n" for number in range(5) for prefix in "画图"]
+    rows = [f"{number}.png,{prefix}{ends[number]}\n" for number in range(5) for prefix in "大小"]
     (tmp_path / "table.csv").write_text("image,caption\n" + "".join(rows))
-    plant(monkeypatch, lambda text: features[int(text[-1])])
+    plant(monkeypatch, lambda text: features[ends.index(text[-1])])
     for name in ("challenger.json", "table.csv"):
         report = evaluate(world.run, tmp_path / name)
         assert (report["candidates"], report["texts"], report["t2i"]["queries"]) == (5, 10, 10)
@@ -239,7 +244,7 @@ def test_a_picture_of_several_keys_is_one_candidate(world: World, tmp_path: Path
 def test_pictures_without_any_caption_are_refused(world: World, tmp_path: Path) -> None:
     files(tmp_path, {"0.png": picture(0)})
     (tmp_path / "t.json").write_text('{"images": [{"id": 1, "file_name": "0.png"}], "annotations": []}')
-    with pytest.raises(UserError, match=r"t\.json: no picture has a caption"):
+    with pytest.raises(UserError, match=r"t\.json: 100\.0% of 1 samples are bad \(1 × image without caption"):
         evaluate(world.run, tmp_path / "t.json")
 
 

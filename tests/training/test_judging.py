@@ -101,6 +101,18 @@ def test_a_finished_cross_fit_leaves_no_parts(folder: Path) -> None:
     assert len(written(folder)) > 12 and {*written(folder).values()} == {1}
 
 
+def test_a_finished_cross_fit_judges_nothing_again(folder: Path) -> None:
+    before, judged = written(folder), folder / "judged" / "cross_fit.parquet"
+    changed = judged.stat().st_mtime_ns
+    run(1, str(folder / "config.yaml"), script=folder / "script.py")
+    assert written(folder) == before and judged.stat().st_mtime_ns == changed
+    assert {path.name for path in judged.parent.iterdir()} == {path.name for path in (folder / "whole").iterdir()}
+    # Verdicts that are not whole, or of other towers, stand for nothing.
+    judged.write_bytes(judged.read_bytes()[:-9])
+    run(1, str(folder / "config.yaml"), script=folder / "script.py")
+    assert {*written(folder).values()} == {2} and read_cross_fit(judged.parent).rate >= 0
+
+
 @pytest.mark.parametrize("killed", ["0", "3", "last", "verdicts"])
 def test_killed_and_repeated_it_says_the_same(folder: Path, killed: str) -> None:
     back_to_training(folder)
