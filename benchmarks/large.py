@@ -6,12 +6,15 @@ Store and run are made there once, which `--width` and `--pairs` tell apart: ran
 characters of which a fifth recurs, keys as long as URLs (the column is longer than the 2 GB that 32-bit offsets reach),
 and hard links to one tar of tiny JPEGs. The run trains two steps; scores of ten epochs are planted. Memory is the
 highest RssAnon of the process and its children, looked at every 50 ms. Of one query the best of five rounds counts.
+`train` is another run, of an epoch with `calibrated` ECL: from the process's start to the end of its first step, what
+ends the epoch, and memory over all of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +37,8 @@ from efficientclip.data.store import PAIR_FILES, PAIR_SCHEMA, Store, staging
 from efficientclip.data.tokenizer import fingerprint
 from efficientclip.evaluation.search import nearest, pairs_by
 from efficientclip.files import digests
+from efficientclip.files.ownership import mark
+from efficientclip.noise.rate import CrossFit, write_cross_fit
 from efficientclip.prepare.writer import finish, write_ids
 from efficientclip.training.history import forget_from, write_epoch
 from efficientclip.training.run_folder import seal
@@ -50,6 +56,7 @@ SHARD = 10_000  # pictures of a tar, and rows of a row group, as `prepare` write
 KEY_BYTES = 440
 EPOCHS = 10
 ROUNDS = 5
+BATCH = 8192
 QUERY = "one query"
 RECURRING = 0.2
 NOISE = 0.1
@@ -136,8 +143,8 @@ def write_captions(folder: Path, captions: int, random: np.random.Generator) -> 
     return pa.Array.from_buffers(pa.large_string(), captions, buffers)
 
 
-def train(folder: Path, width: int) -> None:
-    """A run of two steps on the store, whose scores and history become those of ten epochs: wrong pairs score lower."""
+def configured(folder: Path, width: int, **changes: Any) -> Path:
+    """The file of a config of a tower of one layer on the store."""
     architecture = {
         "model_type": "bert",
         "hidden_size": 32,
@@ -146,16 +153,20 @@ def train(folder: Path, width: int) -> None:
         "intermediate_size": 64,
         "max_position_embeddings": 64,
     }
-    config = tiny.config(
+    return tiny.config(
         folder,
         data__validation={},
         model__width=width,
         model__text_tower={"architecture": architecture},
         mlm={"texts_per_batch": 0},
-        confidence={"selection": "schedule"},
-        training__batch_size=1024,
-        training__pair_visits=2048,
+        **changes,
     )
+
+
+def train(folder: Path, width: int) -> None:
+    """A run of two steps on the store, whose scores and history become those of ten epochs: wrong pairs score lower."""
+    visits = {"training__batch_size": 1024, "training__pair_visits": 2048}
+    config = configured(folder, width, confidence={"selection": "schedule"}, **visits)
     subprocess.run([*COMMAND, "train", str(config)], check=True)
     run, random = folder / "run", np.random.default_rng(1)
     noise = pq.read_table(folder / "store" / "pairs.parquet", columns=["noise"])["noise"].to_numpy()
@@ -179,7 +190,56 @@ def train(folder: Path, width: int) -> None:
     seal(run, history)
 
 
+def epoch(folder: Path, width: int) -> tuple[Spent, float, float]:
+    """An epoch of a new run with planted verdicts: what it takes, seconds to its first step, and those of the epoch's
+    end."""
+    store, random = Store(folder / "store"), np.random.default_rng(3)
+    judged, run = folder / "judged", folder / "epoch"
+    for path in (judged, run):
+        shutil.rmtree(path, ignore_errors=True)
+    judged.mkdir()
+    odds = random.standard_normal(len(store)) + 2
+    fold = (np.arange(len(store)) % 2).astype(np.int8)
+    p = random.random(len(store))
+    mark(judged, "cross-fit")
+    shutil.copytree(folder / "run" / "model", judged / "model")
+    write_cross_fit(judged, store, CrossFit(NOISE, 1, fold, odds, p, odds, odds))
+    visits = {"training__batch_size": BATCH, "training__pair_visits": len(store) + 4 * BATCH}
+    ecl = {"selection": "calibrated", "cross_fit": str(judged)}
+    config = configured(folder, width, run=str(run), confidence=ecl, **visits)
+    log = folder / "epoch.log"
+    found = spent([str(config)], log, TIMED)
+    told = dict(re.findall(r"^(first step|epoch's end): ([\d.]+)", log.read_text(), re.MULTILINE))
+    shutil.rmtree(run)
+    return found, float(told["first step"]), float(told["epoch's end"])
+
+
 COMMAND = [sys.executable, "-c", "import sys; from efficientclip.cli import main; sys.exit(main())"]
+TIMED = [
+    sys.executable,
+    "-c",
+    """
+import time
+import psutil
+from efficientclip import train
+from efficientclip.training.trainer import Trainer
+
+first, end, began = Trainer.train_step, Trainer._end_epoch, psutil.Process().create_time()
+
+def step(self, batch):
+    first(self, batch)
+    Trainer.train_step = first
+    print(f"\\nfirst step: {time.time() - began:.2f}", flush=True)
+
+def ending(self):
+    started = time.perf_counter()
+    end(self)
+    print(f"\\nepoch's end: {time.perf_counter() - started:.2f}", flush=True)
+
+Trainer.train_step, Trainer._end_epoch = step, ending
+train.main()
+""",
+]
 
 
 @dataclass
@@ -190,11 +250,11 @@ class Spent:
     others_cores: float
 
 
-def spent(arguments: Sequence[str], log: Path) -> Spent:
-    """What `efficientclip ARGUMENTS` takes, printing into `log`."""
+def spent(arguments: Sequence[str], log: Path, command: Sequence[str] = COMMAND) -> Spent:
+    """What `command`, `efficientclip` unless told, with `arguments` takes, printing into `log`."""
     neighbours, started, peak = Neighbours(), time.perf_counter(), 0
     with log.open("w") as file:
-        process = subprocess.Popen([*COMMAND, *arguments], stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([*command, *arguments], stdout=file, stderr=subprocess.STDOUT)
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -278,6 +338,12 @@ def main() -> None:
             zip(("seconds", "cpu_seconds"), (f"{min(found):.2f}" for found in zip(*times, strict=True)), strict=True)
         )
         rows.append(described(given, QUERY) | best)
+    if not given.only or "train" in given.only:
+        found, first, ended = epoch(folder, given.width)
+        print(f"first step after {first:.2f} s, epoch's end {ended:.2f} s, {found}", flush=True)
+        peak = {"peak_anonymous_mib": round(found.peak_bytes / MIB)}
+        rows.append(described(given, "train, to its first step") | {"seconds": f"{first:.1f}"})
+        rows.append(described(given, "train, epoch's end") | {"seconds": f"{ended:.1f}"} | peak)
     for name, arguments in commands.items():
         if given.only and name not in given.only:
             continue

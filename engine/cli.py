@@ -172,6 +172,11 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command(_verify, "verify", "read all of a store, run, model or cross-fit, and tell whether it is whole")
     verify.add_argument("path", type=Path, metavar="PATH", help="its folder")
+
+    moved = command(_moved, "moved", "note in a store where the pictures that it was made of lie now")
+    moved.add_argument("store", type=Path, metavar="STORE")
+    moved.add_argument("old", type=location, metavar="OLD", help="folder, file or URL where they lay")
+    moved.add_argument("new", type=location, metavar="NEW", help="where they lie now")
     return parser
 
 
@@ -439,6 +444,13 @@ def _verify(given: argparse.Namespace) -> None:
     Console().print(part_table(parts, str(given.path)))
     if (error := broken(parts)) is not None:
         raise error
+
+
+def _moved(given: argparse.Namespace) -> None:
+    from .prepare.moved import note_move
+
+    count, of = note_move(given.store, given.old, given.new)
+    print(f"{given.store}: {count:,} of the {of:,} files that its pictures lie in are at {given.new} now")
 
 
 def _silence_model_files() -> None:

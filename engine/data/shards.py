@@ -82,7 +82,8 @@ def read_picture(shard: Location, offset: int, length: int) -> bytes:
         cause = str(error)
         if cause.startswith(UNREADABLE):
             raise UserError(
-                f"shard {shard}: {cause.removeprefix(UNREADABLE)}; the store points to it, put it back or prepare anew"
+                f"shard {shard}: {cause.removeprefix(UNREADABLE)}; the store points to it, put it back, or tell"
+                " where it is by `efficientclip moved STORE OLD NEW`"
             ) from error
         raise UserError(
             f"shard {shard}: no picture at byte {offset} ({cause}); the shard changed, prepare the store anew"

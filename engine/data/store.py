@@ -7,7 +7,7 @@
     image_ids.bin, caption_ids.bin    int32 [pairs], the parquet's columns for random access
     edges.offsets.bin int64 [captions + 1], edges.images.bin int32 [pairs]    the images of each caption, ascending
     tokenizer/     the Hugging Face tokenizer that made the tokens
-    manifest.json  kind, tower, tokenizer, counts, sizes, checksums, bad samples; written last
+    manifest.json  kind, tower, tokenizer, counts, sizes, checksums, bad samples, moves of shards; written last
     origin-*.parquet    what each part of the source gave, for the next `prepare`
 
 A text store holds only tokens, offsets, tokenizer and manifest. Opening a store reads its manifest and the sizes of its
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -169,6 +169,7 @@ class Store(TextStore):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.width: int = self.manifest["width"]
+        self.moved: list[tuple[str, str]] = [(old, new) for old, new in self.manifest.get("moved", ())]
         self.features = self._map("features.bin", np.dtype(np.float16), self.width)
         self.image_ids = self._map("image_ids.bin", np.dtype(np.int32))
         self.caption_ids = self._map("caption_ids.bin", np.dtype(np.int32))
@@ -189,18 +190,31 @@ class Store(TextStore):
         file = self.path / "pairs.parquet"
         with reading("pair table", file, ANEW):
             if rows is not None:
-                return rows_of(file, rows, columns)
-            return pq.read_table(file, columns=list(columns), memory_map=True)
+                return self._where_now(rows_of(file, rows, columns))
+            return self._where_now(pq.read_table(file, columns=list(columns), memory_map=True))
+
+    def pair_tables(self, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The pair table's `columns`, some thousand rows at a time; texts are plain strings."""
+        with reading("pair table", self.path / "pairs.parquet", ANEW):
+            yield from map(self._where_now, tables_of(self.path / "pairs.parquet", columns))
+
+    def _where_now(self, pairs: pa.Table) -> pa.Table:
+        """`pairs` with shards at the places that they were moved to."""
+        if not self.moved or "shard" not in pairs.column_names:
+            return pairs
+        shard = pairs["shard"].combine_chunks()
+        told = shard if pa.types.is_dictionary(shard.type) else shard.dictionary_encode()
+        names = pa.array([place_now(name, self.moved) for name in told.dictionary.to_pylist()], pa.string())
+        now = pa.DictionaryArray.from_arrays(told.indices, names).cast(shard.type)
+        return pairs.set_column(pairs.column_names.index("shard"), "shard", now)
 
     def sources(self) -> Sources:
         """By the pair table's column, where it tells none by the name ""."""
-        file, known = self.path / "pairs.parquet", dict[str, int]()
-        parts = [np.empty(0, np.int32)]
-        with reading("pair table", file, ANEW):
-            for table in tables_of(file, ["source"]):
-                told = table["source"].combine_chunks().fill_null("").dictionary_encode()
-                number = [known.setdefault(name, len(known)) for name in told.dictionary.to_pylist()]
-                parts.append(np.array(number, np.int32)[told.indices.to_numpy()])
+        known, parts = dict[str, int](), [np.empty(0, np.int32)]
+        for table in self.pair_tables(["source"]):
+            told = table["source"].combine_chunks().fill_null("").dictionary_encode()
+            number = [known.setdefault(name, len(known)) for name in told.dictionary.to_pylist()]
+            parts.append(np.array(number, np.int32)[told.indices.to_numpy()])
         names, codes = [*known], np.concatenate(parts)
         counts = np.bincount(codes, minlength=len(names))
         order = [at for at in sorted(range(len(names)), key=lambda at: (-counts[at], names[at])) if counts[at]]
@@ -220,6 +234,14 @@ class Store(TextStore):
             raise UserError(f"store {self.path}: its files tell of different numbers of pairs or captions; {ANEW}")
         if (row := first_not_finite(self.features)) is not None:
             raise UserError(f"{self.path / 'features.bin'}: row {row} is not finite; {ANEW}")
+
+
+def place_now(place: str, moved: Sequence[tuple[str, str]]) -> str:
+    """Where what lay at `place` lies after each of the moves (from, to), of folders or of files, in their order."""
+    for old, new in moved:
+        if place == old or place.startswith(f"{old.rstrip('/')}/"):
+            place = new + place[len(old) :]
+    return place
 
 
 def first_not_finite(values_KD: npt.NDArray[np.floating[Any]]) -> int | None:

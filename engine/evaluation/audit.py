@@ -198,7 +198,7 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
 def _chunks(audit: Audit) -> Iterator[tuple[int, pa.Table, pa.Table]]:
     """First row, pairs and their scores, a part at a time."""
     tables = (
-        tables_of(audit.store.path / "pairs.parquet", PAIR_COLUMNS),
+        audit.store.pair_tables(PAIR_COLUMNS),
         tables_of(audit.folder / "confidence.parquet", SCORE_COLUMNS),
     )
     first = 0

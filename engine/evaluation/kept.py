@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .. import _loader
-from ..data.parquet import ROWS, rows_of
+from ..data.parquet import ROWS
 from ..data.pictures import suffix_of
 from ..data.shards import Members, read_members, read_picture
-from ..data.store import ANEW
-from ..errors import UserError, reading, writing
+from ..data.store import Store
+from ..errors import UserError, writing
 from ..files import digests
 from ..files.atomic import sync
 from ..files.places import Location, location
@@ -169,11 +169,10 @@ def _kept_pictures(group: KeptPairs) -> Iterator[KeptSample]:
 def _by_shard(store: Path, share: Share) -> Iterator[KeptPairs]:
     """Pairs of the share, a run of rows of one shard at a time."""
     group: KeptPairs | None = None
-    file = store / "pairs.parquet"
+    opened = Store(store)
     for start in range(0, len(share.kept), ROWS):
         rows = share.first + start + np.flatnonzero(share.kept[start : start + ROWS])
-        with reading("pair table", file, ANEW):
-            pairs = rows_of(file, rows, COLUMNS).to_pylist()
+        pairs = opened.pairs(rows, COLUMNS).to_pylist()
         for row, pair in zip(rows.tolist(), pairs, strict=True):
             if group is None or str(group.shard) != pair["shard"]:
                 if group is not None:

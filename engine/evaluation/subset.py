@@ -26,8 +26,7 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from ..data.parquet import tables_of
-from ..data.store import ANEW, Store
+from ..data.store import Store
 from ..errors import UserError, reading, writing
 from ..files import digests
 from ..files.atomic import sync, write_atomically
@@ -114,45 +113,43 @@ def _processes(count: int) -> Iterator[Any]:
 
 def _shares(export: Export, kept: npt.NDArray[np.bool_]) -> Iterator[Share]:
     """All rows, cut where a shard ends, or a picture in no tar, once what is kept of a share would fill a shard."""
-    file = export.store / "pairs.parquet"
     last: tuple[str, int] | None = None
     # Of shares so far: their number, and where the next one begins in rows, kept pictures and bytes of these.
     number, begun = 0, np.zeros(3, np.int64)
     # Of rows so far.
     first, pictures, size = 0, 0, 0
-    with reading("pair table", file, ANEW):
-        for table in tables_of(file, ["shard", "offset", "length"]):
-            here = np.flatnonzero(kept[first : first + len(table)])
-            if len(here):
-                shard = table["shard"].combine_chunks().dictionary_encode()
-                names, codes = shard.dictionary.to_pylist(), shard.indices.to_numpy()[here]
-                offsets, lengths = (table[name].to_numpy()[here] for name in ("offset", "length"))
-                in_tar = np.array([location(name).suffix == ".tar" for name in names])[codes]
-                other_shard = np.append(last is None or names[codes[0]] != last[0], codes[1:] != codes[:-1])
-                moved = np.append(last is None or offsets[0] != last[1], offsets[1:] != offsets[:-1])
-                new = other_shard | moved
-                last = names[codes[-1]], int(offsets[-1])
-                # Before each row.
-                counted = pictures + np.cumsum(new) - new
-                filled = size + np.cumsum(lengths * new) - lengths * new
-                pictures, size = int(counted[-1] + new[-1]), int(filled[-1] + lengths[-1] * new[-1])
-                places = np.stack([first + here, counted, filled])[:, other_shard | (new & ~in_tar)]
-                while True:
-                    cut = min(
-                        np.searchsorted(places[1], begun[1] + export.samples),
-                        np.searchsorted(places[2], begun[2] + export.size),
-                    )
-                    if cut == places.shape[1]:
-                        break
-                    yield Share(number, int(begun[0]), kept[begun[0] : places[0, cut]])
-                    number, begun = number + 1, places[:, cut]
-            first += len(table)
+    for table in Store(export.store).pair_tables(["shard", "offset", "length"]):
+        here = np.flatnonzero(kept[first : first + len(table)])
+        if len(here):
+            shard = table["shard"].combine_chunks().dictionary_encode()
+            names, codes = shard.dictionary.to_pylist(), shard.indices.to_numpy()[here]
+            offsets, lengths = (table[name].to_numpy()[here] for name in ("offset", "length"))
+            in_tar = np.array([location(name).suffix == ".tar" for name in names])[codes]
+            other_shard = np.append(last is None or names[codes[0]] != last[0], codes[1:] != codes[:-1])
+            moved = np.append(last is None or offsets[0] != last[1], offsets[1:] != offsets[:-1])
+            new = other_shard | moved
+            last = names[codes[-1]], int(offsets[-1])
+            # Before each row.
+            counted = pictures + np.cumsum(new) - new
+            filled = size + np.cumsum(lengths * new) - lengths * new
+            pictures, size = int(counted[-1] + new[-1]), int(filled[-1] + lengths[-1] * new[-1])
+            places = np.stack([first + here, counted, filled])[:, other_shard | (new & ~in_tar)]
+            while True:
+                cut = min(
+                    np.searchsorted(places[1], begun[1] + export.samples),
+                    np.searchsorted(places[2], begun[2] + export.size),
+                )
+                if cut == places.shape[1]:
+                    break
+                yield Share(number, int(begun[0]), kept[begun[0] : places[0, cut]])
+                number, begun = number + 1, places[:, cut]
+        first += len(table)
     yield Share(number, int(begun[0]), kept[begun[0] :])
 
 
 def _check_shards(store: Store) -> None:
     named: set[str] = set()
-    for table in tables_of(store.path / "pairs.parquet", ["shard", "length"]):
+    for table in store.pair_tables(["shard", "length"]):
         named |= set(table["shard"].filter(pc.greater(table["length"], 0)).unique().to_pylist())
     if not named:
         raise UserError(f"store {store.path}: holds only text, so there is no picture to export")
@@ -161,7 +158,7 @@ def _check_shards(store: Store) -> None:
     if missing:
         raise UserError(
             f"shard {missing[0]}: no such file ({len(missing)} of the {len(named)} shards of {store.path} are gone);"
-            " put them back, or link them there"
+            f" put them back, or tell where they are by `efficientclip moved {store.path} OLD NEW`"
         )
 
 
