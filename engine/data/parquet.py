@@ -26,6 +26,13 @@ def tables_of(file: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
                 held = held.slice(ROWS)
     if held is not None and len(held):
         yield held
+    held = None
+    give_back()
+
+
+def give_back() -> None:
+    """Arrow would keep for itself what large reads took."""
+    pa.default_memory_pool().release_unused()
 
 
 def rows_of(file: Path, rows: npt.NDArray[np.integer[Any]], columns: Sequence[str]) -> pa.Table:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite (Tan & Le 2019, 1905.11946, without its squeeze-and-excitation): ImageNet towers for small devices."""
+"""EfficientNet-Lite: ImageNet towers for small devices (1905.11946, without squeeze-and-excitation, with ReLU6)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels float [M, 3, S, S] to the pooled features [M, hidden_size], and the states [M, hidden_size, S/32, S/32]."""
+    """Pixels float [M, 3, S, S] to states [M, hidden_size, S/32, S/32] and their mean, the features [M, hidden_size]."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
+from ..data.parquet import give_back
 from ..data.store import Edges, Store, edges, ranges
 from ..errors import UserError, reading
 from ..files.atomic import written_aside
@@ -413,6 +414,9 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
         raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
     by_source = tuple(SourceRate(*source) for source in json.loads(told.get("sources", "[]")))
     made_of = told.get("made_of", "")
+    # The columns are numpy's by now.
+    del table
+    give_back()
     return CrossFit(float(told["rate"]), int(told["visits"]), **columns, sources=by_source, made_of=made_of)
 
 
