@@ -78,7 +78,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels float [M, 3, S, S] to states [M, hidden_size, S/32, S/32] and their mean, the features [M, hidden_size]."""
+    """Pixels float [M, 3, S, S] to states [M, hidden_size, S/32, S/32], and their mean: features [M, hidden_size]."""
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
