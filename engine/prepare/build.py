@@ -2,7 +2,8 @@
 
 STORE.partial/identity.json          the mark by which the folder is ours, what is being made
              /part-OF-SHA.parquet    a finished part, by digests of what it was made of and of its content
-STORE/origin-OF-SHA.parquet          what that part gave to the finished store, alike
+             /tokens-OF-BY-SHA.parquet    those of a part's captions, by digests of the part, the tokenizer and these
+STORE/origin-OF-SHA.parquet          what a part gave to the finished store, as a part is known
 """
 
 from __future__ import annotations
@@ -19,10 +20,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from ..config import Config
 from ..data.remote import Described, described
@@ -44,6 +42,7 @@ from .parts import Making, Taken, bad_of, held_in, is_sound, samples_of, slow_of
 from .pictures import picture_recipe
 from .recipe import Part, Recipe
 from .texts import build_texts
+from .tokens import Tokens
 from .writer import ORIGIN, files_of, finish, settle
 
 LISTED_BAD_SAMPLES = 1000
@@ -80,6 +79,7 @@ def prepare(
     target = claim(path, "store", sources=_local([*given.values(), images]))
     tokenizer = load_tokenizer(config.data.tokenizer)
     text = None if isinstance(source, Mapping) or source.suffix != ".txt" else source
+    by = fingerprint(tokenizer)
     identity: dict[str, Any] = {"kind": "pairs" if text is None else "texts"}
     if isinstance(source, Mapping):
         identity["sources"] = {name: resolved(one) for name, one in source.items()}
@@ -105,11 +105,12 @@ def prepare(
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else resolved(images)}
         identity |= {"columns": columns.given} if columns.given else {}
         source_names = ", ".join(map(str, given.values()))
-        build = partial(_build_pairs, recipe, source_names, target, config, tokenizer, ranks)
-    identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": fingerprint(tokenizer)}
+        tokens = Tokens(staging(target), tokenizer)
+        build = partial(_build_pairs, recipe, source_names, target, config, tokens, ranks)
+    identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": by}
     if ranks.rank > 0:
         told = ranks.hear("shares")
-        share = _no_parts() if told is None else _make_share(recipe, told, target, config, ranks)
+        share = _no_parts() if told is None else _make_share(recipe, told, target, config, tokens, ranks)
         ranks.tell(f"made by {ranks.rank}", share)
         return {}
     made = _standing(target, identity, known, replace)
@@ -238,7 +239,7 @@ def _build_pairs(
     source: str,
     target: Path,
     config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tokens,
     ranks: Ranks,
     folder: Path,
 ) -> dict[str, Any]:
@@ -259,12 +260,14 @@ def _build_pairs(
         )
     ]
     ranks.tell("shares", {"of": _names(recipe), "shares": shares})
-    ranks.tell("made by 0", _make_parts(recipe, shares[0], target, folder, config, ranks))
+    ranks.tell("made by 0", _make_parts(recipe, shares[0], target, folder, config, tokens, ranks))
     made: dict[int, str] = {}
+    tokens_of: dict[int, str] = {}
     causes_of: dict[int, str] = {}
     for rank in range(ranks.world):
         told = ranks.hear(f"made by {rank}", rank)
         made |= {int(part): file for part, file in told["files"].items()}
+        tokens_of |= {int(part): file for part, file in told["tokens"].items()}
         causes_of |= {int(part): cause for part, cause in told["bad_shards"].items()}
     files = [folder / made[at] for at in sorted(made)]
     bad_shards = [
@@ -295,7 +298,8 @@ def _build_pairs(
                     file.unlink()
         raise
     with writing(folder):
-        merged = merge(folder, files, tokenizer, config.training.max_caption_tokens)
+        token_files = [folder / tokens_of[at] for at in sorted(made)]
+        merged = merge(folder, files, token_files, tokens.tokenizer, config.training.max_caption_tokens)
     left_out = {"bad_counts": dict(causes), "bad_samples": listed, "bad_shards": bad_shards}
     return {**merged, "slow_pictures": slow, **left_out}
 
@@ -304,79 +308,92 @@ def _names(recipe: Recipe) -> str:
     return hashlib.sha256("".join(part.name for part in recipe.parts).encode()).hexdigest()
 
 
-def _make_share(recipe: Recipe, told: dict[str, Any], target: Path, config: Config, ranks: Ranks) -> dict[str, Any]:
+def _make_share(
+    recipe: Recipe, told: dict[str, Any], target: Path, config: Config, tokens: Tokens, ranks: Ranks
+) -> dict[str, Any]:
     """What a rank beside rank 0 makes of what that one told."""
     if told["of"] != _names(recipe):
         raise UserError(
             f"rank {ranks.rank}: found another source or tower than rank 0; let nothing change while ranks start, give"
             " all the same command, and run it again"
         )
-    return _make_parts(recipe, told["shares"][ranks.rank], target, staging(target), config, ranks)
+    return _make_parts(recipe, told["shares"][ranks.rank], target, staging(target), config, tokens, ranks)
 
 
 def _no_parts() -> dict[str, Any]:
-    return {"files": {}, "bad_shards": {}}
+    return {"files": {}, "tokens": {}, "bad_shards": {}}
 
 
 def _make_parts(
-    recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, config: Config, ranks: Ranks
+    recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, config: Config, tokens: Tokens, ranks: Ranks
 ) -> dict[str, Any]:
-    """The parts of these numbers: names of their files, and what is wrong with those that could not be made."""
-    files: dict[int, str] = {}
+    """The parts of these numbers: names of their files and of those of their tokens, and what is wrong with those that
+    could not be made."""
     bad_shards: dict[int, str] = {}
-    missing: list[int] = []
-    parts, origins, found = held_in(folder), held_in(target, ORIGIN), 0
-    # Read, and proved, where a part is wanted out of them.
-    standing = cache(partial(_features_of, target))
+    with tokens:
+        files = _kept(recipe, mine, target, folder, tokens)
+        missing = [at for at in mine if at not in files]
+        found = sum(samples_of(folder / file) for file in files.values())
+        total = None if recipe.samples is None else sum(recipe.parts[at].size for at in mine)
+        # The rate is that of the parts made now.
+        with tqdm(total=total, initial=found, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
+            following = None
+            try:
+                for at, after in zip_longest(missing, missing[1:]):
+                    making = following or _begun(recipe.parts[at])
+                    # Its first pictures are read while the last ones of this part are encoded.
+                    following = None if after is None else _begun(recipe.parts[after])
+                    bar.set_description(f"{target.name}, part {len(files) + len(bad_shards) + 1} of {len(mine)}")
+                    before = bar.n
+                    try:
+                        file = _made(making, folder, recipe.parts[at].name, bar)
+                    except ShardError as error:
+                        if recipe.parts[at].shard is None or ranks.count_bad_shard() > config.data.max_bad_shards:
+                            raise
+                        bad_shards[at] = str(error)
+                        tell(f"notice: left out: {error}")
+                        bar.n = before
+                        continue
+                    files[at] = file.name
+                    tokens.begin(at, file)
+                    bar.update(samples_of(file) - (bar.n - before))
+                    if recipe.samples is None:
+                        bar.total = bar.n * len(mine) // (len(files) + len(bad_shards))
+            finally:
+                if following is not None and not isinstance(following, ShardError):
+                    following.close()
+        return {"files": files, "tokens": tokens.files(), "bad_shards": bad_shards}
+
+
+def _kept(recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, tokens: Tokens) -> dict[int, str]:
+    """The parts of these numbers that stand, or that the store at `target` has, by their files' names."""
+    files: dict[int, str] = {}
+    parts, origins = held_in(folder), held_in(target, ORIGIN)
+    # Read, and proved, where a part is wanted out of it.
+    standing, texts = cache(partial(_proved, target, "features.bin")), cache(partial(_proved, target, *TEXT_FILES))
     for at in mine:
         name = recipe.parts[at].name
-        file, origin = parts.get(name), origins.get(name)
+        file, origin, taken = parts.get(name), origins.get(name), None
         if not is_sound(file):
             file = None
-            if is_sound(origin) and (features := standing()) is not None:
-                file = write_part(folder, name, Taken(origin, features), None)
-        if file is None:
-            missing.append(at)
-            continue
-        files[at] = file.name
-        found += samples_of(file)
-    total = None if recipe.samples is None else sum(recipe.parts[at].size for at in mine)
-    # The rate is that of the parts made now.
-    with tqdm(total=total, initial=found, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
-        following = None
-        try:
-            for at, after in zip_longest(missing, missing[1:]):
-                making = following or _begun(recipe.parts[at])
-                # Its first pictures are read while the last ones of this part are encoded.
-                following = None if after is None else _begun(recipe.parts[after])
-                bar.set_description(f"{target.name}, part {len(files) + len(bad_shards) + 1} of {len(mine)}")
-                before = bar.n
-                try:
-                    files[at] = _made(making, folder, recipe.parts[at].name, bar).name
-                except ShardError as error:
-                    if recipe.parts[at].shard is None or ranks.count_bad_shard() > config.data.max_bad_shards:
-                        raise
-                    bad_shards[at] = str(error)
-                    tell(f"notice: left out: {error}")
-                    bar.n = before
-                    continue
-                bar.update(samples_of(folder / files[at]) - (bar.n - before))
-                if recipe.samples is None:
-                    bar.total = bar.n * len(mine) // (len(files) + len(bad_shards))
-        finally:
-            if following is not None and not isinstance(following, ShardError):
-                following.close()
-    return {"files": files, "bad_shards": bad_shards}
+            if is_sound(origin) and (store := standing()) is not None:
+                file = write_part(folder, name, Taken(origin, store.features), None)
+                if tokens.stand_in(origin, store) and (store := texts()) is not None:
+                    taken = origin, store
+        if file is not None:
+            files[at] = file.name
+            tokens.begin(at, file, taken)
+    return files
 
 
-def _features_of(target: Path) -> npt.NDArray[np.float16] | None:
-    """Of the store there, if they are as they were written."""
+def _proved(target: Path, *files: str) -> Store | None:
+    """The store there, if these of its files are as they were written."""
     try:
         manifest = read_manifest(target)
         if manifest["kind"] != "pairs":
             return None
-        check(target, {"features.bin": manifest["files"]["features.bin"]}, ANEW)
-        return Store(target).features
+        check(target, {name: manifest["files"][name] for name in files}, ANEW)
+        return Store(target)
     except UserError:
         return None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.store import PAIR_SCHEMA
 from ..files.scratch import scratch
-from .parts import DIGEST_BYTES, FEATURE, keep_origin, tables_of
-from .writer import TokenFile, token_dtype, tokens_of, write_ids
+from .parts import DIGEST_BYTES, FEATURE, bytes_of, keep_origin, tables_of
+from .tokens import TOKENS, flat_tokens
+from .writer import TokenFile, token_dtype, write_ids
 
 SORTED_AT_ONCE = 1 << 22
 SCANNED_AT_ONCE = 1 << 20
@@ -32,8 +32,11 @@ SCANNED_AT_ONCE = 1 << 20
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
-def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
-    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
+def merge(
+    folder: Path, files: list[Path], token_files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> dict[str, Any]:
+    """Give ids to distinct frozen rows and captions of parts, drop repeated pairs, and write the store's files.
+    `token_files`: of each part the tokens of its captions, by `tokenizer`.
 
     Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
     Ids count in the order of first occurrence.
@@ -56,13 +59,14 @@ def merge(folder: Path, files: list[Path], tokenizer: PreTrainedTokenizerBase, l
         chosen = np.flatnonzero(new_pair[here])
         there = slice(done, done := done + len(chosen))
         image_ids[there], kept_captions[there] = row_ids[row_of[here]][chosen], caption_ids[here][chosen]
-    told = _write(folder, files, tokenizer, longest, (new_row, new_caption, new_pair), image_ids, kept_captions)
+    new = new_row, new_caption, new_pair
+    told = _write(folder, files, token_files, tokenizer, longest, new, image_ids, kept_captions)
     write_ids(folder, image_ids, kept_captions, captions)
-    row = 0
+    row = entry = 0
     for file in files:
-        held = pq.read_metadata(file).num_rows
-        keep_origin(folder, file, row_ids[row : row + held])
-        row += held
+        held = slice(row, row := row + pq.read_metadata(file).num_rows)
+        linked = slice(entry, entry := int(np.searchsorted(row_of, np.int32(row))))
+        keep_origin(folder, file, row_ids[held], caption_ids[linked])
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         "width": told.pop("width"),
@@ -97,22 +101,9 @@ def _read_digests(
         lengths = pc.list_value_length(table["captions"]).to_numpy()
         rows = slice(row, row := row + len(table))
         entries = slice(entry, entry := entry + int(lengths.sum()))
-        rows_R2[rows] = _bytes_of(table["hash"], DIGEST_BYTES).view(np.uint64).reshape(-1, 2)
-        captions_C2[entries] = _bytes_of(table["caption_hashes"]).view(np.uint64).reshape(-1, 2)
+        rows_R2[rows] = bytes_of(table["hash"], DIGEST_BYTES).view(np.uint64).reshape(-1, 2)
+        captions_C2[entries] = bytes_of(table["caption_hashes"]).view(np.uint64).reshape(-1, 2)
         row_of_C[entries] = np.repeat(np.arange(rows.start, rows.stop, dtype=np.int32), lengths)
-
-
-def _bytes_of(column: pa.ChunkedArray, width: int | None = None) -> npt.NDArray[np.uint8]:
-    """What a column's binary values hold, end to end; `width`: each of them has so many bytes."""
-    held = []
-    for chunk in column.chunks:
-        if width is None:
-            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            first, end = int(ends[0]), int(ends[-1])
-        else:
-            first, end = chunk.offset * width, (chunk.offset + len(chunk)) * width
-        held.append(np.frombuffer(chunk.buffers()[-1], np.uint8)[first:end])
-    return held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.uint8)])
 
 
 def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_], int]:
@@ -147,6 +138,7 @@ def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
 def _write(
     folder: Path,
     files: list[Path],
+    token_files: list[Path],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     new: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]],
@@ -164,29 +156,18 @@ def _write(
         pairs = open_files.enter_context(pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA))
         tokens = open_files.enter_context(TokenFile(folder, token_dtype(len(tokenizer))))
         bar = open_files.enter_context(tqdm(desc="captions", unit="text", total=len(new_caption)))
-        # The tokenizer's own threads work while the next rows are read and written.
-        ahead = open_files.enter_context(ThreadPoolExecutor(1))
-        coming: Future[tuple[npt.NDArray[Any], npt.NDArray[np.int64]]] | None = None
-
-        def tokenized() -> None:
-            if coming is None:
-                return
-            flat, lengths = coming.result()
+        for table, tokenized in zip(tables_of(files), tables_of(token_files), strict=True):
+            captions, noise = _flat(table, "captions"), _flat(table, "noise")
+            rows = slice(row, row := row + len(table))
+            entries = slice(entry, entry := entry + len(captions))
+            flat, lengths = flat_tokens(tokenized[TOKENS], tokens.dtype, np.flatnonzero(new_caption[entries]))
             tokens.write(flat, lengths)
             told["long_captions"] += int((lengths > longest).sum())
             words = np.concatenate([[0], np.cumsum(~np.isin(flat, special))])
             ends = np.concatenate([[0], np.cumsum(lengths)])
             told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
-
-        for table in tables_of(files):
-            captions, noise = _flat(table, "captions"), _flat(table, "noise")
-            rows = slice(row, row := row + len(table))
-            entries = slice(entry, entry := entry + len(captions))
-            texts = captions.take(pa.array(np.flatnonzero(new_caption[entries])))
-            tokenized()
-            coming = ahead.submit(tokens_of, tokenizer, texts.to_pylist())
             told["width"] = table.schema.field(FEATURE).type.byte_width // 2
-            row_bytes = _bytes_of(table[FEATURE], 2 * told["width"]).reshape(len(table), -1)
+            row_bytes = bytes_of(table[FEATURE], 2 * told["width"]).reshape(len(table), -1)
             features.write(np.ascontiguousarray(row_bytes[new_row[rows]]).data)
             chosen = pa.array(np.flatnonzero(new_pair[entries]))
             here = slice(pair, pair := pair + len(chosen))
@@ -201,7 +182,6 @@ def _write(
             columns |= {name: table[name].take(parents) for name in names}
             pairs.write_table(pa.table({name: columns[name] for name in PAIR_SCHEMA.names}).cast(PAIR_SCHEMA))
             bar.update(len(captions))
-        tokenized()
     return dict(told)
 
 

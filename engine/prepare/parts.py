@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..data.shards import UNREADABLE, BadSample
@@ -36,7 +37,7 @@ COLUMNS = [
     ("caption_hashes", pa.binary()),
     ("noise", pa.list_(pa.bool_())),
 ]
-FEATURE, IMAGE_ID = "feature", "image_id"
+FEATURE, IMAGE_ID, CAPTION_IDS = "feature", "image_id", "caption_ids"
 OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": ["source", "shard"], "write_statistics": False}
 
 
@@ -132,18 +133,25 @@ def is_sound(file: Path | None) -> TypeGuard[Path]:
     return not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file))
 
 
-def keep_origin(folder: Path, part: Path, image_ids_R: npt.NDArray[np.int32]) -> None:
-    """Note beside the store in `folder` what it has of `part`: all but the features, but where these stand [rows].
+def keep_origin(
+    folder: Path, part: Path, image_ids_R: npt.NDArray[np.int32], caption_ids_C: npt.NDArray[np.int32]
+) -> None:
+    """Note beside the store in `folder` what it has of `part`: all but features and tokens, but where these stand, by
+    ids of the rows [rows] and of the captions on these, end to end.
 
     From both, a later call has the part again, as long as its source and the tower stay.
     """
-    aside, row = folder / ".origin.partial", 0
-    schema = pa.schema([*COLUMNS, (IMAGE_ID, pa.int32())])
+    aside, row, entry = folder / ".origin.partial", 0, 0
+    schema = pa.schema([*COLUMNS, (IMAGE_ID, pa.int32()), (CAPTION_IDS, pa.binary())])
     with pq.ParquetWriter(aside, schema, **OPTIONS) as writer:
         for table in tables_of([part], [name for name, _ in COLUMNS]):
-            ids = pa.array(image_ids_R[row : row + len(table)])
-            writer.write_table(table.append_column(IMAGE_ID, ids).cast(schema), row_group_size=ROWS_AT_ONCE)
-            row += len(table)
+            rows = pa.array(image_ids_R[row : row + len(table)])
+            ends = np.cumsum([0, *pc.list_value_length(table["captions"]).to_pylist()])
+            held = np.ascontiguousarray(caption_ids_C[entry : entry + ends[-1]])
+            captions = binary_of(held, ends)
+            ids = table.append_column(IMAGE_ID, rows).append_column(CAPTION_IDS, captions)
+            writer.write_table(ids.cast(schema), row_group_size=ROWS_AT_ONCE)
+            row, entry = row + len(table), entry + int(ends[-1])
         told = pq.read_metadata(part).metadata
         writer.add_key_value_metadata({name: told[name.encode()].decode() for name in ("bad", "slow")})
     sync(aside)
@@ -164,11 +172,31 @@ class Taken:
     def batches(self, bar: Any) -> Iterator[pa.RecordBatch]:
         for table in tables_of([self._origin]):
             feature = _binary(self._features[table[IMAGE_ID].to_numpy()])
-            columns = table.drop_columns([IMAGE_ID]).append_column(FEATURE, pa.chunked_array([feature]))
+            columns = table.select([name for name, _ in COLUMNS]).append_column(FEATURE, pa.chunked_array([feature]))
             yield from columns.combine_chunks().to_batches()
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def bytes_of(column: pa.ChunkedArray, width: int | None = None) -> npt.NDArray[np.uint8]:
+    """What a column's binary values hold, end to end; `width`: each of them has so many bytes."""
+    held = []
+    for chunk in column.chunks:
+        if width is None:
+            ends = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            first, end = int(ends[0]), int(ends[-1])
+        else:
+            first, end = chunk.offset * width, (chunk.offset + len(chunk)) * width
+        held.append(np.frombuffer(chunk.buffers()[-1], np.uint8)[first:end])
+    return held[0] if len(held) == 1 else np.concatenate([*held, np.empty(0, np.uint8)])
+
+
+def binary_of(values: npt.NDArray[Any], ends: npt.NDArray[np.integer[Any]]) -> pa.Array:
+    """values[ends[0]:ends[1]], values[ends[1]:ends[2]] and so on as binary values; `ends` begin at 0."""
+    offsets = (ends * values.itemsize).astype(np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
+    return pa.Array.from_buffers(pa.binary(), len(ends) - 1, buffers)
 
 
 def name_of(file: Path) -> str:

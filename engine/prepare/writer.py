@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from transformers import PreTrainedTokenizerBase
 
 from ..data.store import FORMAT, PAIR_FILES, edges, manifest_digest, read_manifest
 from ..errors import writing
@@ -24,7 +23,7 @@ CAPTIONS_AT_ONCE = 1 << 22
 # Beside a store's files: what each part gave to it.
 ORIGIN = "origin"
 # What building a store leaves beside its files.
-LEFTOVERS = ("part-*.parquet", ".*.partial", "identity.json")
+LEFTOVERS = ("part-*.parquet", "tokens-*.parquet", ".*.partial", "identity.json")
 # What Hugging Face's tokenizers consist of.
 TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model", "spiece.model"),
@@ -59,19 +58,6 @@ class TokenFile:
         self._tokens.write(np.ascontiguousarray(flat, self.dtype).data)
         self._offsets.write(ends.data)
         self.texts, self._end = self.texts + len(lengths), int(ends[-1]) if len(ends) else self._end
-
-
-def tokens_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-    """The tokens of `texts` end to end, and how many each has."""
-    if tokenizer.is_fast:
-        backend = tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        lists = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-    else:
-        lists = tokenizer(texts)["input_ids"] if texts else []
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    return np.fromiter(chain.from_iterable(lists), np.int32, int(lengths.sum())), lengths
 
 
 def write_tokens(folder: Path, token_lists: Iterable[list[int]], dtype: np.dtype[Any]) -> int:

@@ -26,7 +26,7 @@ from efficientclip.files import digests, lock
 from efficientclip.files.places import Location
 from efficientclip.model import frozen
 from efficientclip.model.frozen import image_tower_name
-from efficientclip.prepare import build, parallel, pictures
+from efficientclip.prepare import build, parallel, pictures, tokens
 from efficientclip.prepare.build import prepare
 from tests import tiny
 from tests.formats import files
@@ -314,6 +314,50 @@ def test_a_finished_store_gives_its_parts_to_the_next(tmp_path: Path, config: Co
     encoded.clear()
     prepare(shards, path, config, replace=True)
     assert sorted(encoded) == ["0.tar", "1.tar", "2.tar", "3.tar", "4.tar"]
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+
+
+def test_captions_are_tokenized_once_a_part_and_a_tokenizer(
+    tmp_path: Path, config: Config, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, path, other = write_shards(tmp_path / "shards"), tmp_path / "made", with_tokenizer(tmp_path, config)
+    # A caption twice, one of another part, a new one.
+    write_tar(shards / "2.tar", good(4, "狗") | good(5, "狗") | good(6) | good(7, "新"))
+    told, real = list[list[str]](), tokens.tokens_of
+    monkeypatch.setattr(tokens, "tokens_of", lambda by, texts: told.append(texts) or real(by, texts))
+
+    def interrupted(using: Config) -> list[list[str]]:
+        told.clear()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(build, "merge", _interrupt)
+            prepare(shards, path, using)
+        return told
+
+    assert interrupted(config) == [["猫"], ["猫"], ["狗", "猫", "新"]]
+    assert interrupted(config) == []
+    broken = min(staging(path).glob("tokens-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    broken.write_bytes(broken.read_bytes()[:-1])
+    assert interrupted(config) == [["猫"]]
+    encoded.clear()
+    assert len(interrupted(other)) == 3 and interrupted(other) == [] and encoded == []
+    prepare(shards, path, other)
+    # A finished store gives them to the next, if they are as they were written and of the same tokenizer.
+    write_tar(shards / "1.tar", good(60, "鸟"))
+    told.clear()
+    prepare(shards, path, other, replace=True)
+    assert told == [["鸟"]]
+    flipped = path / "tokens.bin"
+    flipped.write_bytes(bytes(len(flipped.read_bytes())))
+    told.clear()
+    prepare(shards, path, other, replace=True)
+    assert len(told) == 3
+    prepare(shards, tmp_path / "expected", other)
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+    told.clear()
+    encoded.clear()
+    prepare(shards, path, config, replace=True)
+    assert len(told) == 3 and encoded == []
+    prepare(shards, tmp_path / "expected", config, replace=True)
     assert read_manifest(path) == read_manifest(tmp_path / "expected")
 
 
