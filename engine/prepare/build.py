@@ -2,6 +2,7 @@
 
 STORE.partial/identity.json          the mark by which the folder is ours, what is being made
              /part-OF-SHA.parquet    a finished part, by digests of what it was made of and of its content
+             /features-OF-SHA.bin    its features, alike
              /tokens-OF-BY-SHA.parquet    those of a part's captions, by digests of the part, the tokenizer and these
 STORE/origin-OF-SHA.parquet          what a part gave to the finished store, as a part is known
 """
@@ -36,9 +37,10 @@ from ..files.ownership import claim, kind_of
 from ..files.places import Location, is_pattern, location, resolved
 from ..model.frozen import tower_difference
 from .deal import Ranks, dealt
+from .finished import Finished
 from .merge import merge
 from .parallel import parallel_recipe
-from .parts import Making, Taken, bad_of, held_in, is_sound, samples_of, slow_of, write_part
+from .parts import Making, bad_of, has_features, held_in, is_sound, samples_of, slow_of, write_part
 from .pictures import picture_recipe
 from .recipe import Part, Recipe
 from .texts import build_texts
@@ -269,7 +271,7 @@ def _build_pairs(
         made |= {int(part): file for part, file in told["files"].items()}
         tokens_of |= {int(part): file for part, file in told["tokens"].items()}
         causes_of |= {int(part): cause for part, cause in told["bad_shards"].items()}
-    files = [folder / made[at] for at in sorted(made)]
+    files = [(target if made[at].startswith(ORIGIN) else folder) / made[at] for at in sorted(made)]
     bad_shards = [
         {"shard": resolved(shard), "cause": causes_of[at]}
         for at in sorted(causes_of)
@@ -294,12 +296,18 @@ def _build_pairs(
         if recipe.outside:
             # The pictures may be mended before the next call.
             for file in files:
-                if bad_of(file):
+                if file.parent == folder and bad_of(file):
                     file.unlink()
         raise
     with writing(folder):
-        token_files = [folder / tokens_of[at] for at in sorted(made)]
-        merged = merge(folder, files, token_files, tokens.tokenizer, config.training.max_caption_tokens)
+        standing = Store(target) if any(file.parent == target for file in files) else None
+        parts = [
+            Finished(
+                file, folder / tokens_of[at] if at in tokens_of else None, standing if file.parent == target else None
+            )
+            for at, file in zip(sorted(made), files, strict=True)
+        ]
+        merged = merge(folder, parts, tokens.tokenizer, config.training.max_caption_tokens)
     left_out = {"bad_counts": dict(causes), "bad_samples": listed, "bad_shards": bad_shards}
     return {**merged, "slow_pictures": slow, **left_out}
 
@@ -331,9 +339,10 @@ def _make_parts(
     could not be made."""
     bad_shards: dict[int, str] = {}
     with tokens:
-        files = _kept(recipe, mine, target, folder, tokens)
+        kept = _kept(recipe, mine, target, folder, tokens)
+        files = {at: file.name for at, file in kept.items()}
         missing = [at for at in mine if at not in files]
-        found = sum(samples_of(folder / file) for file in files.values())
+        found = sum(samples_of(file) for file in kept.values())
         total = None if recipe.samples is None else sum(recipe.parts[at].size for at in mine)
         # The rate is that of the parts made now.
         with tqdm(total=total, initial=found, unit="sample", desc=target.name, disable=ranks.rank > 0) as bar:
@@ -365,24 +374,22 @@ def _make_parts(
         return {"files": files, "tokens": tokens.files(), "bad_shards": bad_shards}
 
 
-def _kept(recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, tokens: Tokens) -> dict[int, str]:
-    """The parts of these numbers that stand, or that the store at `target` has, by their files' names."""
-    files: dict[int, str] = {}
+def _kept(recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, tokens: Tokens) -> dict[int, Path]:
+    """The parts of these numbers that stand, or else their origins in the store at `target`."""
+    files: dict[int, Path] = {}
     parts, origins = held_in(folder), held_in(target, ORIGIN)
-    # Read, and proved, where a part is wanted out of it.
+    # Read, and proved, where one is wanted.
     standing, texts = cache(partial(_proved, target, "features.bin")), cache(partial(_proved, target, *TEXT_FILES))
     for at in mine:
         name = recipe.parts[at].name
-        file, origin, taken = parts.get(name), origins.get(name), None
-        if not is_sound(file):
-            file = None
-            if is_sound(origin) and (store := standing()) is not None:
-                file = write_part(folder, name, Taken(origin, store.features), None)
-                if tokens.stand_in(origin, store) and (store := texts()) is not None:
-                    taken = origin, store
-        if file is not None:
-            files[at] = file.name
-            tokens.begin(at, file, taken)
+        part, origin = parts.get(name), origins.get(name)
+        if is_sound(part) and has_features(part):
+            files[at] = part
+            tokens.begin(at, part)
+        elif is_sound(origin) and (store := standing()) is not None:
+            files[at] = origin
+            if not tokens.are_in(origin, store) or texts() is None:
+                tokens.begin(at, origin)
     return files
 
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.store import PAIR_SCHEMA
 from ..files.scratch import scratch
-from .parts import DIGEST_BYTES, FEATURE, bytes_of, keep_origin, tables_of
-from .tokens import TOKENS, flat_tokens
+from .finished import Finished
+from .parts import DIGEST_BYTES, bytes_of, keep_origin, tables_of
 from .writer import TokenFile, token_dtype, write_ids
 
 SORTED_AT_ONCE = 1 << 22
@@ -32,15 +32,14 @@ SCANNED_AT_ONCE = 1 << 20
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
-def merge(
-    folder: Path, files: list[Path], token_files: list[Path], tokenizer: PreTrainedTokenizerBase, longest: int
-) -> dict[str, Any]:
-    """Give ids to distinct frozen rows and captions of parts, drop repeated pairs, and write the store's files.
-    `token_files`: of each part the tokens of its captions, by `tokenizer`.
+def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
+    """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
 
+    `tokenizer` made the parts' tokens, and goes into the store.
     Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
     Ids count in the order of first occurrence.
     """
+    files = [part.file for part in parts]
     rows, entries = _sizes(files)
     row_digests, caption_digests = scratch((rows, 2), np.uint64, folder), scratch((entries, 2), np.uint64, folder)
     row_of = scratch((entries,), np.int32, folder)
@@ -60,7 +59,7 @@ def merge(
         there = slice(done, done := done + len(chosen))
         image_ids[there], kept_captions[there] = row_ids[row_of[here]][chosen], caption_ids[here][chosen]
     new = new_row, new_caption, new_pair
-    told = _write(folder, files, token_files, tokenizer, longest, new, image_ids, kept_captions)
+    told = _write(folder, parts, tokenizer, longest, new, image_ids, kept_captions)
     write_ids(folder, image_ids, kept_captions, captions)
     row = entry = 0
     for file in files:
@@ -137,8 +136,7 @@ def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
 
 def _write(
     folder: Path,
-    files: list[Path],
-    token_files: list[Path],
+    parts: list[Finished],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
     new: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]],
@@ -156,19 +154,19 @@ def _write(
         pairs = open_files.enter_context(pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA))
         tokens = open_files.enter_context(TokenFile(folder, token_dtype(len(tokenizer))))
         bar = open_files.enter_context(tqdm(desc="captions", unit="text", total=len(new_caption)))
-        for table, tokenized in zip(tables_of(files), tables_of(token_files), strict=True):
+        for held in (held for part in parts for held in part.rows(tokens.dtype)):
+            table = held.table
             captions, noise = _flat(table, "captions"), _flat(table, "noise")
             rows = slice(row, row := row + len(table))
             entries = slice(entry, entry := entry + len(captions))
-            flat, lengths = flat_tokens(tokenized[TOKENS], tokens.dtype, np.flatnonzero(new_caption[entries]))
+            flat, lengths = held.tokens_of(np.flatnonzero(new_caption[entries]))
             tokens.write(flat, lengths)
             told["long_captions"] += int((lengths > longest).sum())
             words = np.concatenate([[0], np.cumsum(~np.isin(flat, special))])
             ends = np.concatenate([[0], np.cumsum(lengths)])
             told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
-            told["width"] = table.schema.field(FEATURE).type.byte_width // 2
-            row_bytes = bytes_of(table[FEATURE], 2 * told["width"]).reshape(len(table), -1)
-            features.write(np.ascontiguousarray(row_bytes[new_row[rows]]).data)
+            told["width"] = held.features.shape[1]
+            features.write(held.features[held.places[new_row[rows]]].data)
             chosen = pa.array(np.flatnonzero(new_pair[entries]))
             here = slice(pair, pair := pair + len(chosen))
             parents = pc.list_parent_indices(table["captions"].combine_chunks()).take(chosen)

@@ -1,4 +1,8 @@
-"""Parts of a pair store: what a piece of a source gives, as columns, in a file that is known by what it was made of."""
+"""Parts of a pair store: what a piece of a source gives, as columns, in a file that is known by what it was made of.
+
+part-OF-SHA.parquet     a row a picture, or a text of the frozen side
+features-OF-SHA.bin     fp16 [rows, D] of these; the part's metadata tells their digest and D
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from xxhash import xxh3_128
 
 from ..data.shards import UNREADABLE, BadSample
 from ..errors import reading, writing
@@ -79,38 +84,51 @@ def _binary(rows_MD: npt.NDArray[np.float16]) -> pa.Array:
 
 
 def write_part(folder: Path, name: str, making: Making, bar: Any) -> Path:
-    """Write a part of that name, in place of any other; returns its file."""
+    """Write a part of that name, in place of any other; returns its file, beside which its features stand."""
     # A rank of an earlier call may be about to end only.
-    aside = folder / f".part-{name}-{os.getpid()}.partial"
+    aside, features = (folder / f".{kind}-{name}-{os.getpid()}.partial" for kind in ("part", "features"))
     try:
         with writing(folder):
-            _write(aside, making.batches(bar), making)
+            digest = _write(aside, features, making.batches(bar), making)
+            sync(features)
             sync(aside)
             file = folder / f"part-{name}-{digest_of(aside)}.parquet"
-            for other in folder.glob(f"part-{name}-*.parquet"):
-                if other != file:
+            new = folder / f"features-{name}-{digest}.bin"
+            for other in (*folder.glob(f"part-{name}-*.parquet"), *folder.glob(f"features-{name}-*.bin")):
+                if other not in (file, new):
                     other.unlink()
+            os.replace(features, new)
             os.replace(aside, file)
             sync(folder)
     except BaseException:
         aside.unlink(missing_ok=True)
+        features.unlink(missing_ok=True)
         raise
     return file
 
 
-def _write(file: Path, batches: Iterator[pa.RecordBatch], making: Making) -> None:
-    first = next(batches, None)
-    schema = pa.schema(COLUMNS) if first is None else first.schema
-    with pq.ParquetWriter(file, schema, **OPTIONS) as writer:
-        for rows in _gathered([] if first is None else [first], batches):
-            writer.write_table(pa.Table.from_batches(rows), row_group_size=ROWS_AT_ONCE)
+def _write(file: Path, features: Path, batches: Iterable[pa.RecordBatch], making: Making) -> str:
+    """Columns and features apart; the digest of these."""
+    state, width = xxh3_128(), 0
+    with pq.ParquetWriter(file, pa.schema(COLUMNS), **OPTIONS) as writer, features.open("wb") as stream:
+        for rows in _gathered(batches):
+            table = pa.Table.from_batches(rows)
+            width = table.schema.field(FEATURE).type.byte_width // 2
+            for chunk in table[FEATURE].chunks:
+                content = bytes_of(pa.chunked_array([chunk]), 2 * width).data
+                stream.write(content)
+                state.update(content)
+            writer.write_table(table.drop_columns([FEATURE]), row_group_size=ROWS_AT_ONCE)
         told = json.dumps([asdict(entry) for entry in making.bad], ensure_ascii=False)
-        writer.add_key_value_metadata({"bad": told, "slow": str(making.slow)})
+        digest = state.hexdigest()
+        writer.add_key_value_metadata({"bad": told, "slow": str(making.slow), "width": str(width), "features": digest})
+    return digest
 
 
-def _gathered(held: list[pa.RecordBatch], more: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
-    for batch in more:
-        if sum(map(len, held)) + len(batch) > ROWS_AT_ONCE:
+def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[list[pa.RecordBatch]]:
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        if held and sum(map(len, held)) + len(batch) > ROWS_AT_ONCE:
             yield held
             held = []
         held.append(batch)
@@ -131,6 +149,21 @@ def is_sound(file: Path | None) -> TypeGuard[Path]:
     if file is None or not file.stem.endswith(digest_of(file)):
         return False
     return not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file))
+
+
+def has_features(part: Path) -> bool:
+    """Whether the features beside a part are as they were written; parts of earlier versions held them."""
+    told = pq.read_metadata(part).metadata.get(b"features")
+    return told is not None and (file := features_file(part)).is_file() and digest_of(file) == told.decode()
+
+
+def features_file(part: Path) -> Path:
+    digest = pq.read_metadata(part).metadata[b"features"].decode()
+    return part.with_name(f"features-{name_of(part)}-{digest}.bin")
+
+
+def width_of(part: Path) -> int:
+    return int(pq.read_metadata(part).metadata[b"width"])
 
 
 def keep_origin(
@@ -156,27 +189,6 @@ def keep_origin(
         writer.add_key_value_metadata({name: told[name.encode()].decode() for name in ("bad", "slow")})
     sync(aside)
     os.replace(aside, folder / f"{ORIGIN}-{name_of(part)}-{digest_of(aside)}.parquet")
-
-
-class Taken:
-    """A part on its way out of a store with these features, which was made of it."""
-
-    def __init__(self, origin: Path, features: npt.NDArray[np.float16]) -> None:
-        self._origin, self._features = origin, features
-        self.bad = [BadSample(**entry) for entry in bad_of(origin)]
-        self.slow = slow_of(origin)
-
-    def start(self) -> None:
-        """Nothing is read ahead."""
-
-    def batches(self, bar: Any) -> Iterator[pa.RecordBatch]:
-        for table in tables_of([self._origin]):
-            feature = _binary(self._features[table[IMAGE_ID].to_numpy()])
-            columns = table.select([name for name, _ in COLUMNS]).append_column(FEATURE, pa.chunked_array([feature]))
-            yield from columns.combine_chunks().to_batches()
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def bytes_of(column: pa.ChunkedArray, width: int | None = None) -> npt.NDArray[np.uint8]:

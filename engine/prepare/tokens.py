@@ -26,7 +26,7 @@ from ..data.tokenizer import fingerprint
 from ..errors import writing
 from ..files.digests import digest_of
 from ..hardware import cores_of_rank
-from .parts import CAPTION_IDS, OPTIONS, binary_of, bytes_of, tables_of
+from .parts import CAPTION_IDS, OPTIONS, binary_of, tables_of
 from .writer import token_dtype
 
 TOKENS = "tokens"
@@ -54,22 +54,21 @@ class Tokens:
         self._ended.set()
         self._beside.shutdown(cancel_futures=True)
 
-    def begin(self, at: int, part: Path, taken: tuple[Path, Store] | None = None) -> None:
-        """Those of the part of that number; `taken`: from a store of the same tokenizer, by the origin that it has of
-        the part. An error with those of the part before is raised here."""
+    def begin(self, at: int, part: Path) -> None:
+        """Those of the part of that number, or of its origin; an error with those of the part before is raised here."""
         if self._last is not None:
             self._last.result()
-        self._last = self._coming[at] = self._beside.submit(self._make, part, taken)
+        self._last = self._coming[at] = self._beside.submit(self._make, part)
 
     def files(self) -> dict[int, str]:
         """Names of the files by the numbers of the parts, once all are made."""
         return {at: coming.result() for at, coming in self._coming.items()}
 
-    def stand_in(self, origin: Path, store: Store) -> bool:
+    def are_in(self, origin: Path, store: Store) -> bool:
         """Whether `store` tells which of its tokens, if by this tokenizer, `origin` has; earlier versions did not."""
         return store.manifest["tokenizer"] == self._by and CAPTION_IDS in pq.read_schema(origin).names
 
-    def _make(self, part: Path, taken: tuple[Path, Store] | None) -> str:
+    def _make(self, part: Path) -> str:
         name = f"{TOKENS}-{part.stem.rpartition('-')[2]}-{self._by}"
         for file in self._folder.glob(f"{name}-*.parquet"):
             if file.stem.endswith(digest_of(file)):
@@ -78,7 +77,7 @@ class Tokens:
         aside = self._folder / f".{name}-{os.getpid()}.partial"
         try:
             with writing(self._folder), pq.ParquetWriter(aside, SCHEMA, **OPTIONS) as writer:
-                for flat, lengths in self._of_captions(part) if taken is None else _of_store(*taken):
+                for flat, lengths in self._of_captions(part):
                     writer.write_table(self._table(flat, lengths), row_group_size=max(1, len(lengths)))
             # Not fsynced: what a power cut breaks is told by the digest, and made again in seconds.
             file = self._folder / f"{name}-{digest_of(aside)}.parquet"
@@ -103,22 +102,6 @@ class Tokens:
     def _table(self, flat: npt.NDArray[Any], lengths: npt.NDArray[np.int64]) -> pa.Table:
         ends = np.concatenate([[0], np.cumsum(lengths)])
         return pa.table([binary_of(flat.astype(self._dtype, copy=False), ends)], schema=SCHEMA)
-
-
-def _of_store(origin: Path, store: Store) -> Iterator[Flat]:
-    for table in tables_of([origin], [CAPTION_IDS]):
-        ids = bytes_of(table[CAPTION_IDS]).view(np.int32)
-        starts = store.offsets[ids]
-        lengths = store.offsets[ids + 1] - starts
-        yield store.tokens[ranges(starts, lengths)], lengths
-
-
-def flat_tokens(column: pa.ChunkedArray, dtype: np.dtype[Any], chosen: npt.NDArray[np.int64]) -> Flat:
-    """Those of the `chosen` captions end to end, and how many each has."""
-    tokens = column.combine_chunks()
-    lengths = pc.binary_length(tokens).to_numpy().astype(np.int64) // dtype.itemsize
-    starts = np.cumsum(lengths) - lengths
-    return bytes_of(column).view(dtype)[ranges(starts[chosen], lengths[chosen])], lengths[chosen]
 
 
 def _uncut(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

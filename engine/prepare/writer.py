@@ -23,7 +23,7 @@ CAPTIONS_AT_ONCE = 1 << 22
 # Beside a store's files: what each part gave to it.
 ORIGIN = "origin"
 # What building a store leaves beside its files.
-LEFTOVERS = ("part-*.parquet", "tokens-*.parquet", ".*.partial", "identity.json")
+LEFTOVERS = ("part-*.parquet", "features-*.bin", "tokens-*.parquet", ".*.partial", "identity.json")
 # What Hugging Face's tokenizers consist of.
 TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model", "spiece.model"),

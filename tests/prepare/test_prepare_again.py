@@ -279,6 +279,11 @@ def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
     part = min(staging(path).glob("part-*.parquet"), key=lambda file: file.stat().st_mtime_ns)
     part.write_bytes(part.read_bytes().replace("猫".encode(), "狗".encode(), 1))
     assert interrupted(config) == ["0.tar"]
+    features = min(staging(path).glob("features-*.bin"), key=lambda file: file.stat().st_mtime_ns)
+    features.write_bytes(bytes(len(features.read_bytes())))
+    assert interrupted(config) == ["1.tar"]
+    features.unlink()
+    assert interrupted(config) == ["1.tar"]
     write_tar(shards / "00.tar", good(50))
     assert interrupted(config) == ["00.tar"]
     write_tar(shards / "1.tar", good(60) | good(61))
@@ -295,7 +300,9 @@ def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
     assert len(left) == 4 and all(name.startswith("origin-") for name in left)
 
 
-def test_a_finished_store_gives_its_parts_to_the_next(tmp_path: Path, config: Config, encoded: list[str]) -> None:
+def test_a_finished_store_gives_its_parts_to_the_next(
+    tmp_path: Path, config: Config, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards, path = write_shards(tmp_path / "shards", 4), tmp_path / "made"
     # Of a part, a row stands in another and a sample makes none.
     write_tar(shards / "3.tar", good(0) | good(9) | {"010.txt": "猫".encode()})
@@ -303,6 +310,12 @@ def test_a_finished_store_gives_its_parts_to_the_next(tmp_path: Path, config: Co
     write_tar(shards / "1.tar", good(60) | good(0, "狗") | good(61))
     write_tar(shards / "4.tar", good(70))
     encoded.clear()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build, "merge", _interrupt)
+        prepare(shards, path, config, replace=True)
+    # The others are read where they stand.
+    kinds = [file.name.partition("-")[0] for file in staging(path).iterdir() if not file.name.startswith(".")]
+    assert sorted(kinds) == ["features", "features", "identity.json", "part", "part", "tokens", "tokens"]
     again = prepare(shards, path, config, replace=True)
     assert encoded == ["1.tar", "4.tar"]
     prepare(shards, tmp_path / "expected", config)
