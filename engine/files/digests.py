@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -50,22 +51,21 @@ def digest_of(file: Path, progress: Callable[[int], Any] = lambda read: None) ->
     return state.hexdigest()
 
 
-def described(folder: Path, files: Iterable[str]) -> Described:
-    """Size and digest of `files` in `folder`, each fsynced while others are hashed."""
+def described(folder: Path, files: Iterable[str], known: Mapping[str, str] = MappingProxyType({})) -> Described:
+    """Size and digest of `files` in `folder`, each fsynced while others are hashed, but for the `known` digests."""
     names = sorted(files)
-    total = sum((folder / name).stat().st_size for name in names)
+    unread = [name for name in names if name not in known]
+    total = sum((folder / name).stat().st_size for name in unread)
     with (
         tqdm(total=total, desc=f"digests of {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
         ThreadPoolExecutor(4) as syncing,
         ThreadPoolExecutor(4) as hashing,
     ):
         synced = syncing.map(lambda name: sync(folder / name), names)
-        digests = list(hashing.map(lambda name: digest_of(folder / name, bar.update), names))
+        read = hashing.map(lambda name: digest_of(folder / name, bar.update), unread)
+        found = {**known, **dict(zip(unread, read, strict=True))}
         list(synced)
-    return {
-        name: {"bytes": (folder / name).stat().st_size, "xxh3": digest}
-        for name, digest in zip(names, digests, strict=True)
-    }
+    return {name: {"bytes": (folder / name).stat().st_size, "xxh3": found[name]} for name in names}
 
 
 def files_in(folder: Path) -> list[str]:

@@ -150,7 +150,8 @@ def _built(
         manifest = {**identity, **build(folder)}
         bad = {entry["shard"] for entry in manifest.get("bad_shards", ())}
         manifest["source_fingerprint"] = _fingerprint(known, bad)
-        finish(folder, target, manifest, PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES)
+        digests = manifest.pop("digests", {})
+        finish(folder, target, manifest, PAIR_FILES if manifest["kind"] == "pairs" else TEXT_FILES, digests)
     return manifest
 
 

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from xxhash import xxh3_128
 
 from ..data.store import PAIR_SCHEMA
 from ..files.scratch import scratch
@@ -35,7 +36,9 @@ SPREAD = np.uint64(0x9E3779B97F4A7C15)
 def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
     """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
 
-    `tokenizer` made the parts' tokens, and goes into the store.
+    `tokenizer` made the parts' tokens, and goes into the store. Returns what the manifest tells of it, and `digests` of
+    files, by name, that were computed while these were written.
+
     Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
     Ids count in the order of first occurrence.
     """
@@ -148,7 +151,7 @@ def _write(
     new_row, new_caption, new_pair = new
     told = Counter[str](long_captions=0, unknown_captions=0, width=0)
     special = np.array(sorted(tokenizer.all_special_ids))
-    row = entry = pair = 0
+    row, entry, pair, digest = 0, 0, 0, xxh3_128()
     with ExitStack() as open_files:
         features = open_files.enter_context((folder / "features.bin").open("wb"))
         pairs = open_files.enter_context(pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA))
@@ -166,7 +169,9 @@ def _write(
             ends = np.concatenate([[0], np.cumsum(lengths)])
             told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
             told["width"] = held.features.shape[1]
-            features.write(held.features[held.places[new_row[rows]]].data)
+            content = held.features[held.places[new_row[rows]]].data
+            features.write(content)
+            digest.update(content)
             chosen = pa.array(np.flatnonzero(new_pair[entries]))
             here = slice(pair, pair := pair + len(chosen))
             parents = pc.list_parent_indices(table["captions"].combine_chunks()).take(chosen)
@@ -180,7 +185,7 @@ def _write(
             columns |= {name: table[name].take(parents) for name in names}
             pairs.write_table(pa.table({name: columns[name] for name in PAIR_SCHEMA.names}).cast(PAIR_SCHEMA))
             bar.update(len(captions))
-    return dict(told)
+    return {**told, "digests": {"features.bin": digest.hexdigest()}}
 
 
 def _flat(table: pa.Table, column: str) -> pa.Array:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -96,11 +97,18 @@ def _between(ids: npt.NDArray[Any], first: int, end: int) -> npt.NDArray[np.int6
     return np.concatenate([np.empty(0, np.int64), *found])
 
 
-def finish(folder: Path, path: Path, manifest: dict[str, Any], files: Sequence[str]) -> None:
-    """Checksum and fsync `files` and the tokenizer, write the manifest last, and `settle` the store at `path`."""
+def finish(
+    folder: Path,
+    path: Path,
+    manifest: dict[str, Any],
+    files: Sequence[str],
+    known: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Checksum and fsync `files` and the tokenizer, write the manifest last, and `settle` the store at `path`. `known`:
+    digests of files that need not be read again."""
     with writing(folder):
         tokenizer = [f"tokenizer/{name}" for name in digests.files_in(folder / "tokenizer")]
-        described = digests.described(folder, [*files, *tokenizer])
+        described = digests.described(folder, [*files, *tokenizer], known)
         whole = {"format": FORMAT, **manifest, "files": described}
         whole["sha256"] = manifest_digest(whole)
         write_atomically(folder / "manifest.json", json.dumps(whole, ensure_ascii=False, indent=1).encode())
