@@ -107,7 +107,7 @@ def prepare(
         identity |= {"tower": recipe.tower, "images_folder": None if images is None else resolved(images)}
         identity |= {"columns": columns.given} if columns.given else {}
         source_names = ", ".join(map(str, given.values()))
-        tokens = Tokens(staging(target), tokenizer)
+        tokens = Tokens(staging(target), tokenizer, by)
         build = partial(_build_pairs, recipe, source_names, target, config, tokens, ranks)
     identity |= {"source_fingerprint": _fingerprint(known), "tokenizer": by}
     if ranks.rank > 0:
@@ -340,7 +340,7 @@ def _make_parts(
     could not be made."""
     bad_shards: dict[int, str] = {}
     with tokens:
-        kept = _kept(recipe, mine, target, folder, tokens)
+        kept = _kept(recipe, mine, target, folder, tokens, quiet=ranks.rank > 0)
         files = {at: file.name for at, file in kept.items()}
         missing = [at for at in mine if at not in files]
         found = sum(samples_of(file) for file in kept.values())
@@ -375,13 +375,15 @@ def _make_parts(
         return {"files": files, "tokens": tokens.files(), "bad_shards": bad_shards}
 
 
-def _kept(recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, tokens: Tokens) -> dict[int, Path]:
+def _kept(
+    recipe: Recipe, mine: Sequence[int], target: Path, folder: Path, tokens: Tokens, *, quiet: bool
+) -> dict[int, Path]:
     """The parts of these numbers that stand, or else their origins in the store at `target`."""
     files: dict[int, Path] = {}
     parts, origins = held_in(folder), held_in(target, ORIGIN)
     # Read, and proved, where one is wanted.
     standing, texts = cache(partial(_proved, target, "features.bin")), cache(partial(_proved, target, *TEXT_FILES))
-    for at in mine:
+    for at in tqdm(mine, f"{target.name}, parts that stand", unit="part", disable=quiet or not (parts or origins)):
         name = recipe.parts[at].name
         part, origin = parts.get(name), origins.get(name)
         if is_sound(part) and has_features(part):

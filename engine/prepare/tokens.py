@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from ..data.store import Store, ranges
-from ..data.tokenizer import fingerprint
 from ..errors import writing
 from ..files.digests import digest_of
 from ..hardware import cores_of_rank
@@ -37,11 +36,11 @@ Flat = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 class Tokens:
     """Makes the tokens of parts, one part at a time, beside whatever else the rank does."""
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        # The tokenizer's own threads are those of this rank.
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, by: str) -> None:
+        """`by`: the fingerprint of the tokenizer."""
+        # Its own threads are those of this rank.
         os.environ.setdefault("RAYON_NUM_THREADS", str(cores_of_rank()))
-        self._by = fingerprint(tokenizer)
-        self._folder, self.tokenizer = folder, _uncut(tokenizer)
+        self._folder, self.tokenizer, self._by = folder, _uncut(tokenizer), by
         self._dtype = token_dtype(len(tokenizer))
         self._beside, self._ended = ThreadPoolExecutor(1), Event()
         self._coming: dict[int, Future[str]] = {}
