@@ -1,6 +1,6 @@
 """What does masked-language modelling on unpaired text add to the text tower? On against off at equal pair visits.
 
-    python -m benchmarks.mlm configs/demo.yaml --test stores/demo-test_vendor --seeds 3
+    python -m benchmarks.mlm configs/demo-own.yaml --test stores/demo-own-test_vendor --seeds 3
 
 Arms: `off`; `prose`, the demo's unpaired texts; `reviews`, those and the texts, without labels, of the reviews that
 train the classifier. Unpaired texts are to pairs as 40 to 256, the paper's share, and texts are read up to 120 tokens.

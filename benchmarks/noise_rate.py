@@ -1,6 +1,6 @@
 """How near is the estimated noise rate to the planted one, and what does the estimate drop? Beside a caption centroid.
 
-    python -m benchmarks.noise_rate configs/demo.yaml --shards data/demo/train
+    python -m benchmarks.noise_rate configs/demo-own.yaml --shards data/demo/train
 
 Cases are KIND-RATE; a figure is the mean over seeds, with the least and the greatest. The judge was developed on
 seeds 0 to 2: `--first-seed` is 3 by default. Wrong captions are planted in the demo's store, its features stay: `std`

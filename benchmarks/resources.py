@@ -49,7 +49,7 @@ DATA = Path("data/demo")
 TEST = DATA / "test_vendor.tar"
 HELD_OUT = "val_seen"
 # Visits, batch size, learning rate of efficientclip's trainings at budget 1: short runs need steps, not large batches.
-STARTS = {"demo-image": (24_000, 128, 2.8e-3), "demo": (40_000, 256, 2e-3)}
+STARTS = {"demo-image": (24_000, 128, 2.8e-3), "demo-own": (40_000, 256, 2e-3)}
 # Of CLIP's recipe, before WenLan's.
 WENLAN_START = 48_000
 # What the recipe's R@10 may still gain in the last fifth of its run.
@@ -257,7 +257,7 @@ def sizes() -> str:
     """Parameters of the towers, which all recipes share."""
     clip = Path("configs/demo-clip.yaml")
     both, alone = (measure_work(load_config(clip, [f"training.tower={tower}"]), 8) for tower in ("both", "text"))
-    text = measure_work(load_config(Path("configs/demo.yaml")), 8).parameters
+    text = measure_work(load_config(Path("configs/demo-own.yaml")), 8).parameters
     image = both.parameters - alone.parameters
     return f"towers of every recipe: text {text / 1e6:.1f}M parameters, image {image / 1e6:.1f}M"
 

@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, metavar="CONFIG")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
 
+    head = command(_fit_head, "fit-head", "give a frozen image tower a space that the text tower's teacher knows")
+    head.add_argument("config", type=Path, metavar="CONFIG", help="of an image run, whose tower is pretrained")
+    head.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+
     cross_fit = command(_cross_fit, "cross-fit", "estimate which pairs are wrong, by two towers on half of them each")
     cross_fit.add_argument("config", type=Path, metavar="CONFIG", help="of the run with confidence.cross_fit")
     cross_fit.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
@@ -281,6 +285,15 @@ def _train(given: argparse.Namespace) -> None:
     # A mistake in the config is told before torch is loaded.
     load_config(given.config, given.overrides)
     from .train import main
+
+    main([str(given.config), *given.overrides])
+
+
+def _fit_head(given: argparse.Namespace) -> None:
+    from .config import load_config
+
+    load_config(given.config, given.overrides)
+    from .fit_head import main
 
     main([str(given.config), *given.overrides])
 

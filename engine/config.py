@@ -348,12 +348,21 @@ class DemoData(Section):
     image_size: int = Field(64, ge=16, le=PIXELS)
 
 
+class Head(Section):
+    """Of `efficientclip fit-head` alone."""
+
+    layers: list[int] = Field(
+        [], description="hidden states whose means it reads beside the pooled output; -1 the last"
+    )
+
+
 class Config(Section):
     run: Place = Field(..., description="folder of the run: checkpoints, metrics, report")
     seed: int = Field(0, ge=0, le=SEED)
     demo_data: DemoData = DemoData()
     data: Data = Data()
     model: Model = Model()
+    head: Head = Head()
     objective: Objective = Objective()
     mlm: MaskedLanguageModelling = MaskedLanguageModelling()
     confidence: Confidence = Confidence()

@@ -13,7 +13,7 @@ import efficientclip.kernels
 
 LAYERS = (
     "kernels", "errors", "files", "values", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
-    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "cross_fit",
+    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "fit_head", "cross_fit",
     "profile", "cli",
 )  # fmt: skip
 ENGINE, KERNELS = (Path(package.__path__[0]) for package in (efficientclip, efficientclip.kernels))

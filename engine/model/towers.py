@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal
@@ -29,12 +29,15 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfO
 from ..data.batches import Segments
 from ..errors import UserError
 from . import packed
+from .lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from .published import EfficientCLIPTextConfig, EfficientCLIPTextModel
 
 # Hugging Face knows Chinese-CLIP's text half only as a part of the whole.
 AutoModel.register(ChineseCLIPTextConfig, ChineseCLIPTextModel, exist_ok=True)
 AutoConfig.register(EfficientCLIPTextConfig.model_type, EfficientCLIPTextConfig)
 AutoModel.register(EfficientCLIPTextConfig, EfficientCLIPTextModel)
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
+AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
 
 # What follows attention in a BERT's layer: from there on each token is computed by itself.
 BEHIND_ATTENTION = (BertSelfOutput, RobertaSelfOutput, XLMRobertaSelfOutput, ChineseCLIPTextSelfOutput)
@@ -44,13 +47,16 @@ class ImageTower(nn.Module):
     """Pixels float [M, 3, S, S] to L2-normalised features [M, width].
 
     The pooled output is projected by a linear layer, CLIP's own or a new one; a model of two towers that has none
-    (SigLIP) answers by its `get_image_features`.
+    (SigLIP) answers by its `get_image_features`. With a fitted head (`fitted` in the config: which hidden states it
+    reads), the layer has a bias and projects the pooled output beside the means of these states, each normalised.
     """
 
     def __init__(self, config: PreTrainedConfig, width: int, backbone: PreTrainedModel | None = None) -> None:
         super().__init__()
         self.backbone = backbone if backbone is not None else AutoModel.from_config(config)
-        self.projection = None if hasattr(self.backbone, "get_image_features") else nn.LazyLinear(width, bias=False)
+        self.fitted: list[int] | None = getattr(config, "fitted", None)
+        own = self.fitted is None and hasattr(self.backbone, "get_image_features")
+        self.projection = None if own else nn.LazyLinear(width, bias=self.fitted is not None)
         if self.projection is not None:
             self._materialise(config)
 
@@ -70,8 +76,29 @@ class ImageTower(nn.Module):
             output = encode(pixel_values=pixels)
             features = getattr(output, "pooler_output", output)
         else:
-            features = self.projection(self.backbone(pixel_values=pixels).pooler_output.flatten(1))
+            pooled = self.pooled(pixels, self.fitted)
+            # A fitted head raises faint directions: rounding must not come with them.
+            with (
+                nullcontext()
+                if self.fitted is None or pixels.is_meta
+                else torch.autocast(pixels.device.type, enabled=False)
+            ):
+                features = self.projection(pooled)
         return F.normalize(features.float(), dim=-1)
+
+    def pooled(self, pixels: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
+        """What the projection reads [M, inputs]: the pooled output alone, or beside the means of `layers`, each part
+        normalised."""
+        output = self.backbone(pixel_values=pixels, **({"output_hidden_states": True} if layers else {}))
+        if layers is None:
+            pooled: torch.Tensor = output.pooler_output.flatten(1)
+            return pooled
+        hidden = output.hidden_states or ()
+        if wrong := [layer for layer in layers if not -len(hidden) <= layer < len(hidden)]:
+            raise UserError(f"head.layers: {wrong[0]}, but this tower tells {len(hidden)} hidden states, 0 the first")
+        means = [hidden[layer] for layer in layers]
+        means = [states.mean((2, 3) if states.dim() == 4 else 1) for states in means]
+        return torch.cat([F.normalize(part.float(), dim=-1) for part in (output.pooler_output.flatten(1), *means)], 1)
 
 
 class TextTower(nn.Module):

@@ -216,11 +216,20 @@ def _image_start(config: Config) -> Inputs:
         raise UserError("model: training.tower=image needs image_tower (what trains) and teacher (what it learns from)")
     teacher = Teacher(config.model.teacher)
     cache = Cache.of(config.data)
-    sources = _opened(config, cache)
+    sources = opened_sources(config, cache)
     weights = [source.weight for source in config.data.sources.values()]
     pictures = load_pictures(sources, tower.size, config.data.max_bad_shards)
     source = PicturePairs(pictures, teacher.encode, tower, config.training.augmentation, config.seed, weights)
-    held_out = {}
+    identity = {"store": None, "tower": None, "tokenizer": None, "pictures": listed(sources)}
+    return Inputs(source, picture_reports(config, cache), identity | {"teacher": teacher_name(config.model.teacher)})
+
+
+def picture_reports(config: Config, cache: Cache | None) -> Validate:
+    """How well the names of the pictures of data.validation, by the teacher, find these by an image tower."""
+    tower = config.model.image_tower
+    if tower is None or config.model.teacher is None:
+        raise UserError("model: data.validation needs image_tower and teacher")
+    teacher, held_out = Teacher(config.model.teacher), dict[str, PicturePairs]()
     for name, path in config.data.validation.items():
         pictures = load_pictures([open_source(path, cache=cache)], tower.size)
         names = [captions[:1] for captions in pictures.captions]
@@ -231,16 +240,15 @@ def _image_start(config: Config) -> Inputs:
     def validate(module: torch.nn.Module) -> dict[str, dict[str, Any]]:
         return {name: _picture_report(module, held) for name, held in held_out.items()}
 
-    identity = {"store": None, "tower": None, "tokenizer": None, "pictures": _listed(sources)}
-    return Inputs(source, validate, identity | {"teacher": teacher_name(config.model.teacher)})
+    return validate
 
 
-def _opened(config: Config, cache: Cache | None) -> list[Source]:
+def opened_sources(config: Config, cache: Cache | None) -> list[Source]:
     given = (source.path for source in config.data.sources.values())
     return [open_source(path, cache=cache) for path in given if path is not None]
 
 
-def _listed(sources: Sequence[Source]) -> list[list[Any]]:
+def listed(sources: Sequence[Source]) -> list[list[Any]]:
     """Names and sizes of the files: their bytes are read by every epoch, and too many to be read before."""
     return [[file.name, _size(file)] for source in sources for file in source.files]
 
@@ -265,7 +273,7 @@ def both_towers(config: Config) -> Inputs:
     if config.model.start_from is not None:
         _check_pair(config.model.start_from, tower, fingerprint(tokenizer))
     cache = Cache.of(config.data)
-    sources = _opened(config, cache)
+    sources = opened_sources(config, cache)
     held_out = {
         name: HeldOutImages(open_source(path, cache=cache), tower, tokenizer)
         for name, path in config.data.validation.items()
@@ -285,7 +293,7 @@ def both_towers(config: Config) -> Inputs:
     identity = {
         "store": None,
         "tower": None,
-        "pictures": _listed(sources),
+        "pictures": listed(sources),
         "tokenizer": fingerprint(tokenizer),
         "vocabulary": len(tokenizer),
         "width": config.model.width,

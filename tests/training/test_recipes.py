@@ -84,6 +84,8 @@ def said(file: Path) -> dict[str, Any]:
 
 
 RUNS = {said(ROOT / file)["run"]: name for name, file in RECIPES.items()}
+# These train nothing.
+HEADS = {name for name, file in RECIPES.items() if "head.layers" in said(ROOT / file)}
 
 
 def changed(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -101,6 +103,8 @@ def changed(recipe: dict[str, Any]) -> dict[str, Any]:
         changes |= {f"model.text_tower.architecture.{name}": size for name, size in hub.SIZES.items()}
     if recipe.get("model.teacher.kind") == "usem3":
         changes |= {"model.teacher.kind": "clip", "model.teacher.pretrained": "teacher"}
+    if "head.layers" in recipe:
+        changes["head.layers"] = [0, -1]
     if not any(key.startswith("data.validation.") for key in recipe):
         changes["data.validation.held"] = recipe.get("data.store", "held.tar")
     return changes
@@ -206,6 +210,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             hubs = {key: value for key, value in named.items() if value and key.rpartition(".")[2] in HUB_OR_PATH}
             assert all(value.startswith(str(folder)) for value in hubs.values()), f"from the hub itself: {hubs}"
             data(config)
+            if name in HEADS:
+                run(1, *arguments, module="efficientclip.fit_head")
+                return folder
             judged(config, arguments)
             ranks = RANKS.get(name, 1)
             run(ranks, *arguments, script=WORKER, code=-signal.SIGKILL, KILLED_BEFORE=str(KILLED_BEFORE))
@@ -218,7 +225,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_a_head_is_fitted(finished: Callable[[str], Path], name: str) -> None:
+    made = load_model(finished(name) / said(ROOT / RECIPES[name])["run"])
+    assert made.text is None and made.image is not None and made.image.fitted == [0, -1]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - HEADS))
 def test_a_recipe_starts_is_killed_goes_on_and_ends(finished: Callable[[str], Path], name: str) -> None:
     recipe = said(ROOT / RECIPES[name])
     folder = finished(name)

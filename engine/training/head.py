@@ -1,0 +1,183 @@
+"""`efficientclip fit-head CONFIG`: a space for a frozen image tower that has none, or another one, in closed form.
+
+What the tower says of a picture (its pooled output and the means of the hidden states `head.layers`, each normalised,
+end to end) is centred and projected on its principal directions, each divided by the root of its singular value. The
+normalised rows are then turned by the orthogonal matrix that brings them nearest to what the teacher makes of the
+pictures' English names (Schönemann 1966): a text tower that was distilled from that teacher knows this space already.
+
+The folder that it leaves is that of a finished image run: model.image_tower.pretrained takes it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..config import Config
+from ..data.cache import Cache
+from ..data.images import ImageLoader
+from ..data.sources import Source
+from ..errors import UserError, tell, writing
+from ..files import digests
+from ..files.atomic import as_umask, put_in_place
+from ..hardware import compute_dtype, record_hardware
+from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, load_model
+from ..model.frozen import image_tower_name, teacher_name
+from ..model.pretrained import load_image_tower
+from ..model.teacher import Teacher
+from .distributed import process_group
+from .run_folder import describe, finished, owned, seal
+from .runs import listed, opened_sources, picture_reports
+
+Floats = npt.NDArray[np.float64]
+
+
+def fit_head(config: Config) -> int:
+    """Fit the head and write it with its tower to `config.run`; the exit code.
+
+    Up to training.pair_visits pictures of data.sources are looked at, training.batch_size at a time. Without
+    model.teacher the space is not turned. UserError where there are fewer pictures than dimensions.
+    """
+    tower = config.model.image_tower
+    if tower is None or tower.pretrained is None or config.training.tower != "image":
+        raise UserError("fit-head: needs training.tower=image and model.image_tower.pretrained, the tower to be fitted")
+    with process_group(config), owned(config.run, "run", "fit-head"):
+        if dist.get_world_size() > 1:
+            raise UserError("fit-head: runs on one rank; start it without a launcher")
+        cache = Cache.of(config.data)
+        sources = opened_sources(config, cache)
+        identity = {
+            **dict.fromkeys(("store", "tower", "tokenizer")),
+            "pictures": listed(sources),
+            "teacher": None if config.model.teacher is None else teacher_name(config.model.teacher),
+            "weights": image_tower_name(tower),
+        }
+        if finished(config, identity):
+            print(f"{config.run}: stands already")
+            return 0
+        # Cut short, it left nothing that could go on.
+        shutil.rmtree(config.run / "model", ignore_errors=True)
+        describe(config, identity, None)
+        record_hardware(config.run / "hardware.json", 0, 1)
+        model = _fitted(config, sources)
+        reports = picture_reports(config, cache)(model) if config.model.teacher is not None else {}
+        with writing(config.run / "metrics.jsonl"), (config.run / "metrics.jsonl").open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"step": 0, "visits": 0, "epoch": 0, "validation": reports}) + "\n")
+        aside = config.run / ".model.partial"
+        with writing(config.run):
+            shutil.rmtree(aside, ignore_errors=True)
+            model.cpu().save_pretrained(aside)
+            as_umask(aside)
+            digests.write_digests(aside)
+        put_in_place(aside, config.run / "model")
+        seal(config.run, {})
+        shown = (f"; {name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
+        print(f"{config.run}: a head of {config.model.width} dimensions{''.join(shown)}")
+    return 0
+
+
+def _fitted(config: Config, sources: Sequence[Source]) -> EfficientCLIP:
+    """The tower with its head."""
+    tower = config.model.image_tower
+    if tower is None or tower.pretrained is None:
+        raise UserError("model.image_tower: not set")
+    whole = (Path(tower.pretrained) / "model" / "config.json").is_file()
+    image = load_model(Path(tower.pretrained)).image if whole else None
+    loaded = load_image_tower("model.image_tower", tower)[0] if image is None else image.backbone
+    # Of a model of two towers, the pictures' half.
+    backbone: PreTrainedModel = getattr(loaded, "vision_model", loaded)
+    described = {**backbone.config.to_dict(), "image_size": tower.size, "fitted": config.head.layers}
+    model = EfficientCLIP(EfficientCLIPConfig(image=described, width=config.model.width), image_backbone=backbone)
+    model.compute = compute_dtype(config.training.precision)
+    torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
+    pooled_NF, names = _pooled(config, model, sources)
+    targets = None if config.model.teacher is None else Teacher(config.model.teacher).encode(names)
+    weight_DF, bias_D = principal_head(pooled_NF, targets, config.model.width)
+    projection: torch.nn.Linear = model.image.projection  # type: ignore[union-attr, assignment]
+    with torch.no_grad():
+        projection.weight.copy_(torch.from_numpy(weight_DF))
+        projection.bias.copy_(torch.from_numpy(bias_D))
+    return model
+
+
+@torch.inference_mode()
+def _pooled(
+    config: Config, model: EfficientCLIP, sources: Sequence[Source]
+) -> tuple[npt.NDArray[np.float32], list[str]]:
+    """What the tower says of pictures, float32 [N, F], and the English name of each, where a teacher is to read it."""
+    tower, image = config.model.image_tower, model.image
+    most, named = config.training.pair_visits, config.model.teacher is not None
+    if tower is None or image is None:
+        raise UserError("model.image_tower: not set")
+    parts: list[npt.NDArray[np.float32]] = []
+    names: list[str] = []
+    device, compute = model.logit_scale.device, model.compute
+    found = 0
+    loader = ImageLoader(
+        sources,
+        batch_size=config.training.batch_size,
+        size=tower.size,
+        mean=tower.mean,
+        std=tower.std,
+        train=False,
+        captions=False,
+        max_bad_shards=config.data.max_bad_shards,
+    )
+    with loader, tqdm(desc=config.run.name, unit="picture") as bar:
+        for batch in loader:
+            chosen = [at for at, english in enumerate(batch.captions_en) if english or not named][: most - found]
+            with torch.autocast(device.type, compute, enabled=compute is not None):
+                parts.append(image.pooled(batch.images[chosen].to(device), config.head.layers).float().cpu().numpy())
+            names += [batch.captions_en[at][0] for at in chosen] if named else []
+            found += len(chosen)
+            bar.update(len(chosen))
+            if found == most:
+                break
+        for shard in loader.bad_shards:
+            tell(f"notice: left out: {shard.cause}")
+    if found <= config.model.width:
+        paths = ", ".join(str(source.path) for source in sources) or "no source"
+        told = " with `captions_en`, which model.teacher reads," if named else ""
+        raise UserError(
+            f"data.sources: {found} pictures{told} in {paths}; a head of model.width={config.model.width} needs more"
+        )
+    return np.concatenate(parts), names
+
+
+def principal_head(
+    pooled_NF: npt.NDArray[np.float32], targets_ND: npt.NDArray[np.float32] | None, width: int
+) -> tuple[Floats, Floats]:
+    """Weight [width, F] and bias [width] of the head: normalise(weight x + bias) is the feature of what is pooled to x.
+
+    UserError where the pictures differ in fewer than `width` directions, or the teacher's features are narrower.
+    """
+    centre_F = pooled_NF.mean(0, dtype=np.float64)
+    offset_NF = pooled_NF - centre_F
+    variance_F, directions_FF = np.linalg.eigh(offset_NF.T @ offset_NF)
+    # The largest last.
+    singular_D = np.sqrt(np.maximum(variance_F[::-1][:width], 0))
+    if len(singular_D) < width or singular_D[-1] < 1e-6 * singular_D[0]:
+        raise UserError(
+            f"model.width: {width}, but the tower tells pictures apart in {int((variance_F > 0).sum())} directions at"
+            " most; lower it, or name more head.layers"
+        )
+    weight_DF = directions_FF[:, ::-1][:, :width].T / np.sqrt(singular_D / singular_D[0])[:, None]
+    if targets_ND is not None:
+        if targets_ND.shape[1] != width:
+            raise UserError(
+                f"model.width: {width}, but the teacher's features are {targets_ND.shape[1]} wide; set it so"
+            )
+        rows_ND = offset_NF @ weight_DF.T
+        rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
+        left, _, right = np.linalg.svd(rows_ND.T @ targets_ND)
+        weight_DF = (left @ right).T @ weight_DF
+    return weight_DF, -weight_DF @ centre_F

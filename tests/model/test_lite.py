@@ -1,0 +1,105 @@
+"""EfficientNet-Lite computes what its released weights were trained for, and opens as any Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel
+
+from efficientclip.model import towers
+from efficientclip.model.lite import STAGES, EfficientNetLiteConfig, EfficientNetLiteModel, from_released
+
+Weights = dict[str, torch.Tensor]
+
+
+def released() -> Weights:
+    """Random weights by the names, and in the shapes, of Lite0's PyTorch releases."""
+    weights: Weights = {}
+
+    def conv(name: str, norm: str, outside: int, inside: int, kernel: int) -> None:
+        scale = (inside * kernel**2) ** -0.5
+        weights[f"{name}.weight"] = torch.randn(outside, inside, kernel, kernel) * scale * 1.5
+        for part, value in (("weight", torch.rand), ("bias", torch.randn), ("running_mean", torch.randn)):
+            weights[f"{norm}.{part}"] = value(outside) * 0.5 + (part == "weight")
+        weights[f"{norm}.running_var"] = torch.rand(outside) + 0.5
+        weights[f"{norm}.num_batches_tracked"] = torch.tensor(7)
+
+    conv("_conv_stem", "_bn0", 32, 3, 3)
+    number, inside = 0, 32
+    for count, kernel, _, expansion, outside in STAGES:
+        for _ in range(count):
+            block, wide = f"_blocks.{number}", inside * expansion
+            if expansion > 1:
+                conv(f"{block}._expand_conv", f"{block}._bn0", wide, inside, 1)
+            conv(f"{block}._depthwise_conv", f"{block}._bn1", wide, 1, kernel)
+            conv(f"{block}._project_conv", f"{block}._bn2", outside, wide, 1)
+            number, inside = number + 1, outside
+    conv("_conv_head", "_bn1", 1280, inside, 1)
+    return weights | {"_fc.weight": torch.randn(1000, 1280), "_fc.bias": torch.randn(1000)}
+
+
+def naive(weights: Weights, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """The states behind each stage, and the pooled features, in fp64, straight from the weights."""
+
+    def step(
+        states: torch.Tensor, name: str, norm: str, stride: int = 1, groups: int = 1, act: bool = True
+    ) -> torch.Tensor:
+        weight = weights[f"{name}.weight"].double()
+        kernel, size = weight.shape[-1], states.shape[-1]
+        pad = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        states = F.pad(states, (pad // 2, pad - pad // 2) * 2)
+        states = F.conv2d(states, weight, stride=stride, groups=groups)
+        mean, var, scale, bias = (
+            weights[f"{norm}.{part}"].double()[:, None, None]
+            for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        states = (states - mean) / (var + 1e-3).sqrt() * scale + bias
+        return states.clamp(0, 6) if act else states
+
+    states = step(pixels, "_conv_stem", "_bn0", 2)
+    number, behind = 0, []
+    for count, _, stride, expansion, _ in STAGES:
+        for at in range(count):
+            block, before = f"_blocks.{number}", states
+            if expansion > 1:
+                states = step(states, f"{block}._expand_conv", f"{block}._bn0")
+            by = stride if at == 0 else 1
+            states = step(states, f"{block}._depthwise_conv", f"{block}._bn1", by, states.shape[1])
+            states = step(states, f"{block}._project_conv", f"{block}._bn2", act=False)
+            states = states + before if states.shape == before.shape else states
+            number += 1
+        behind.append(states)
+    return [*behind, step(states, "_conv_head", "_bn1").mean((2, 3))]
+
+
+# An even edge pads unevenly at strides of 2, an odd one evenly.
+@pytest.mark.parametrize("size", [33, 64])
+def test_features_are_those_of_the_released_weights(size: int) -> None:
+    weights, pixels = released(), torch.randn(2, 3, size, size)
+    model, pixels = from_released(weights).double(), pixels.double()
+    with torch.no_grad():
+        output = model(pixels, output_hidden_states=True)
+        assert model(pixels).hidden_states is None
+    assert output.hidden_states is not None and len(output.hidden_states) == len(STAGES)
+    for mine, expected in zip((*output.hidden_states, output.pooler_output), naive(weights, pixels), strict=True):
+        assert (mine - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_other_weights_are_refused() -> None:
+    weights = released()
+    for wrong in (weights | {"_se.weight": torch.ones(1)}, {k: v for k, v in weights.items() if k != "_bn1.bias"}):
+        with pytest.raises(ValueError, match=r"1 weights are not those of an EfficientNet-Lite0, (_se|_bn1)"):
+            from_released(wrong)
+
+
+def test_a_saved_tower_opens_by_its_type(tmp_path: Path) -> None:
+    config = EfficientNetLiteConfig(stages=[[1, 3, 2, 6, 8]], stem_channels=8, hidden_size=24)
+    model, pixels = EfficientNetLiteModel(config).eval(), torch.randn(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    assert towers.AutoModel is AutoModel
+    opened = AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(opened(pixels).pooler_output, model(pixels).pooler_output)
