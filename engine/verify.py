@@ -27,11 +27,14 @@ from .files.ownership import MARK, RESULTS, kind_of
 from .hardware import read_hardware
 from .noise.rate import FILE as CROSS_FIT
 from .noise.rate import read_cross_fit
+from .prepare.parts import held_in
+from .prepare.writer import ORIGIN
 from .training.run_folder import run_config, run_identity
 
 WHOLE, NOT_COVERED = "whole", "not covered"
 RESTORE = "restore it from a copy, or make it anew"
 WEIGHTS = "*.safetensors"
+ANEW_LATER = "remove it: the store is whole without it, and the next `prepare` that adds to it encodes that part again"
 GIVE = "give a store, a run, a model folder or a cross-fit folder, or one of exported pairs"
 
 
@@ -98,7 +101,11 @@ def _store(store: Path, root: Path) -> Iterator[Part]:
     else:
         kind = Store if manifest["kind"] == Store.kind else TextStore
         yield _checked(file, root, lambda: kind(store).check_contents(), suffix=" and what the files hold")
-    yield from _uncovered(store, {*manifest["files"], file.name}, root)
+    origins = {origin.name: origin for origin in held_in(store, ORIGIN).values()}
+    for origin in origins.values():
+        whole = origin.stem.endswith(digests.digest_of(origin))
+        yield _part(origin, root, None if whole else f"store {origin}: is not what was written; {ANEW_LATER}")
+    yield from _uncovered(store, {*manifest["files"], file.name, *origins}, root)
 
 
 def _run(run: Path, root: Path) -> Iterator[Part]:

@@ -2,7 +2,8 @@
 
 The cost model, on the operations and bytes that `work` counts:
 
-- the image tower encodes every picture once, by a `prepare` on all devices;
+- the image tower encodes every picture once, by a `prepare` on all devices, whose rank 0 puts the store together on
+  one core; `cross-fit` judges the pairs on a core a device;
 - activations are held for each token of a micro-batch, with their gradients for a layer at a time; where layers are
   recomputed, their inputs are held, and one layer's activations;
 - a step reduces every gradient over the ranks in a ring, 2 (W - 1) / W of its bytes, and gathers the batch's features
@@ -34,10 +35,15 @@ from .work import measure_work, operations, positive
 
 DAY = 86_400
 PICTURES, FOLDS = "pictures through the frozen tower", "cross-fit's two towers"
+MERGED, JUDGED = "parts of the store put together", "cross-fit's verdicts"
 # Paid before the run itself.
-BEFORE = (PICTURES, FOLDS)
+BEFORE = (PICTURES, MERGED, FOLDS, JUDGED)
+# Of a core, for each pair: benchmarks/results/prepare.csv and judge.csv.
+MERGE_SECONDS, JUDGE_SECONDS = 5e-6, 8e-5
 TERMS = {
     PICTURES: "model.frozen.FrozenImages.encode_pixels",
+    MERGED: "prepare.merge.merge",
+    JUDGED: "noise.rate.Docket.answers",
     FOLDS: "training.folds.cross_fit",
     "captions": "model.efficientclip.EfficientCLIP.forward",
     "captions and pictures": "model.efficientclip.EfficientCLIP.forward",
@@ -172,6 +178,10 @@ def _counted_plan(config: Config, settings: Settings) -> Plan:
         }
     else:
         seconds = _measured_seconds(config, settings, settings.profile, steps, P * width, zero)
+    if not both:
+        seconds[MERGED] = settings.pairs * MERGE_SECONDS
+    if folds:
+        seconds[JUDGED] = settings.pairs * JUDGE_SECONDS / W
     M = N / W
     together = min(training.micro_batch_size or M, M)
     tokens = min(together * settings.caption_tokens, training.tokens_per_micro_batch or np.inf)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..config import Config, differing_keys
 from .measured import COMPUTED, Profile
-from .plan import BEFORE, DAY, PICTURES, Plan, code_of, counted_for, judged_wrong
+from .plan import BEFORE, DAY, JUDGE_SECONDS, MERGE_SECONDS, PICTURES, Plan, code_of, counted_for, judged_wrong
 from .settings import GIB, Settings
 
 
@@ -112,6 +112,8 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             f" {device.memory / GIB:.0f} GiB, {device.bandwidth / 1e12:.2f} TB/s,"
             f" {settings.link / 1e9:.0f} GB/s between devices, {device.host / 1e9:.0f} GB/s to the host,"
             " by the data sheet",
+            f"a core puts the store together at {1e6 * MERGE_SECONDS:.0f} µs a pair and judges at"
+            f" {1e6 * JUDGE_SECONDS:.0f}, as measured here on a Xeon's; there is one for each device",
             "gradients are exchanged without overlap; the host keeps up: data, ECL's table and Python cost no time, nor"
             " does validation (a profile measures them)",
         )

@@ -64,6 +64,8 @@ def fit_head(config: Config) -> int:
         if finished(config, identity):
             print(f"{config.run}: stands already")
             return 0
+        if (config.run / "checkpoints").exists():
+            raise UserError(f"run {config.run}: holds a run that was trained; name another folder in `run`")
         # Cut short, it left nothing that could go on.
         shutil.rmtree(config.run / "model", ignore_errors=True)
         describe(config, identity, None)

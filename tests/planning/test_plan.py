@@ -17,7 +17,7 @@ from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
 from efficientclip.noise.rate import COLUMNS, FILE
-from efficientclip.planning.plan import TERMS, code_of, pauses, plan
+from efficientclip.planning.plan import MERGE_SECONDS, TERMS, code_of, pauses, plan
 from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, parse_count, parse_devices
 from efficientclip.planning.tables import advice
 from efficientclip.planning.work import measure_work
@@ -104,8 +104,9 @@ def test_a_plan_adds_up() -> None:
     assert list(made.rates.values()) == [0.1 * 67e12, 0.2 * 67e12, 0.4 * 67e12]
     assert list(plan(config(precision="bf16"), SETTINGS).rates.values()) == [0.1 * 989e12, 0.2 * 989e12, 0.4 * 989e12]
     assert made.days(1e13) - fixed == pytest.approx(4 * (made.days(4e13) - fixed))
-    features = 500_000 * work.picture / 1e13 / 86_400 / 8
-    assert made.days(1e13) - made.days(1e13, before=False) == pytest.approx(features)
+    features = 500_000 * work.picture / 1e13 / 8
+    merged = SETTINGS.pairs * MERGE_SECONDS
+    assert made.days(1e13) - made.days(1e13, before=False) == pytest.approx((features + merged) / 86_400)
     assert made.device_days(1e13) == pytest.approx(8 * made.days(1e13))
 
 

@@ -28,6 +28,7 @@ from efficientclip.model import frozen
 from efficientclip.model.frozen import image_tower_name
 from efficientclip.prepare import build, parallel, pictures, tokens
 from efficientclip.prepare.build import prepare
+from efficientclip.verify import broken, verify
 from tests import tiny
 from tests.formats import files
 from tests.prepare.tars import CAPTIONS, as_table, good, png, write_shards, write_tar
@@ -330,6 +331,17 @@ def test_a_finished_store_gives_its_parts_to_the_next(
     prepare(shards, path, config, replace=True)
     assert sorted(encoded) == ["0.tar", "1.tar", "2.tar", "3.tar", "4.tar"]
     assert read_manifest(path) == read_manifest(tmp_path / "expected")
+
+
+def test_damage_to_what_a_store_was_made_of_is_found(tmp_path: Path, config: Config) -> None:
+    prepare(write_shards(tmp_path / "shards"), tmp_path / "store", config)
+    origin, *_ = sorted((tmp_path / "store").glob("origin-*.parquet"))
+    assert broken(verify(tmp_path / "store")) is None
+    content = bytearray(origin.read_bytes())
+    content[len(content) // 2] ^= 1
+    origin.write_bytes(content)
+    error = broken(verify(tmp_path / "store"))
+    assert error is not None and origin.name in str(error) and "whole without it" in str(error)
 
 
 def test_captions_are_tokenized_once_a_part_and_a_tokenizer(

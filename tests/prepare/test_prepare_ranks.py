@@ -13,15 +13,17 @@ import pytest
 
 from efficientclip.config import Config
 from efficientclip.data.store import read_manifest, staging
+from efficientclip.files.places import URL, Location
 from efficientclip.prepare.build import prepare
 from efficientclip.prepare.deal import dealt
+from tests.data.servers import put, s3
 from tests.prepare.tars import good, write_shards, write_tar
 from tests.training import launch
 
 SLOW = Path(__file__).with_name("slow_prepare.py")
 
 
-def started(folder: Path, shards: Path, store: Path, *more: str, ranks: int = 2) -> list[BaseProcess]:
+def started(folder: Path, shards: Location, store: Path, *more: str, ranks: int = 2) -> list[BaseProcess]:
     arguments = (*(["prepare", str(shards), str(store)]), "--config", str(folder / "config.yaml"), *more)
     return launch.start_ranks(folder, *[arguments] * ranks, script=SLOW)
 
@@ -135,3 +137,29 @@ def test_an_error_of_one_rank_ends_all_with_one_message(tmp_path: Path, config: 
     assert [process.exitcode for process in processes] == [2, 2], told
     assert "".join(told).count("error:") == 1 and "9.tar" in "".join(told) and "Traceback" not in "".join(told)
     assert time.monotonic() - began < 20
+
+
+def test_ranks_on_s3_that_were_killed_make_the_store_of_one_on_a_disk(tmp_path: Path, config: Config) -> None:
+    shards = write_shards(tmp_path / "shards", 8)
+    with s3() as server:
+        for shard in shards.glob("*.tar"):
+            put(f"{server.bucket}/many/{shard.name}", shard.read_bytes())
+        source = URL(f"{server.bucket}/many/{{0..7}}.tar")
+        processes = started(tmp_path, source, tmp_path / "made")
+        wait_for(tmp_path, processes, 1, 2)
+        for process in processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, signal.SIGKILL)
+        ended(tmp_path, processes)
+        assert not (tmp_path / "made").exists()
+        left = len(list(staging(tmp_path / "made").glob("part-*.parquet")))
+        server.faults += [("GET", "drop")]
+        processes = started(tmp_path, source, tmp_path / "made")
+        told = ended(tmp_path, processes)
+    assert [process.exitcode for process in processes] == [0, 0], told
+    assert sum(rank.count("encoding") for rank in told) == 8 - left
+    prepare(shards, tmp_path / "expected", config)
+    made, expected = (read_manifest(tmp_path / name)["files"] for name in ("made", "expected"))
+    # The pair table alone tells where pictures lie.
+    made.pop("pairs.parquet"), expected.pop("pairs.parquet")
+    assert made == expected

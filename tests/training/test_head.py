@@ -129,6 +129,9 @@ def test_what_was_cut_short_is_made_again(file: Path, tmp_path: Path) -> None:
     kept = json.loads((head / "digests.json").read_text())
     kept.pop("metrics.jsonl")
     (head / "digests.json").write_text(json.dumps(kept))
+    (head / "checkpoints").mkdir()
+    assert "holds a run that was trained" in run(1, str(file), module="efficientclip.fit_head", code=2)
+    (head / "checkpoints").rmdir()
     run(1, str(file), module="efficientclip.fit_head")
     assert (head / "model" / "model.safetensors").read_bytes() == before
 
