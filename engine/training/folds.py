@@ -74,7 +74,8 @@ def cross_fit(config: Config) -> int:
             if stopped := _train(fold_config, np.flatnonzero(fold == number), rank):
                 return stopped
         judging = folder / "judging"
-        made_of = _made_of(config, store, identity, runs)
+        # The others may be here before rank 0 has written the towers.
+        made_of = _made_of(config, store, identity, runs) if rank == 0 else {}
         standing = _standing(folder, store, made_of) if rank == 0 else None
         if told(standing is not None):
             if standing is not None:
