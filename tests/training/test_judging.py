@@ -20,14 +20,15 @@ from efficientclip.training.folds import MADE_OF, begin, end
 from tests import tiny
 from tests.training.launch import ended, run, start, start_ranks
 
-# Parts of a store of 240 pairs, one line of {folder}/written each, and a death before the one numbered KILLED.
+# Parts of a store of 240 pairs, one line of {folder}/written each, and a death before the one numbered KILLED. Where LATE
+# is set, rank 0 takes its time over a tower's files.
 SCRIPT = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from efficientclip import cross_fit
 from efficientclip.files.parts import Parts
 from efficientclip.noise import rate
-from efficientclip.training import folds, ranks
+from efficientclip.training import folds, ranks, trainer
 
 folds.ENCODED, folds.BATCH, rate.PART, ranks.SILENT_SECONDS = 32, 16, 40, 3
 write, verdicts, killed = Parts.write, rate.Docket.verdicts, os.environ.get("KILLED", "")
@@ -51,6 +52,14 @@ def judged(*arguments):
         die()
     return verdicts(*arguments)
 
+put_in_place = trainer.put_in_place
+
+def late(*paths):
+    time.sleep(1)
+    put_in_place(*paths)
+
+if "LATE" in os.environ and os.environ["RANK"] == "0":
+    trainer.put_in_place = late
 Parts.write, rate.Docket.verdicts = written, judged
 cross_fit.main()
 """
@@ -143,6 +152,13 @@ def test_ranks_share_the_parts_and_say_what_one_says(folder: Path) -> None:
     one, two = (read_cross_fit(folder / name) for name in ("judged", "whole"))
     np.testing.assert_array_equal(one.p, two.p)
     np.testing.assert_array_equal(one.clean_log_odds, two.clean_log_odds)
+
+
+def test_ranks_wait_for_the_towers_that_rank_0_writes(folder: Path) -> None:
+    run(
+        2, str(folder / "config.yaml"), f"confidence.cross_fit={folder / 'late'}", script=folder / "script.py", LATE="1"
+    )
+    assert (folder / "late" / "cross_fit.parquet").is_file()
 
 
 def test_parts_of_other_towers_are_made_anew(folder: Path) -> None:
