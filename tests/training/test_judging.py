@@ -20,8 +20,8 @@ from efficientclip.training.folds import MADE_OF, begin, end
 from tests import tiny
 from tests.training.launch import ended, run, start, start_ranks
 
-# Parts of a store of 240 pairs, one line of {folder}/written each, and a death before the one numbered KILLED. LATE: rank
-# 0 takes its time over a tower's files.
+# Parts of a store of 240 pairs, one line of {folder}/written each, and a death before the one numbered KILLED. LATE has
+# rank 0 take its time over a tower's files.
 SCRIPT = """
 import os, signal, time
 from pathlib import Path
