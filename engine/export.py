@@ -115,7 +115,7 @@ def _require_whole(folder: Path) -> None:
 
 
 def _fits_chinese_clip(model: EfficientCLIP) -> bool:
-    """Chinese-CLIP is a BERT read at [CLS] and CLIP's ViT, each with a projection without bias."""
+    """Chinese-CLIP is a BERT read at [CLS] and CLIP's ViT, each with a projection without bias of that state alone."""
     text, image = model.text, model.image
     return (
         text is not None
@@ -124,6 +124,7 @@ def _fits_chinese_clip(model: EfficientCLIP) -> bool:
         and not getattr(text.backbone.config, "is_decoder", False)
         and isinstance(image, ImageTower)
         and image.projection is not None
+        and image.fitted is None
         and image.backbone.config.model_type in IMAGE_TYPES
     )
 

@@ -50,6 +50,11 @@ def trained(folder: Path, tower: str, **changes: Any) -> Path:
             EfficientCLIPConfig(image={**resnet.to_dict(), "image_size": hub.PIXELS}, width=tiny.WIDTH)
         )
         image.save_pretrained(folder / tower / "model")
+    elif tower == "fitted":
+        backbone = hub.clip_vision(folder / "clip").vision_model
+        described = {**backbone.config.to_dict(), "image_size": hub.PIXELS, "fitted": [0, -1]}
+        image = EfficientCLIP(EfficientCLIPConfig(image=described, width=tiny.WIDTH), image_backbone=backbone)
+        image.save_pretrained(folder / tower / "model")
     else:
         getattr(hub, tower)(folder / tower)
     tiny.pair_store(folder / "store")
@@ -134,10 +139,11 @@ def test_bert_and_vit_open_as_chinese_clip(tmp_path: Path, tower: str, text: str
     ("tower", "text"),
     [
         ("resnet", {}),
+        ("fitted", {}),
         ("clip", {"pooling": "mean"}),
         ("clip", {"architecture": STACK, "pooling": "last"}),
     ],
-    ids=["convolutions", "mean", "published"],
+    ids=["convolutions", "fitted head", "mean", "published"],
 )
 def test_other_towers_open_as_the_engines_own_class(tmp_path: Path, tower: str, text: dict[str, Any]) -> None:
     bert = yaml_tower(tmp_path)
