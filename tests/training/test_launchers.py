@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, name: str, **changes: Any) -> str:
     given = {"run": str(folder / name), "training__pair_visits": 64, "training__checkpoint_every": 1} | changes
     return str(tiny.config(folder, **given).rename(folder / f"{name}.yaml"))
+
+
+def catches(pid: int, signum: int) -> bool:
+    """Whether the process has a handler for the signal."""
+    told = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(told.partition("SigCgt:")[2].split()[0], 16) >> (signum - 1) & 1)
 
 
 def slurm(rank: int) -> dict[str, str]:
@@ -141,6 +148,11 @@ def test_a_port_that_another_run_has_and_that_run_goes_on(folder: Path) -> None:
         ranks = start_ranks(folder / "two", (second,), (second,), script=folder / "patient.py")
     ranks[0].join(60)
     assert ranks[1].pid is not None
+    # Rank 0 may have come and gone before this one has imported anything.
+    deadline = time.monotonic() + 60
+    while not catches(ranks[1].pid, signal.SIGTERM):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     os.kill(ranks[1].pid, signal.SIGTERM)
     codes, output = ended(folder / "two", ranks, 30)
     there[1].join(3)
