@@ -103,8 +103,11 @@ def _store(store: Path, root: Path) -> Iterator[Part]:
         yield _checked(file, root, lambda: kind(store).check_contents(), suffix=" and what the files hold")
     origins = {origin.name: origin for origin in held_in(store, ORIGIN).values()}
     for origin in origins.values():
-        whole = origin.stem.endswith(digests.digest_of(origin))
-        yield _part(origin, root, None if whole else f"store {origin}: is not what was written; {ANEW_LATER}")
+        yield _part(
+            origin,
+            root,
+            None if digests.is_named_by(origin) else f"store {origin}: is not what was written; {ANEW_LATER}",
+        )
     yield from _uncovered(store, {*manifest["files"], file.name, *origins}, root)
 
 

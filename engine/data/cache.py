@@ -23,7 +23,7 @@ from typing import IO
 
 from ..config import Data
 from ..errors import ShardError, UserError, writing
-from ..files.digests import digest_of
+from ..files.digests import digest_of, is_named_by
 from ..files.places import URL
 from .attempts import Stop
 from .remote import Described, copied, described, download
@@ -138,7 +138,7 @@ def _touch_of(file: Path) -> Touch:
 
 def _is_sound(file: Path) -> bool:
     touch = _touch_of(file)
-    if touch not in _sound and file.stem.endswith(digest_of(file)):
+    if touch not in _sound and is_named_by(file):
         _sound.add(touch)
     return touch in _sound
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import UserError, reading
@@ -197,6 +198,13 @@ class Store(TextStore):
         """The pair table's `columns`, some thousand rows at a time; texts are plain strings."""
         with reading("pair table", self.path / "pairs.parquet", ANEW):
             yield from map(self._where_now, tables_of(self.path / "pairs.parquet", columns))
+
+    def picture_files(self) -> set[str]:
+        """Where the pairs' pictures lie; none for a store of texts alone."""
+        found: set[str] = set()
+        for table in self.pair_tables(["shard", "length"]):
+            found |= set(table["shard"].filter(pc.greater(table["length"], 0)).unique().to_pylist())
+        return found
 
     def _where_now(self, pairs: pa.Table) -> pa.Table:
         """`pairs` with shards at the places that they were moved to."""

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from ..data.store import Store
@@ -148,9 +147,7 @@ def _shares(export: Export, kept: npt.NDArray[np.bool_]) -> Iterator[Share]:
 
 
 def _check_shards(store: Store) -> None:
-    named: set[str] = set()
-    for table in store.pair_tables(["shard", "length"]):
-        named |= set(table["shard"].filter(pc.greater(table["length"], 0)).unique().to_pylist())
+    named = store.picture_files()
     if not named:
         raise UserError(f"store {store.path}: holds only text, so there is no picture to export")
     local = [place for place in map(location, named) if isinstance(place, Path)]

@@ -51,6 +51,11 @@ def digest_of(file: Path, progress: Callable[[int], Any] = lambda read: None) ->
     return state.hexdigest()
 
 
+def is_named_by(file: Path) -> bool:
+    """Whether the name of `file` ends with the digest of what it holds."""
+    return file.stem.endswith(digest_of(file))
+
+
 def described(folder: Path, files: Iterable[str], known: Mapping[str, str] = MappingProxyType({})) -> Described:
     """Size and digest of `files` in `folder`, each fsynced while others are hashed, but for the `known` digests."""
     names = sorted(files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from functools import cache
@@ -76,7 +76,7 @@ class ImageTower(nn.Module):
             output = encode(pixel_values=pixels)
             features = getattr(output, "pooler_output", output)
         else:
-            pooled = self.pooled(pixels, self.fitted)
+            pooled = self.pooled(pixels)
             # A fitted head raises faint directions: rounding must not come with them.
             with (
                 nullcontext()
@@ -86,9 +86,10 @@ class ImageTower(nn.Module):
                 features = self.projection(pooled)
         return F.normalize(features.float(), dim=-1)
 
-    def pooled(self, pixels: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
-        """What the projection reads [M, inputs]: the pooled output alone, or beside the means of `layers`, each part
-        normalised."""
+    def pooled(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the projection reads [M, inputs]: the pooled output alone, or for a fitted head beside the means of its
+        hidden states, each part normalised."""
+        layers = self.fitted
         output = self.backbone(pixel_values=pixels, **({"output_hidden_states": True} if layers else {}))
         if layers is None:
             pooled: torch.Tensor = output.pooler_output.flatten(1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow.compute as pc
-
 from ..data.store import Store, manifest_digest, place_now
 from ..errors import UserError, writing
 from ..files import lock
@@ -22,9 +20,7 @@ def note_move(path: Path, old: Location, new: Location) -> tuple[int, int]:
     """
     store = Store(path)
     move = _spelled(old), _spelled(new)
-    places: set[str] = set()
-    for table in store.pair_tables(["shard", "length"]):
-        places |= set(table["shard"].filter(pc.greater(table["length"], 0)).unique().to_pylist())
+    places = store.picture_files()
     moved = {place: place_now(place, [move]) for place in sorted(places)}
     moved = {place: now for place, now in moved.items() if now != place}
     if not moved:

@@ -24,7 +24,7 @@ from xxhash import xxh3_128
 from ..data.shards import UNREADABLE, BadSample
 from ..errors import reading, writing
 from ..files.atomic import sync
-from ..files.digests import digest_of
+from ..files.digests import digest_of, is_named_by
 from .writer import ORIGIN
 
 # Rows are held, written and read so many at a time: with their texts far below what an Arrow column can hold.
@@ -146,7 +146,7 @@ def is_sound(file: Path | None) -> TypeGuard[Path]:
 
     One without some pictures, because their files were missing, is made again: they may be there now.
     """
-    if file is None or not file.stem.endswith(digest_of(file)):
+    if file is None or not is_named_by(file):
         return False
     return not any(entry["cause"].startswith(UNREADABLE) for entry in bad_of(file))
 

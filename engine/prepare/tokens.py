@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.store import Store, ranges
 from ..errors import writing
-from ..files.digests import digest_of
+from ..files.digests import digest_of, is_named_by
 from ..hardware import cores_of_rank
 from .parts import CAPTION_IDS, OPTIONS, binary_of, tables_of
 from .writer import token_dtype
@@ -70,7 +70,7 @@ class Tokens:
     def _make(self, part: Path) -> str:
         name = f"{TOKENS}-{part.stem.rpartition('-')[2]}-{self._by}"
         for file in self._folder.glob(f"{name}-*.parquet"):
-            if file.stem.endswith(digest_of(file)):
+            if is_named_by(file):
                 return file.name
             file.unlink()
         aside = self._folder / f".{name}-{os.getpid()}.partial"

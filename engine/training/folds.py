@@ -36,7 +36,7 @@ from ..config import Confidence, Config, MaskedLanguageModelling
 from ..data.store import Store
 from ..errors import UserError, reading, writing
 from ..files import digests
-from ..files.atomic import as_umask, put_in_place, write_atomically, written_aside
+from ..files.atomic import write_atomically, written_aside
 from ..files.parts import Parts
 from ..hardware import compute_dtype
 from ..model.efficientclip import check_model, load_model
@@ -45,7 +45,7 @@ from ..noise.neighbourhoods import folds, near, pair_groups
 from ..noise.rate import NEGLIGIBLE, CrossFit, Docket, read_cross_fit, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled, told
-from .run_folder import finished, owned, proven
+from .run_folder import finished, owned, place_model, proven
 from .runs import new_trainer, text_run, told_to_stop
 from .trainer import Trainer
 
@@ -260,13 +260,7 @@ def save_mean(folder: Path, runs: list[Path]) -> None:
     with torch.no_grad():
         for parameter, *theirs in zip(model.parameters(), *(other.parameters() for other in others), strict=True):
             parameter.copy_(torch.stack([parameter, *theirs]).mean(0))
-    aside = folder.with_name(f".{folder.name}.partial")
-    with writing(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        model.save_pretrained(aside)
-        as_umask(aside)
-        digests.write_digests(aside)
-    put_in_place(aside, folder)
+    place_model(model, folder)
 
 
 def _tell(folder: Path, store: Store, found: CrossFit) -> None:

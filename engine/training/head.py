@@ -10,10 +10,10 @@ The folder that it leaves is that of a finished image run: model.image_tower.pre
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +22,24 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from ..config import Config
+from ..config import Config, ImageTower
 from ..data.cache import Cache
 from ..data.images import ImageLoader
 from ..data.sources import Source
-from ..errors import UserError, tell, writing
-from ..files import digests
-from ..files.atomic import as_umask, put_in_place
+from ..errors import UserError, tell
 from ..hardware import compute_dtype, record_hardware
 from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, load_model
 from ..model.frozen import image_tower_name, teacher_name
 from ..model.pretrained import load_image_tower
 from ..model.teacher import Teacher
 from .distributed import process_group
-from .run_folder import describe, finished, owned, seal
+from .records import Metrics
+from .run_folder import describe, finished, owned, place_model, seal
 from .runs import listed, opened_sources, picture_reports
 
 Floats = npt.NDArray[np.float64]
+# Before the first step: no line of a call that was cut short stays.
+NEVER = -1
 
 
 def fit_head(config: Config) -> int:
@@ -70,30 +71,21 @@ def fit_head(config: Config) -> int:
         shutil.rmtree(config.run / "model", ignore_errors=True)
         describe(config, identity, None)
         record_hardware(config.run / "hardware.json", 0, 1)
-        model = _fitted(config, sources)
-        reports = picture_reports(config, cache)(model) if config.model.teacher is not None else {}
-        with writing(config.run / "metrics.jsonl"), (config.run / "metrics.jsonl").open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"step": 0, "visits": 0, "epoch": 0, "validation": reports}) + "\n")
-        aside = config.run / ".model.partial"
-        with writing(config.run):
-            shutil.rmtree(aside, ignore_errors=True)
-            model.cpu().save_pretrained(aside)
-            as_umask(aside)
-            digests.write_digests(aside)
-        put_in_place(aside, config.run / "model")
+        teacher = None if config.model.teacher is None else Teacher(config.model.teacher)
+        model = _fitted(config, tower, teacher, sources)
+        reports = {} if teacher is None else picture_reports(config, tower, teacher, cache)(model)
+        Metrics(config.run, NEVER, ()).validation(0, 0, 0, reports)
+        place_model(model.cpu(), config.run / "model")
         seal(config.run, {})
         shown = (f"; {name} t2i R@10 {report['t2i']['R@10']:.1f}" for name, report in reports.items())
         print(f"{config.run}: a head of {config.model.width} dimensions{''.join(shown)}")
     return 0
 
 
-def _fitted(config: Config, sources: Sequence[Source]) -> EfficientCLIP:
+def _fitted(config: Config, tower: ImageTower, teacher: Teacher | None, sources: Sequence[Source]) -> EfficientCLIP:
     """The tower with its head."""
-    tower = config.model.image_tower
-    if tower is None or tower.pretrained is None:
-        raise UserError("model.image_tower: not set")
-    whole = (Path(tower.pretrained) / "model" / "config.json").is_file()
-    image = load_model(Path(tower.pretrained)).image if whole else None
+    run = Path(tower.pretrained or "")
+    image = load_model(run).image if (run / "model" / "config.json").is_file() else None
     loaded = load_image_tower("model.image_tower", tower)[0] if image is None else image.backbone
     # Of a model of two towers, the pictures' half.
     backbone: PreTrainedModel = getattr(loaded, "vision_model", loaded)
@@ -101,8 +93,8 @@ def _fitted(config: Config, sources: Sequence[Source]) -> EfficientCLIP:
     model = EfficientCLIP(EfficientCLIPConfig(image=described, width=config.model.width), image_backbone=backbone)
     model.compute = compute_dtype(config.training.precision)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
-    pooled_NF, names = _pooled(config, model, sources)
-    targets = None if config.model.teacher is None else Teacher(config.model.teacher).encode(names)
+    pooled_NF, names = _pooled(config, tower, model, sources)
+    targets = None if teacher is None else teacher.encode(names)
     weight_DF, bias_D = principal_head(pooled_NF, targets, config.model.width)
     projection: torch.nn.Linear = model.image.projection  # type: ignore[union-attr, assignment]
     with torch.no_grad():
@@ -113,13 +105,11 @@ def _fitted(config: Config, sources: Sequence[Source]) -> EfficientCLIP:
 
 @torch.inference_mode()
 def _pooled(
-    config: Config, model: EfficientCLIP, sources: Sequence[Source]
+    config: Config, tower: ImageTower, model: EfficientCLIP, sources: Sequence[Source]
 ) -> tuple[npt.NDArray[np.float32], list[str]]:
     """What the tower says of pictures, float32 [N, F], and the English name of each, where a teacher is to read it."""
-    tower, image = config.model.image_tower, model.image
+    image: Any = model.image
     most, named = config.training.pair_visits, config.model.teacher is not None
-    if tower is None or image is None:
-        raise UserError("model.image_tower: not set")
     parts: list[npt.NDArray[np.float32]] = []
     names: list[str] = []
     device, compute = model.logit_scale.device, model.compute
@@ -138,7 +128,7 @@ def _pooled(
         for batch in loader:
             chosen = [at for at, english in enumerate(batch.captions_en) if english or not named][: most - found]
             with torch.autocast(device.type, compute, enabled=compute is not None):
-                parts.append(image.pooled(batch.images[chosen].to(device), config.head.layers).float().cpu().numpy())
+                parts.append(image.pooled(batch.images[chosen].to(device)).float().cpu().numpy())
             names += [batch.captions_en[at][0] for at in chosen] if named else []
             found += len(chosen)
             bar.update(len(chosen))

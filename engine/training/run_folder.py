@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Config, differing_keys, load_config, save_config
 from ..data.store import TextStore
 from ..errors import UserError, reading, writing
 from ..files import digests
-from ..files.atomic import put_in_place, write_atomically
+from ..files.atomic import as_umask, put_in_place, write_atomically
 from ..files.lock import NAME as LOCK
 from ..files.lock import held
 from ..files.ownership import LOGS, Kind, claim, kind_of, mark
@@ -176,6 +176,17 @@ def run_identity(folder: Path) -> dict[str, Any] | None:
             if not isinstance(identity[key], str | None):
                 raise ValueError(f"{key} is no text")
     return identity
+
+
+def place_model(model: PreTrainedModel, folder: Path) -> None:
+    """Write it with its digests to `folder`, whole or not at all, in the place of what is there."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    with writing(folder):
+        shutil.rmtree(aside, ignore_errors=True)
+        model.save_pretrained(aside)
+        as_umask(aside)
+        digests.write_digests(aside)
+    put_in_place(aside, folder)
 
 
 def keep_foreign(old: Path, new: Path) -> None:

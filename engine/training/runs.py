@@ -221,15 +221,16 @@ def _image_start(config: Config) -> Inputs:
     pictures = load_pictures(sources, tower.size, config.data.max_bad_shards)
     source = PicturePairs(pictures, teacher.encode, tower, config.training.augmentation, config.seed, weights)
     identity = {"store": None, "tower": None, "tokenizer": None, "pictures": listed(sources)}
-    return Inputs(source, picture_reports(config, cache), identity | {"teacher": teacher_name(config.model.teacher)})
+    return Inputs(
+        source,
+        picture_reports(config, tower, teacher, cache),
+        identity | {"teacher": teacher_name(config.model.teacher)},
+    )
 
 
-def picture_reports(config: Config, cache: Cache | None) -> Validate:
+def picture_reports(config: Config, tower: ImageTower, teacher: Teacher, cache: Cache | None) -> Validate:
     """How well the names of the pictures of data.validation, by the teacher, find these by an image tower."""
-    tower = config.model.image_tower
-    if tower is None or config.model.teacher is None:
-        raise UserError("model: data.validation needs image_tower and teacher")
-    teacher, held_out = Teacher(config.model.teacher), dict[str, PicturePairs]()
+    held_out: dict[str, PicturePairs] = {}
     for name, path in config.data.validation.items():
         pictures = load_pictures([open_source(path, cache=cache)], tower.size)
         names = [captions[:1] for captions in pictures.captions]
