@@ -36,8 +36,9 @@ import torch
 from benchmarks.measuring import RESULTS, Neighbours, Row, hardware, own_seconds, require_green, show_and_record
 from efficientclip.data.store import PAIR_FILES, Store, staging
 from efficientclip.evaluation.verdicts import separation
+from efficientclip.noise.answers import NULL_CAPTIONS
+from efficientclip.noise.docket import Docket
 from efficientclip.noise.neighbourhoods import folds, near, pair_groups
-from efficientclip.noise.rate import NULL_CAPTIONS, Docket
 from efficientclip.planning.settings import parse_count
 from efficientclip.prepare.writer import finish, write_ids
 

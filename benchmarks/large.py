@@ -38,7 +38,7 @@ from efficientclip.data.tokenizer import fingerprint
 from efficientclip.evaluation.search import nearest, pairs_by
 from efficientclip.files import digests
 from efficientclip.files.ownership import mark
-from efficientclip.noise.rate import CrossFit, write_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, write_cross_fit
 from efficientclip.prepare.writer import finish, write_ids
 from efficientclip.training.history import forget_from, write_epoch
 from efficientclip.training.run_folder import seal

@@ -38,7 +38,7 @@ from efficientclip.data.store import PAIR_FILES, Store
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.demo.concepts import Concept, Picture, assign_noise
 from efficientclip.evaluation.verdicts import separation
-from efficientclip.noise.rate import CrossFit, read_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, read_cross_fit
 from efficientclip.prepare.writer import finish, write_ids, write_tokens
 
 CASES = ("std-0", "std-0.1", "std-0.3", "std-0.5", "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2", "near-0.3")

@@ -25,8 +25,8 @@ from .files import digests
 from .files.lock import NAME as LOCK
 from .files.ownership import MARK, RESULTS, kind_of
 from .hardware import read_hardware
-from .noise.rate import FILE as CROSS_FIT
-from .noise.rate import read_cross_fit
+from .noise.cross_fit import FILE as CROSS_FIT
+from .noise.cross_fit import read_cross_fit
 from .prepare.parts import held_in
 from .prepare.writer import ORIGIN
 from .training.run_folder import run_config, run_identity

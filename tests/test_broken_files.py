@@ -20,7 +20,7 @@ from efficientclip.errors import UserError
 from efficientclip.evaluation.run import read_metrics
 from efficientclip.evaluation.verdicts import read_verdicts
 from efficientclip.files import digests
-from efficientclip.noise.rate import CrossFit, read_cross_fit, read_rate, write_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, read_cross_fit, read_rate, write_cross_fit
 from efficientclip.training.history import RECORD, open_epoch
 from tests import tiny
 from tests.training.launch import run

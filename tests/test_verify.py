@@ -16,7 +16,7 @@ from efficientclip.data.store import FORMAT, Store
 from efficientclip.errors import UserError
 from efficientclip.files import digests
 from efficientclip.files.ownership import MARK, mark
-from efficientclip.noise.rate import CrossFit, write_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, write_cross_fit
 from efficientclip.verify import Part, verify
 from tests.test_broken_files import cache, finished
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..config import Confidence
 from ..errors import UserError
-from .rate import read_cross_fit
+from .cross_fit import read_cross_fit
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]

@@ -27,7 +27,7 @@ import torch
 
 from ..config import Config
 from ..hardware import COMPUTED_IN
-from ..noise.rate import read_rate
+from ..noise.cross_fit import read_rate
 from ..prepare.writer import token_dtype
 from .measured import Profile
 from .settings import Settings, settings_of
@@ -43,7 +43,7 @@ MERGE_SECONDS, JUDGE_SECONDS = 5e-6, 8e-5
 TERMS = {
     PICTURES: "model.frozen.FrozenImages.encode_pixels",
     MERGED: "prepare.merge.merge",
-    JUDGED: "noise.rate.Docket.answers",
+    JUDGED: "noise.docket.Docket.answers",
     FOLDS: "training.folds.cross_fit",
     "captions": "model.efficientclip.EfficientCLIP.forward",
     "captions and pictures": "model.efficientclip.EfficientCLIP.forward",

@@ -5,7 +5,7 @@ CROSS_FIT/groups.npz         the group of each pair, and the store that they are
           judging/           what encoding and judging have finished, until then
               made_of.json   store, towers and settings; of others all is made anew
               captions-0.bin, captions-1.bin    fp16 [captions, width], by fold 0's and 1's tower
-              answers.bin    float64 [pairs, 2]: p and cosine, in the docket's order
+              answers.bin    float64 [pairs, 3]: p twice and cosine, in the docket's order
           model/             the mean of the two towers: the joint run's start
           cross_fit.parquet  a row a pair: fold, score, p, competence, clean_log_odds; the rates in its metadata
 
@@ -41,8 +41,10 @@ from ..files.parts import Parts
 from ..hardware import compute_dtype
 from ..model.efficientclip import check_model, load_model
 from ..model.encode import BATCH, encode_rows
+from ..noise.answers import Answers
+from ..noise.cross_fit import CrossFit, SourceRate, read_cross_fit, write_cross_fit
+from ..noise.docket import Docket
 from ..noise.neighbourhoods import folds, near, pair_groups
-from ..noise.rate import NEGLIGIBLE, CrossFit, Docket, read_cross_fit, write_cross_fit
 from .distributed import process_group
 from .ranks import assembled, told
 from .run_folder import finished, owned, place_model, proven
@@ -90,7 +92,9 @@ def cross_fit(config: Config) -> int:
         ]
         assembled()
         docket = Docket(store, fold, [parts.read() for parts in encoded], config.seed, _device())
-        answers = Parts(judging / "answers.bin", [end - begin for _, begin, end in docket.parts], 2, np.float64)
+        answers = Parts(
+            judging / "answers.bin", [end - begin for _, begin, end in docket.parts], len(Answers._fields), np.float64
+        )
         for part in _dealt(answers, 0, "judging", "pair"):
             answers.write(part, docket.answers(part))
         assembled()
@@ -173,6 +177,7 @@ def _made_of(config: Config, store: Store, identity: str, runs: Iterable[Path]) 
         "efficientclip": __version__,
         "store": identity,
         "pairs": store.manifest["files"]["pairs.parquet"]["xxh3"],
+        "answers": list(Answers._fields),
         "towers": [digests.read_digests(run / "model") for run in runs],
         "max_caption_tokens": config.training.max_caption_tokens,
         "precision": config.training.precision,
@@ -264,8 +269,21 @@ def save_mean(folder: Path, runs: list[Path]) -> None:
 
 
 def _tell(folder: Path, store: Store, found: CrossFit) -> None:
-    print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+    whole = found.whole
+    if whole is None:
+        print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
+        return
+    print(f"{folder}: {_told(whole)}")
     for source in found.sources if len(found.sources) > 1 else ():
-        none = f", below {NEGLIGIBLE:.0%}: none is dropped for it" if source.rate < NEGLIGIBLE else ""
-        interval = f"95 % interval {source.low:.1%} to {source.high:.1%}"
-        print(f"  {source.name}: {source.rate:.1%} ({interval}) of {source.pairs:,} pairs{none}")
+        print(f"  {source.name}: {_told(source)}")
+    if any(source.open for source in found.sources):
+        print("  More visits (confidence.cross_fit_share) or more pairs may tell more.")
+
+
+def _told(source: SourceRate) -> str:
+    interval = f"90 % interval {source.low:.1%} to {source.high:.1%}"
+    beats = f"towers tell a right pair from {source.skill:.1%} of mismatches"
+    if source.open:
+        return f"cannot tell how many of {source.pairs:,} pairs are wrong ({interval}; {beats}): none is dropped for it"
+    none = "" if source.droppable else "; none is dropped for it"
+    return f"{source.rate:.1%} of {source.pairs:,} pairs are estimated to be wrong ({interval}; {beats}){none}"

@@ -33,8 +33,8 @@ from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, image_tower_name, teacher_name, tower_difference
 from ..model.teacher import Teacher
-from ..noise.rate import FILE as CROSS_FIT
-from ..noise.rate import read_cross_fit
+from ..noise.cross_fit import FILE as CROSS_FIT
+from ..noise.cross_fit import read_cross_fit
 from ..objectives.retrieval import retrieval_report
 from .deepspeed_json import deepspeed_digest
 from .distributed import process_group

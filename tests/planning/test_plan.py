@@ -16,7 +16,7 @@ from efficientclip import cli
 from efficientclip.config import Confidence, Config, load_config
 from efficientclip.data.store import read_manifest
 from efficientclip.errors import UserError
-from efficientclip.noise.rate import COLUMNS, FILE
+from efficientclip.noise.cross_fit import COLUMNS, FILE
 from efficientclip.planning.plan import MERGE_SECONDS, TERMS, code_of, pauses, plan
 from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, parse_count, parse_devices
 from efficientclip.planning.tables import advice

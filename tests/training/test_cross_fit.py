@@ -14,7 +14,7 @@ import torch
 
 from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import load_model
-from efficientclip.noise.rate import read_cross_fit, write_cross_fit
+from efficientclip.noise.cross_fit import read_cross_fit, write_cross_fit
 from tests import tiny
 from tests.training.launch import metrics, run, start
 from tests.training.test_resume import figures, kill_at
@@ -69,11 +69,12 @@ def test_two_ranks_judge_as_one(folder: Path) -> None:
     run(2, config(folder, "ranks", judged="judged-2"), module="efficientclip.cross_fit")
     one, two = (read_cross_fit(folder / name) for name in ("judged", "judged-2"))
     np.testing.assert_array_equal(one.fold, two.fold)
-    np.testing.assert_allclose(one.score, two.score, atol=1e-4)
-    # The rate of so few pairs, none of them competent, turns on a single p: it is not compared. Of some 60 captions two
-    # may change their places where scores in fp16 are as near as that: in few pairs.
-    np.testing.assert_allclose(one.p, two.p, atol=0.05)
-    assert np.abs(one.p - two.p).mean() < 0.002
+    # Captions' features are kept in fp16: ranks may differ by its last bit.
+    np.testing.assert_allclose(one.score, two.score, atol=2**-11)
+    # The rate of so few pairs, none of them competent, turns on a single p: it is not compared. Of some 60 captions
+    # many may stand as near to each other as that bit: in few pairs.
+    apart = np.abs(one.p - two.p)
+    assert (apart > 0.05).mean() <= 0.02 and apart.mean() < 0.002
 
 
 @pytest.fixture(scope="module")

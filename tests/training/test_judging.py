@@ -15,7 +15,7 @@ import pytest
 
 from efficientclip.errors import UserError
 from efficientclip.files.parts import Parts
-from efficientclip.noise.rate import read_cross_fit
+from efficientclip.noise.cross_fit import read_cross_fit
 from efficientclip.training.folds import MADE_OF, begin, end
 from tests import tiny
 from tests.training.launch import ended, run, start, start_ranks
@@ -27,11 +27,11 @@ import os, signal, time
 from pathlib import Path
 from efficientclip import cross_fit
 from efficientclip.files.parts import Parts
-from efficientclip.noise import rate
+from efficientclip.noise import docket
 from efficientclip.training import folds, ranks, trainer
 
-folds.ENCODED, folds.BATCH, rate.PART, ranks.SILENT_SECONDS = 32, 16, 40, 3
-write, verdicts, killed = Parts.write, rate.Docket.verdicts, os.environ.get("KILLED", "")
+folds.ENCODED, folds.BATCH, docket.PART, ranks.SILENT_SECONDS = 32, 16, 40, 3
+write, verdicts, killed = Parts.write, docket.Docket.verdicts, os.environ.get("KILLED", "")
 victim = os.environ.get("RANK", "0") == os.environ.get("VICTIM", "0")
 count = 0
 
@@ -60,7 +60,7 @@ def late(*paths):
 
 if "LATE" in os.environ and os.environ["RANK"] == "0":
     trainer.put_in_place = late
-Parts.write, rate.Docket.verdicts = written, judged
+Parts.write, docket.Docket.verdicts = written, judged
 cross_fit.main()
 """
 

@@ -24,7 +24,7 @@ import yaml
 from efficientclip.config import HUB_OR_PATH, Config, load_config
 from efficientclip.data.store import Store
 from efficientclip.model.efficientclip import load_model
-from efficientclip.noise.rate import read_cross_fit, write_cross_fit
+from efficientclip.noise.cross_fit import read_cross_fit, write_cross_fit
 from efficientclip.prepare.build import prepare
 from tests import formats, tiny
 from tests.model import hub

@@ -10,7 +10,7 @@ import pytest
 
 from efficientclip.data.store import Store
 from efficientclip.evaluation.report import write_report
-from efficientclip.noise.rate import read_cross_fit
+from efficientclip.noise.cross_fit import read_cross_fit
 from tests import tiny
 from tests.training.launch import back_to, metrics, run
 
@@ -86,5 +86,7 @@ def test_cross_fit_tells_the_rate_of_each_source_with_its_interval(tmp_path: Pat
     found = read_cross_fit(tmp_path / "judged", Store(tmp_path / "store"))
     assert [(source.name, source.pairs) for source in found.sources] == [("a", 4200), ("b", 2100)]
     for source in found.sources:
-        interval = f"{source.rate:.1%} (95 % interval {source.low:.1%} to {source.high:.1%})"
-        assert f"  {source.name}: {interval} of {source.pairs:,} pairs" in printed
+        [line] = [line for line in printed.splitlines() if line.startswith(f"  {source.name}: ")]
+        assert f"(90 % interval {source.low:.1%} to {source.high:.1%}; towers tell a right pair from" in line
+        assert f"of {source.pairs:,} pairs" in line
+        assert ("cannot tell" in line) == source.open and ("none is dropped" in line) == (source.droppable == 0)
