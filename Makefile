@@ -38,7 +38,9 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 		"held-out style, seen concepts=stores/demo-test_vendor" \
 		"held-out concepts, google style=data/demo/test_concept_google.tar" \
 		"held-out concepts, held-out style=data/demo/test_both.tar" \
-		"validation=stores/demo-val_seen"
+		"validation=stores/demo-val_seen" \
+		"photographs=data/demo/photographs.tar" \
+		--gallery "held-out style, seen concepts" photographs
 
 # A file stays with one of the two workers: what it trains once, all of its tests share.
 test: .venv/.ready ## the whole test suite

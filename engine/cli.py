@@ -153,7 +153,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="NAME=PATH",
-        help="stores or .tar files; the gallery shows the first (default: data.validation of the run)",
+        help=f"stores, or {PICTURES} (default: data.validation of the run)",
+    )
+    report.add_argument(
+        "--gallery",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="sets of --data whose captions are shown as queries, and whose pictures (default: the first)",
     )
     report.add_argument(
         "--output", type=Path, metavar="FILE.html", help="page; results.json lies beside it (default: RUN/report.html)"
@@ -412,7 +420,8 @@ def _report(given: argparse.Namespace) -> None:
                     f"{other}={place}" if _is_there(place) else f"{other}=PATH" for other, place in tables.items()
                 )
                 raise UserError(f"data.validation.{name} is not at {path}; name it by --data {' '.join(given_all)}")
-    print(write_report(given.run, tables, given.output, replace=given.replace, store=given.store))
+    gallery, replace, store = given.gallery, given.replace, given.store
+    print(write_report(given.run, tables, given.output, gallery=gallery, replace=replace, store=store))
 
 
 def _is_there(place: Location) -> bool:

@@ -388,7 +388,9 @@ def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
 def test_names_that_the_distillation_knows_are_no_test(tmp_path: Path) -> None:
     names = {"猫": "cat", "狗": "dog", "鸟": "bird"}
     pictures = [
-        Picture(Concept(en, (zh, "动物"), (en, "animal")), "google", b"", [{"text": zh, "noise": False}])
+        Picture(
+            Concept(en, (zh, "动物"), (en, "animal"), "animal-mammal"), "google", b"", [{"text": zh, "noise": False}]
+        )
         for zh, en in names.items()
     ]
     write_shard(tmp_path / "held.tar", "test_concept", pictures)

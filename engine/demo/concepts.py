@@ -21,11 +21,12 @@ GENDER = re.compile(r"\b(man|woman|person|men|women|people)\b")
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji: `key` is its code points without FE0F, captions begin with the name."""
+    """One emoji: `key` is its code points without FE0F, captions begin with the name, `subgroup` is Unicode's."""
 
     key: str
     chinese: tuple[str, ...]
     english: tuple[str, ...]
+    subgroup: str
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_concepts(packages: dict[str, Path]) -> list[Concept]:
         character = "".join(chr(int(point, 16)) for point in points)
         if entry["category"] in ("Flags", "Component") or character not in chinese or character not in english:
             continue
-        concepts.append(Concept("-".join(points).lower(), chinese[character], english[character]))
+        concepts.append(Concept("-".join(points).lower(), chinese[character], english[character], entry["subcategory"]))
     return concepts
 
 

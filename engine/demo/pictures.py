@@ -30,7 +30,7 @@ def render(cache: Path, packages: dict[str, Path], concepts: list[Concept], size
                 for key, content in tqdm(sources, total=len(concepts), desc=f"pictures, {style}", unit="picture")
                 if key in wanted
             }
-            _write_tar(file, [(f"{key}.png", content) for key, content in sorted(drawn.items())])
+            write_tar(file, [(f"{key}.png", content) for key, content in sorted(drawn.items())])
         with tarfile.open(file) as tar:
             pngs[style] = {
                 member.name.removesuffix(".png"): stream.read()
@@ -100,16 +100,18 @@ def write_shard(path: Path, split: str, pictures: Iterable[Picture]) -> None:
             "captions_en": list(picture.concept.english),
             "source": picture.style,
             "concept": picture.concept.key,
+            "subgroup": picture.concept.subgroup,
             "split": split,
         }
         members += [
             (f"{key}.png", picture.png),
             (f"{key}.json", json.dumps(record, ensure_ascii=False).encode()),
         ]
-    _write_tar(path, members)
+    write_tar(path, members)
 
 
-def _write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """The same bytes for the same (name, content)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, content in members:

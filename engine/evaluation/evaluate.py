@@ -62,14 +62,20 @@ def evaluate(
         if source.names_texts:
             return _measure_source(opened, source, queries, seed)
     with open_data(opened, data, images, columns) as found:
-        return measure(opened, found, queries, seed)
+        return measure(found, caption_features(opened, found), queries, seed)
 
 
-def measure(run: Run, store: Store, queries: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """`evaluate` for what is open already."""
-    text_KD = scratch((len(store.offsets) - 1, store.width), np.float32)
+def caption_features(run: Run, store: Store) -> npt.NDArray[np.float32]:
+    """L2-normalised features float32 [captions, D] of a store's captions, in a temporary file."""
+    return run.encode_store(store, progress=True, out=scratch((len(store.offsets) - 1, store.width), np.float32))
+
+
+def measure(
+    store: Store, text_KD: npt.NDArray[np.float32], queries: int | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """`evaluate` for a store whose captions are encoded already."""
     report = retrieval_report(
-        run.encode_store(store, progress=True, out=text_KD),
+        text_KD,
         store.features,
         store.caption_edges,
         edges(store.image_ids, store.caption_ids, len(store.features)),

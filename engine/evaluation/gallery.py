@@ -21,9 +21,9 @@ from .search import SHOWN, nearest, pairs_by, square_picture
 from .verdicts import Verdicts
 
 EDGE = 160
-NAMED_QUERIES = 12
+QUERIES = 24
 FREE_QUERIES = ["一只戴帽子的猫", "红色的水果", "在下雨", "开心的人", "交通工具", "海里的动物"]
-FOUND = 6
+FOUND, FREELY_FOUND = 3, 6
 CAPTIONS = 3
 SUREST = 24
 
@@ -48,33 +48,62 @@ class Answers:
     cards: list[Card]
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a page shows of a set: queries of its captions, free ones, and pictures with the nearest captions."""
+
+    queries: list[Answers]
+    free: list[Answers]
+    pictures: list[Card]
+
+
 def has_pictures(store: Store) -> bool:
     """False for a store of parallel text."""
     return bool(pc.all(pc.greater(store.pairs(columns=["length"])["length"], 0)).as_py())
 
 
-def named_queries(run: Run, store: Store) -> list[Answers]:
+def caption_queries(store: Store, text_KD: npt.NDArray[np.float32]) -> list[Answers]:
     """Every k-th caption of the store as query: hits and misses as they come."""
-    captions = len(store.offsets) - 1
-    step = max(captions // NAMED_QUERIES, 1)
-    ids = np.arange(step // 2, captions, step)[:NAMED_QUERIES]
+    ids = _every_kth(len(text_KD))
     found = pairs_by(store, "caption_id", ids, most=1)
     queries = [found[caption][0]["caption"] for caption in ids.tolist()]
     indptr, images = store.caption_edges
     right = [images[indptr[caption] : indptr[caption + 1]] for caption in ids]
-    text_QD = run.encode_texts(queries)
+    text_QD = text_KD[ids]
     positives = np.cumsum([0, *map(len, right)], dtype=np.int64), np.concatenate(right)
     ranks = best_ranks(text_QD, store.features, positives)
     return [
         Answers(query, float(rank), cards)
-        for query, rank, cards in zip(queries, ranks, _found(store, text_QD, right), strict=True)
+        for query, rank, cards in zip(queries, ranks, _found(store, text_QD, FOUND, right), strict=True)
     ]
 
 
 def free_queries(run: Run, store: Store) -> list[Answers]:
     """Texts that are nobody's caption: no right answer is known."""
-    cards = _found(store, run.encode_texts(FREE_QUERIES), None)
+    cards = _found(store, run.encode_texts(FREE_QUERIES), FREELY_FOUND, None)
     return [Answers(query, None, row) for query, row in zip(FREE_QUERIES, cards, strict=True)]
+
+
+def named_pictures(store: Store, names: Store, name_KD: npt.NDArray[np.float32]) -> list[Card]:
+    """Every k-th picture of the store with the nearest captions of `names`, whose features are `name_KD`."""
+    ids = _every_kth(len(store.features))
+    scores_QT, captions_QT = nearest(name_KD, store.features[ids].astype(np.float32), CAPTIONS)
+    pictures = pairs_by(store, "image_id", ids, most=1)
+    captions = pairs_by(names, "caption_id", captions_QT, most=1)
+    return [
+        Card(
+            _data_uri(pictures[image][0]),
+            "、".join(captions[caption][0]["caption"] for caption in nearest_T),
+            " · ".join(f"{score:.2f}" for score in scores_T),
+            None,
+        )
+        for image, nearest_T, scores_T in zip(ids.tolist(), captions_QT.tolist(), scores_QT, strict=True)
+    ]
+
+
+def _every_kth(count: int) -> npt.NDArray[np.int64]:
+    step = max(count // QUERIES, 1)
+    return np.arange(step // 2, count, step)[:QUERIES]
 
 
 def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
@@ -94,9 +123,9 @@ def judged_card(pair: dict[str, Any], verdicts: Verdicts, row: int, history: Mar
 
 
 def _found(
-    store: Store, text_QD: npt.NDArray[np.float32], right: Sequence[npt.NDArray[np.int32]] | None
+    store: Store, text_QD: npt.NDArray[np.float32], top: int, right: Sequence[npt.NDArray[np.int32]] | None
 ) -> list[list[Card]]:
-    scores_QT, ids_QT = nearest(store.features, text_QD, FOUND)
+    scores_QT, ids_QT = nearest(store.features, text_QD, top)
     pairs = pairs_by(store, "image_id", ids_QT, most=CAPTIONS)
 
     def card(query: int, image: int, score: float) -> Card:

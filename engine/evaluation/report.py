@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,18 +12,20 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 import torch
 from markupsafe import Markup
 
 from .. import __version__
+from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY, claim_file
 from ..files.places import Location
 from ..hardware import in_words, machine_name, read_hardware
 from .charts import Line, histogram, line_chart
-from .evaluate import DIRECTIONS, MEASURES, measure, write_json
-from .gallery import Answers, free_queries, has_pictures, named_queries, surest_pairs
+from .evaluate import DIRECTIONS, MEASURES, caption_features, measure, write_json
+from .gallery import Shown, caption_queries, free_queries, has_pictures, named_pictures, surest_pairs
 from .run import left_out, open_data, open_run, read_metrics, trained_on
 from .verdicts import Detection, Verdicts, detection, read_verdicts
 
@@ -46,14 +49,19 @@ def write_report(
     tables: Mapping[str, Location],
     output: Path | None = None,
     *,
+    gallery: Sequence[str] = (),
     replace: bool = False,
     store: Path | None = None,
 ) -> Path:
     """Write the page `output`, by default RUN/report.html, and results.json beside it; returns the page.
 
-    `tables`: set names to stores or tars, the gallery shows the first. ECL's part needs confidence.parquet, which the
-    end of training writes. UserError, before any work, where something else is there; `replace` overwrites it.
+    `tables`: set names to stores or pictures with captions; `gallery` names those whose queries and pictures are shown,
+    by default the first. Pictures stand with the nearest captions of the first set. ECL's part needs
+    confidence.parquet, which the end of training writes. UserError, before any work, where something else is there;
+    `replace` overwrites it.
     """
+    if unknown := [name for name in gallery if name not in tables]:
+        raise UserError(f"--gallery {unknown[0]}: is no set of --data; choose of {', '.join(tables)}")
     instead = "name a page elsewhere by --output FILE.html"
     file = claim_file(output or run / "report.html", "page", replace=replace, instead=instead)
     figures = claim_file(file.with_name("results.json"), "result", replace=replace, instead=instead)
@@ -62,18 +70,24 @@ def write_report(
         raise UserError(f"run {run}: trained from shards, without a store to report on; use `efficientclip evaluate`")
     store_trained = trained_on(run, opened.config, opened.store)
     results: dict[str, Any] = {}
-    gallery: dict[str, list[Answers]] = {}
-    for name, path in tables.items():
-        with open_data(opened, path) as data:
-            results[name] = measure(opened, data)
-            if len(results) == 1 and has_pictures(data):
-                gallery = {"named": named_queries(opened, data), "free": free_queries(opened, data)}
+    shown: dict[str, Shown] = {}
+    names: tuple[Store, npt.NDArray[np.float32]] | None = None
+    with ExitStack() as stack:
+        for name, path in tables.items():
+            data = stack.enter_context(open_data(opened, path))
+            text_KD = caption_features(opened, data)
+            results[name] = measure(data, text_KD)
+            first, names = names is None, names or (data, text_KD)
+            if (name in gallery or (first and not gallery)) and has_pictures(data):
+                free = free_queries(opened, data) if first else []
+                shown[name] = Shown(caption_queries(data, text_KD), free, named_pictures(data, *names))
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(results, figures)
     steps, validations = read_metrics(run / "metrics.jsonl")
     verdicts = read_verdicts(run, store_trained)
     detected = None if verdicts is None else detection(verdicts)
     arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
+    arguments += ["--gallery", *gallery] if gallery else []
     arguments += ["--output", str(output)] if output else []
     page = template("report.html").render(
         run=opened,
@@ -83,7 +97,7 @@ def write_report(
         results=results,
         left_out=left_out,
         measures=MEASURES,
-        gallery=gallery,
+        gallery=shown,
         charts=list(_training_charts(steps, validations)),
         ecl_charts=[] if verdicts is None else list(_ecl_charts(steps, verdicts, detected)),
         detection=detected,

@@ -35,7 +35,7 @@ from ..errors import UserError, tell
 from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY
 from ..files.places import Location, location
-from ..objectives.retrieval import read_only
+from ..objectives.retrieval import Features, read_only
 from ..prepare.parts import digest
 from .run import Run, is_store, left_out, open_data, open_run
 
@@ -113,11 +113,11 @@ def _nearest_pictures(run: Run, query: str, source: Source, bad: Counter[str], t
 
 
 def nearest(
-    features_KD: npt.NDArray[np.float16], text_QD: npt.NDArray[np.float32], top: int
+    features_KD: Features, query_QD: npt.NDArray[np.float32], top: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Cosines [Q, T] and image ids [Q, T] of the T = min(top, images) nearest images, best first."""
+    """Cosines [Q, T] and rows [Q, T] of the T = min(top, K) nearest features, best first."""
     try:
-        scores, ids = top_k(torch.from_numpy(text_QD), read_only(features_KD), min(top, len(features_KD)))
+        scores, ids = top_k(torch.from_numpy(query_QD), read_only(features_KD), min(top, len(features_KD)))
     except ValueError as error:
         raise UserError(f"search: {error}; the model or the store is broken") from error
     return scores.numpy(), ids.numpy()

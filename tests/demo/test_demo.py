@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 from efficientclip.demo import build, packages
 from efficientclip.demo.concepts import Concept, Picture, assign_noise, bucket, divide, split_of
+from efficientclip.demo.photographs import PHOTOGRAPHS, credits, write_photographs
 from efficientclip.demo.pictures import slug, square, write_shard
 from efficientclip.demo.texts import dictionary_pairs, manual_paragraphs
 from efficientclip.errors import UserError
@@ -25,7 +27,8 @@ MANIFEST = b'{"pictures": {"train": 1}, "noise_share": 0.3, "noise_seed": 0, "sh
 
 def concept(number: int, english: str | None = None) -> Concept:
     # 动物 is a keyword of every concept: a caption that noise may never hand back to any of them.
-    return Concept(f"{number:04x}", (f"名{number}", f"词{number}", "动物"), (english or f"thing {number}", "animal"))
+    names = english or f"thing {number}", "animal"
+    return Concept(f"{number:04x}", (f"名{number}", f"词{number}", "动物"), names, "animal-mammal")
 
 
 def training_pictures(count: int = 40) -> list[Picture]:
@@ -107,7 +110,32 @@ def test_shards_have_the_same_bytes(tmp_path: Path) -> None:
     assert record["captions"][0] == {"text": "名0", "noise": False}
     assert record["captions_en"] == ["thing 0", "animal"]
     assert (record["source"], record["concept"], record["split"]) == ("google", "0000", "train")
+    assert record["subgroup"] == "animal-mammal"
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.tar", "two.tar"]
+
+
+def test_photographs_are_as_their_packages_have_them(tmp_path: Path) -> None:
+    """With a query and a credit each; a package that lacks one is named."""
+    cache, given = tmp_path / "cache", {"lomiri-wallpapers-16.04": Path("lomiri.deb")}
+    content = {f"{one.folder}/{one.file}": one.file.encode() for one in PHOTOGRAPHS}
+    for package in ("scikit-image", "scikit-learn"):
+        given[package] = tmp_path / f"{package}.whl"
+        with zipfile.ZipFile(given[package], "w") as wheel:
+            for name, picture in content.items():
+                wheel.writestr(name, picture)
+    files(cache / "unpacked" / "lomiri", content)
+    write_photographs(tmp_path / "photographs.tar", cache, given)
+    with tarfile.open(tmp_path / "photographs.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    assert len(members) == 2 * len(PHOTOGRAPHS)
+    assert members["chelsea.png"] == b"chelsea.png"
+    assert json.loads(members["chelsea.json"])["captions"] == ["一只盯着看的小花猫"]
+    assert len({one.query for one in PHOTOGRAPHS}) == len(PHOTOGRAPHS)
+    lines = credits()
+    assert all(sum(one.file in line and one.credit in line for line in lines) == 1 for one in PHOTOGRAPHS)
+    (cache / "unpacked" / "lomiri" / PHOTOGRAPHS[-1].folder / PHOTOGRAPHS[-1].file).unlink()
+    with pytest.raises(UserError, match=r"lomiri\.deb has no whole usr/share/.*sunset.*delete the file"):
+        write_photographs(tmp_path / "photographs.tar", cache, given)
 
 
 def test_train_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import html
 import json
 import re
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from efficientclip.cli import main
+from efficientclip.data.pictures import decode_square
+from efficientclip.data.store import Store
 from efficientclip.evaluation.evaluate import evaluate
+from efficientclip.evaluation.run import open_run
 from tests.evaluation.conftest import World
 
 
@@ -54,9 +59,36 @@ def test_the_page_shows_everything_and_fetches_nothing(world: World) -> None:
     for title in ("Contrastive loss", "Masked-language", "Validation recall", "Pairs kept", "Learning rate", "AUC"):
         assert title in page
     assert page.count("<svg") == 6
-    assert page.count("right answer at rank") == 12
+    # The captions of the first set, and its pictures; no other set's.
+    texts = results["again"]["texts"]
+    assert page.count("right answer at rank") == texts > 12 and page.count("What queries find") == 1
     assert "一只戴帽子的猫" in page and "Resolved config" in page
-    assert page.count("data:image/webp;base64,") > 12 * 6
+    assert page.count("data:image/webp;base64,") > texts * 3 + 12 + 6 * 6
+
+
+def test_the_gallery_shows_the_named_sets(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A user's own pictures and queries, a table: each picture beside the nearest captions of the first set."""
+    with tarfile.open(world.tar) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "mine.tsv").write_text("image\tcaption\n03.png\t红鱼\n05.png\t两只红猫\n", encoding="utf-8")
+    arguments = ["report", str(world.run), "--data", f"held={world.store}", f"mine={tmp_path / 'mine.tsv'}"]
+    assert main([*arguments, "--gallery", "mine"]) == 0
+    found = json.loads((world.run / "results.json").read_text())["mine"]["t2i"]
+    page = page_of(world.run)
+    assert page.count("right answer at rank") == 2 and "What queries find: mine" in page
+    assert f"Of all 2 queries {found['R@1']:.1f}% find a right picture first" in page and "--gallery mine" in page
+    assert "What queries find: held" not in page and "一只戴帽子的猫" not in page
+    called = page.split("What pictures are called: mine")[1].split("</section>")[0]
+    assert "of “held”" in called and "红鱼" not in called and called.count('<li class="card') == 2
+    opened, store = open_run(world.run), Store(world.store)
+    features = opened.frozen.encode([decode_square((tmp_path / "03.png").read_bytes(), 16)])
+    texts = dict.fromkeys(store.pairs()["caption"].to_pylist())
+    best = max(texts, key=lambda text: float(features[0] @ opened.encode_texts([text])[0]))
+    assert f'<span lang="zh">{html.escape(best)}、' in called
+    assert main([*arguments, "--gallery", "held", "mine"]) == 0
+    assert page_of(world.run).count("What queries find") == 2
+    assert main([*arguments, "--gallery", "yours"]) == 2
+    assert "--gallery yours: is no set of --data; choose of held, mine" in capsys.readouterr().err
 
 
 def test_sets_come_from_the_config_and_ecl_needs_a_finished_run(world: World) -> None:
