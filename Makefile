@@ -94,21 +94,22 @@ claim-plan: stores/demo-own-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)plan configs/demo-own.yaml --ranks 2
 claim-resources: stores/demo-own-test_vendor/manifest.json # 60 minutes
 	$(CLAIM)resources --wenlan-visits 700000
-claim-noise-rate: stores/demo-own-test_vendor/manifest.json # 6 minutes
-	$(CLAIM)noise_rate configs/demo-own.yaml --shards data/demo/train
+claim-noise-rate: stores/demo-test_vendor/manifest.json # 39 cross-fits
+	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train
 claim-ecl: claim-noise-rate # 50 minutes
-	$(CLAIM)ecl configs/demo-own.yaml --test stores/demo-own-test_vendor --arms none,oracle,schedule,calibrated
-	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo-own.yaml data.store=runs/noise-rate/stores/std-$$rate-3 --seeds 3 \
-		--test stores/demo-own-test_vendor --arms none,oracle,schedule,calibrated --folder runs/ecl-$$rate || exit 1; done
-	$(CLAIM)ecl configs/demo-own.yaml data.store=runs/noise-rate/stores/std-0-3 --seeds 3 \
-		--test stores/demo-own-test_vendor --arms none,schedule,calibrated --folder runs/ecl-0
+	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor --arms none,oracle,schedule,calibrated
+	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-$$rate-3 --seeds 3 \
+		--test stores/demo-test_vendor --arms none,oracle,schedule,calibrated --folder runs/ecl-$$rate || exit 1; done
+	$(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-0-3 --seeds 3 \
+		--test stores/demo-test_vendor --arms none,schedule,calibrated --folder runs/ecl-0
 claim-ablation: claim-ecl # 35 minutes
-	$(CLAIM)ecl configs/demo-own.yaml --test stores/demo-own-test_vendor
+	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor
 claim-mlm: stores/demo-own-test_vendor/manifest.json # 40 minutes
 	$(CLAIM)mlm configs/demo-own.yaml --test stores/demo-own-test_vendor
-# The tower that they count the cost of is trained on the demo's pictures alone.
-stores/demo-own-test_vendor/manifest.json: | .venv/.ready
+stores/demo-test_vendor/manifest.json: | .venv/.ready
 	$(MAKE) demo
+# The tower that these count the cost of is trained on the demo's pictures alone.
+stores/demo-own-test_vendor/manifest.json: | stores/demo-test_vendor/manifest.json
 	$(TRAIN) --module efficientclip.train configs/demo-image.yaml
 	efficientclip prepare data/demo/train stores/demo-own --config configs/demo-own.yaml
 	efficientclip prepare data/demo/val_seen.tar stores/demo-own-val_seen --config configs/demo-own.yaml

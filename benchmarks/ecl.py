@@ -1,7 +1,7 @@
 """How much of the oracle's gain does ECL recover, and which of its parts matter? Arms at equal pair visits.
 
-    python -m benchmarks.ecl configs/demo-own.yaml --test stores/demo-own-test_vendor --seeds 5
-    python -m benchmarks.ecl configs/demo-own.yaml data.store=STORE --test stores/demo-own-test_vendor
+    python -m benchmarks.ecl configs/demo.yaml --test stores/demo-test_vendor --seeds 5
+    python -m benchmarks.ecl configs/demo.yaml data.store=STORE --test stores/demo-test_vendor
 
 `calibrated` is the demo's rule; the oracle trains on the store without its noisy pairs, `none` on all of them. Arms
 that are named for a score or a share change that of `calibrated` alone; `published` is the paper's rule as a whole.

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from benchmarks.ecl import FIXED, SCHEDULE, ranks_of
 from benchmarks.measuring import RESULTS, hardware, kept, once, record
-from benchmarks.noise_rate import demo_pictures
+from benchmarks.planting import demo_pictures
 from efficientclip.config import load_config
 from efficientclip.data.batches import pack, packed_inputs
 from efficientclip.data.store import Store, Texts

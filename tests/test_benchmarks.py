@@ -9,17 +9,20 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import contrastive, ecl, lit, measuring, mlm, peers, resources
+from benchmarks import contrastive, ecl, lit, measuring, mlm, noise_rate, peers, planting, resources
 from benchmarks.contrastive import COLUMNS, KEY, draw, measure
 from benchmarks.gpu import __main__ as gpu
 from benchmarks.gpu import ceilings, values
@@ -29,9 +32,12 @@ from benchmarks.measuring import Memory, Neighbours, record
 from benchmarks.peers import Case, Inputs
 from benchmarks.resources import Recipe, Spent
 from efficientclip.config import load_config
-from efficientclip.demo.concepts import Concept, Picture
+from efficientclip.data.store import Store
+from efficientclip.data.tokenizer import load_tokenizer
+from efficientclip.demo.concepts import Concept, Picture, assign_noise
 from efficientclip.demo.pictures import write_shard
 from efficientclip.model.efficientclip import build_model
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 
@@ -368,6 +374,90 @@ def test_locked_towers_are_open_clips_own(tmp_path: Path) -> None:
     one = sum(value.numel() for name, value in ours.named_parameters() if not name.startswith("text.mlm_head"))
     other = sum(value.numel() for value in theirs.parameters() if value.requires_grad)
     assert one == pytest.approx(other, rel=0.01)
+
+
+GROUPS = {"mammal": ("cat", "dog", "ape"), "fruit": ("fig", "pear", "nut"), "tool": ("saw",)}
+GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+STYLES = ("google", "openmoji", "twitter")
+
+
+@pytest.fixture
+def right(tmp_path: Path) -> planting.Pairs:
+    """A little demo, half wrong: a caption is everybody's, cats and dogs are pets, what is in a group looks alike."""
+    concepts = [
+        Concept(name, (f"{name}甲", f"{name}乙", "东西"), (name, "pet" if name in ("cat", "dog") else name), group)
+        for name, group in GROUP_OF.items()
+    ]
+    pictures = [
+        Picture(concept, style, b"", [{"text": text, "noise": False} for text in concept.chinese])
+        for concept in concepts
+        for style in STYLES
+    ]
+    write_shard(tmp_path / "0.tar", "train", assign_noise(pictures, 0.5, seed=0))
+    keys = [f"{picture.style}-{picture.concept.key}" for picture in pictures]
+    table = pa.table({"key": keys, "image_id": np.arange(len(keys))})
+    alike = np.array([[group == other for other in GROUPS] for group in GROUP_OF.values()], float)
+    features = np.repeat(alike, len(STYLES), axis=0)
+    store = SimpleNamespace(pairs=lambda: table, features=features, width=len(GROUPS))
+    return planting.pairs_of_demo(store, [tmp_path / "0.tar"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [*planting.KINDS])
+def test_planted_captions_are_wrong_and_of_their_kind(
+    right: planting.Pairs, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planting, "NEIGHBOURS", 2)
+    true = {(name, caption) for name in GROUP_OF for caption in (f"{name}甲", f"{name}乙", "东西")}
+    assert {*zip(right.shows, right.captions, strict=True)} == true
+    assert not planting.planted(right, kind, 0, seed=3)[1].any()
+    rate = 0.05 if kind == "noun" else 0.25
+    pairs, wrong = planting.planted(right, kind, rate, seed=3)
+    assert planting.planted(right, kind, rate, seed=3)[0].captions == pairs.captions
+    assert planting.planted(right, kind, rate, seed=4)[0].captions != pairs.captions
+    found = list(zip(pairs.shows, pairs.captions, strict=True))
+    assert [edge not in true for edge in found] == wrong.tolist()
+    assert len({*zip(pairs.images, pairs.captions, strict=True)}) == len(pairs)
+    # What is exchanged may come back right, and pictures of a concept go together.
+    missing = {"permute": wrong.sum(), "cor": 2}.get(kind, 0)
+    assert 0 <= round(rate * len(pairs)) - wrong.sum() <= missing
+    planted = [edge for edge, is_wrong in zip(found, wrong, strict=True) if is_wrong]
+    # Nothing looks like a saw.
+    others = {(shown, caption[:-1]) for shown, caption in planted if (kind, shown) != ("near", "saw")}
+    if kind == "noun":
+        assert others == {("cat", "dog"), ("dog", "cat")}
+    else:
+        assert any(GROUP_OF[shown] != GROUP_OF[other] for shown, other in others) == (kind not in ("category", "near"))
+    if kind == "one":
+        assert len({*pairs.images}) == len(GROUP_OF)
+    elif kind == "source":
+        assert {name for name, is_wrong in zip(pairs.sources, wrong, strict=True) if is_wrong} == {"twitter"}
+    elif kind == "cor":
+        assert {*Counter(planted).values()} <= {3, 6}
+    elif kind == "permute":
+        assert Counter(pairs.captions) <= Counter(right.captions)
+
+
+def test_any_clean_store_is_planted(tmp_path: Path) -> None:
+    """Its features, places and tokenizer stay; the store is whole, and labelled."""
+    store = Store(tiny.pair_store(tmp_path / "clean"))
+    pairs, wrong = planting.planted(planting.pairs_of_store(store), "random", 0.4, seed=3)
+    planted = planting.write_store(pairs, wrong, tmp_path / "planted")
+    planted.prove()
+    before, after = (one.pairs().to_pydict() for one in (store, planted))
+    edges = {*zip(before["image_id"], before["caption"], strict=True)}
+    is_wrong = [edge not in edges for edge in zip(after["image_id"], after["caption"], strict=True)]
+    assert is_wrong == after["noise"] and sum(is_wrong) == round(0.4 * len(store)) and len(planted) == len(store)
+    np.testing.assert_array_equal(planted.features, store.features)
+    texts = dict(zip(after["caption_id"], after["caption"], strict=True))
+    encoded = load_tokenizer(tmp_path / "clean" / "tokenizer")([texts[number] for number in range(len(texts))])
+    assert planted.tokens.tolist() == [token for one in encoded["input_ids"] for token in one]
+
+
+def test_the_best_threshold_has_equal_scores_together() -> None:
+    noise, score = np.array([1, 1, 0, 1, 0, 0], bool), np.array([-2.0, -1, -1, -1, 0, 1])
+    # The four lowest, of which three are wrong, and no other.
+    assert noise_rate.best_f1(noise, score) == pytest.approx(2 * 0.75 / 1.75)
+    assert noise_rate.best_f1(noise, np.zeros(6)) == pytest.approx(2 * 0.5 / 1.5)
 
 
 def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
