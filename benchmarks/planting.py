@@ -157,6 +157,7 @@ def replaced(
 
 
 def exchanged(pairs: Pairs, rate: float, random: Random) -> Pairs:
+    """The captions of a share of `rate` of the pairs, exchanged among these."""
     rows = random.permutation(len(pairs))[: round(rate * len(pairs))]
     captions = np.array(pairs.captions, object)
     captions[rows] = captions[random.permutation(rows)]
