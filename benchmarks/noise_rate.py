@@ -1,4 +1,4 @@
-"""How near is the estimated noise rate to the planted one, and what does the estimate drop? Beside a caption centroid.
+"""How near is the estimated noise rate to the planted one, and what is dropped for it? Beside a caption centroid.
 
     python -m benchmarks.noise_rate configs/demo.yaml --shards data/demo/train
     python -m benchmarks.noise_rate CONFIG --store STORE
@@ -29,19 +29,20 @@ from rich.table import Table
 from sklearn.metrics import f1_score, precision_recall_curve
 
 from benchmarks.measuring import RESULTS, hardware, once, record
-from benchmarks.planting import KINDS, OF_ANY_STORE, pairs_of_demo, pairs_of_store, planted, write_store
+from benchmarks.planting import KINDS, OF_ANY_STORE, pairs_of_demo, pairs_of_store, planted, some_pictures, write_store
 from efficientclip.config import load_config
 from efficientclip.data.store import Store
 from efficientclip.evaluation.verdicts import caption_centroid_scores, separation
 from efficientclip.noise.cross_fit import CrossFit, read_cross_fit
+from efficientclip.planning.settings import parse_count
 
 CASES = (
     "random-0", "random-0.1", "random-0.3", "random-0.5", "permute-0.3", "category-0.3", "noun-0.3", "near-0.3",
     "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2",
 )  # fmt: skip
-KEY = ("hardware", "store", "visits", "case", "seeds")
+KEY = ("hardware", "store", "pairs", "visits", "case", "seeds")
 COLUMNS = (
-    *KEY, "pairs", "true", "estimated", "mean p of wrong", "cross-fit AUC", "centroid AUC",
+    *KEY, "true", "estimated", "low", "high", "held", "skill", "mean p of wrong", "cross-fit AUC", "centroid AUC",
     "cross-fit F1", "centroid F1", "cross-fit best F1", "centroid best F1",
     "cross-fit noise dropped", "centroid noise dropped", "cross-fit clean dropped", "centroid clean dropped",
     "date", "command",
@@ -81,7 +82,11 @@ def best_f1(noise: Bools, score: Floats) -> float:
 def figures(store: Store, found: CrossFit) -> dict[str, float]:
     """The estimate against the labels; the centroid drops as many pairs as the estimate says."""
     noise = store.pairs()["noise"].to_numpy(zero_copy_only=False).astype(bool)
-    row = {"pairs": len(store), "visits": found.visits, "true": float(noise.mean()), "estimated": found.rate}
+    true, whole = float(noise.mean()), found.whole
+    if whole is None:
+        raise SystemExit(f"noise_rate: the cross-fit of {store.path} is of an earlier version; remove --folder")
+    row = {"pairs": len(store), "visits": found.visits, "true": true, "estimated": whole.rate, "low": whole.low}
+    row |= {"high": whole.high, "held": float(whole.low <= true <= whole.high), "skill": whole.skill}
     if noise.any():
         row["mean p of wrong"] = float(found.p[noise].mean())
     for name, score in (("cross-fit", found.clean_log_odds), ("centroid", centroid_score(store))):
@@ -114,6 +119,7 @@ def main() -> None:
     of.add_argument("--shards", type=Path, help="the demo's training tars: they hold the captions of data.store")
     of.add_argument("--store", type=Path, help="a store whose captions are held to be right")
     parser.add_argument("--cases", help="KIND-RATE,…")
+    parser.add_argument("--pairs", type=parse_count, help="about so many, all those of pictures drawn at random")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/noise-rate"))
@@ -137,8 +143,9 @@ def main() -> None:
 
     def measure(case: str, seed: int) -> dict[str, float]:
         kind, rate = case.split("-")
-        name = f"{case}-{seed}"
-        store = write_store(*planted(right, kind, float(rate), seed), given.folder / "stores" / name)
+        name = f"{case}-{seed}" + (f"-{given.pairs}" if given.pairs else "")
+        drawn = some_pictures(right, given.pairs, seed) if given.pairs else right
+        store = write_store(*planted(drawn, kind, float(rate), seed), given.folder / "stores" / name)
         verdicts, _ = judged(given.config, store, given.folder / name, seed, given.overrides)
         found = figures(store, verdicts)
         print(name, over_seeds([found]), flush=True)

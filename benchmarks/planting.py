@@ -100,6 +100,14 @@ def demo_pictures(shards: Iterable[Path]) -> list[Picture]:
     return sorted(pictures, key=lambda picture: (picture.concept.key, picture.style))
 
 
+def some_pictures(pairs: Pairs, count: int, seed: int) -> Pairs:
+    """The pairs of pictures drawn at random, `count` of them or as many as there are, and those of the last picture."""
+    images = np.array(pairs.images)
+    order = np.random.default_rng([seed, 21]).permutation(np.unique(images))
+    enough = np.searchsorted(np.cumsum(np.bincount(images)[order]), count) + 1
+    return pairs.only(np.flatnonzero(np.isin(images, order[:enough])).tolist())
+
+
 def planted(right: Pairs, kind: str, rate: float, seed: int) -> tuple[Pairs, npt.NDArray[np.bool_]]:
     """The pairs with a share of `rate` wrong captions, as far as `kind` has any, each once; and which are wrong."""
     pairs = KINDS[kind](right, rate, np.random.default_rng([seed, 11]))

@@ -37,6 +37,7 @@ from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.demo.concepts import Concept, Picture, assign_noise
 from efficientclip.demo.pictures import write_shard
 from efficientclip.model.efficientclip import build_model
+from efficientclip.noise.cross_fit import CrossFit, SourceRate
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -435,6 +436,26 @@ def test_planted_captions_are_wrong_and_of_their_kind(
         assert {*Counter(planted).values()} <= {3, 6}
     elif kind == "permute":
         assert Counter(pairs.captions) <= Counter(right.captions)
+
+
+def test_pairs_are_drawn_by_whole_pictures(right: planting.Pairs) -> None:
+    some = planting.some_pictures(right, 7, seed=0)
+    assert len(some) in (9, 7) and {*Counter(some.images).values()} == {3}
+    rows = {*zip(right.images, right.captions, strict=True)}
+    assert {*zip(some.images, some.captions, strict=True)} < rows
+    assert planting.some_pictures(right, 10**6, seed=0).captions == list(right.captions)
+    assert planting.some_pictures(right, 7, seed=1).images != some.images
+
+
+def test_the_estimate_is_told_beside_the_truth(tmp_path: Path) -> None:
+    store = Store(tiny.pair_store(tmp_path / "store"))
+    odds = np.where(store.pairs()["noise"].to_numpy(zero_copy_only=False), -1.0, 1.0)
+    told = SourceRate("all", len(store), 0.2, 0.05, 0.4, 0.9)
+    found = CrossFit(0.15, 7, np.zeros(len(store), np.int8), odds, odds, odds, odds, whole=told)
+    row = noise_rate.figures(store, found)
+    assert (row["estimated"], row["low"], row["high"], row["skill"]) == (0.2, 0.05, 0.4, 0.9)
+    assert row["held"] == 1 and row["true"] == pytest.approx(0.1, abs=0.04)
+    assert row["cross-fit AUC"] == 1 and row["cross-fit best F1"] == 1
 
 
 def test_any_clean_store_is_planted(tmp_path: Path) -> None:

@@ -119,12 +119,26 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
 
 
 def read_rate(folder: Path) -> float | None:
-    """The estimated rate in `folder` without the verdicts; None before `efficientclip cross-fit` has written it."""
+    """The share of the pairs that `folder` gives ground to drop, without the verdicts; None before `efficientclip
+    cross-fit` has written it."""
+    told = _told_without_pairs(folder)
+    return float(told["rate"]) if told else None
+
+
+def read_rates(folder: Path) -> list[SourceRate]:
+    """The rates in `folder`, that of all pairs first and then those of several sources; none before `efficientclip
+    cross-fit` has written them."""
+    told = _told_without_pairs(folder)
+    whole, sources = json.loads(told.get("whole", "null")), json.loads(told.get("sources", "[]"))
+    return [SourceRate(*rate) for rate in ([whole] if whole else []) + (sources if len(sources) > 1 else [])]
+
+
+def _told_without_pairs(folder: Path) -> dict[str, str]:
     file = folder / FILE
     if not file.is_file():
-        return None
+        return {}
     with reading("confidence.cross_fit:", file, ANEW):
-        return float(_told(pq.read_schema(file))["rate"])
+        return _told(pq.read_schema(file))
 
 
 def _told(schema: pa.Schema) -> dict[str, str]:

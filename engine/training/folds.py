@@ -285,5 +285,5 @@ def _told(source: SourceRate) -> str:
     beats = f"towers tell a right pair from {source.skill:.1%} of mismatches"
     if source.open:
         return f"cannot tell how many of {source.pairs:,} pairs are wrong ({interval}; {beats}): none is dropped for it"
-    none = "" if source.droppable else "; none is dropped for it"
+    none = "" if source.droppable else ": none is dropped for it"
     return f"{source.rate:.1%} of {source.pairs:,} pairs are estimated to be wrong ({interval}; {beats}){none}"

@@ -7,13 +7,16 @@ import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from efficientclip.cli import main
+from efficientclip.config import load_config, save_config
 from efficientclip.data.pictures import decode_square
 from efficientclip.data.store import Store
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.run import open_run
+from efficientclip.noise.cross_fit import CrossFit, SourceRate, write_cross_fit
 from tests.evaluation.conftest import World
 
 
@@ -98,6 +101,26 @@ def test_sets_come_from_the_config_and_ecl_needs_a_finished_run(world: World) ->
     assert list(json.loads((world.run / "results.json").read_text())) == ["made_by", "held"]
     page = page_of(world.run)
     assert "What ECL believes" not in page and "<svg" not in page
+
+
+def test_the_page_tells_how_many_pairs_are_wrong(world: World, tmp_path: Path) -> None:
+    store, judged = Store(world.store), tmp_path / "judged"
+    judged.mkdir()
+    settings = ["confidence.selection=calibrated", f"confidence.cross_fit={judged}"]
+    save_config(load_config(world.run / "config.yaml", settings), world.run / "config.yaml")
+    assert main(["report", str(world.run)]) == 0 and "How many pairs are wrong" not in page_of(world.run)
+    zero = np.zeros(len(store))
+    whole = SourceRate("all", 12, 0.25, 0.2, 0.3, 0.9)
+    sources = (SourceRate("a", 8, 0.3, 0.25, 0.35, 0.95), SourceRate("b", 4, 0.1, 0.0, 0.7, 0.6))
+    found = CrossFit(0.2, 7, zero.astype(np.int8), zero, zero, zero, zero, sources, whole)
+    write_cross_fit(judged, store, found)
+    assert main(["report", str(world.run)]) == 0
+    rows = [
+        "<tr><th>all</th><td>12</td><td>25.0%</td><td>20.0 to 30.0%</td><td>90.0%</td><td>25.0%</td></tr>",
+        "<tr><th>a</th><td>8</td><td>30.0%</td><td>25.0 to 35.0%</td><td>95.0%</td><td>30.0%</td></tr>",
+        "<tr><th>b</th><td>4</td><td>cannot be told</td><td>0.0 to 70.0%</td><td>60.0%</td><td>none</td></tr>",
+    ]
+    assert all(row in page_of(world.run).replace("\n", "") for row in rows)
 
 
 def test_a_page_elsewhere_leaves_the_run_as_it_is(
