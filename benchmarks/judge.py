@@ -6,7 +6,7 @@ A made-up store: images and captions lie around concepts, captions recur, a fift
 pair; pairs are of four sources. Two towers know 70 % of the concepts. 5M pairs take 9 GB of disk. Each size is judged
 by a process of its own, from the page cache.
 
-The floor: a pair is compared with NULL_CAPTIONS captions, 2 NULL_CAPTIONS D operations, 4.2 million at D = 512. All
+The floor: a pair is compared with NULL_CAPTIONS captions twice, 4 NULL_CAPTIONS D operations, 8.4 million at D = 512. All
 else is small beside it: of a caption, by two towers, and of an image the DIRECTIONS of its cell are computed (.13 and
 .07 million), and what these are learned from is bounded (.2 Tera). `floor_s` is the time that the comparison takes at
 the rate of torch.mm on 4,096 rows, in the same process, before. Memory is the process's own (RssAnon): mapped features
@@ -150,7 +150,7 @@ def judged(folder: Path) -> Row:
         found = docket.verdicts(answers, groups, 0)
         ended = time.perf_counter()
     noise = pq.read_table(store.path / "pairs.parquet")["noise"].to_numpy()
-    floor = 2 * len(store) * NULL_CAPTIONS * WIDTH / rate
+    floor = 4 * len(store) * NULL_CAPTIONS * WIDTH / rate
     return {
         "pairs": len(store), "captions": captions, "images": len(store.features), "groups_s": round(grouped - began, 1),
         "answers_s": round(answered - grouped, 1), "verdicts_s": round(ended - answered, 1),

@@ -65,20 +65,24 @@ def answers(
     p is the share of the `null` captions, as `null_captions` tells and weighs them, that score higher on the pair's
     image; equal scores count half, captions that `captions_of` (image -> captions, these pairs among them) ties to the
     image do not count, but testify, all but the pair's own, to what the image shows. So do the other images that
-    `images_of` (caption -> images) ties to a caption, to what it means, in the second p. Two products, [pairs, null
-    captions], in blocks that stay in a cache.
+    `images_of` (caption -> images) ties to a caption, to what it means, in the second p: all but the pair's own, and
+    one of each null caption's; a caption without others is judged by its words. Two products, [pairs, null captions],
+    in blocks that stay in a cache.
     """
     device, n = device or best_device(), len(caption_ids)
     null_ids, weights = null
     weights_M = torch.from_numpy(weights).to(device, torch.float32)
     null_MD = rows_of(text_KD, null_ids, device)
-    pictured_MD, heard_M = _testimony(image_VD, images_of, null_ids, device, left_out=0)
+    # As of the pair's own caption one image is left out, or a wrong one would be no draw from these.
+    rest = images_of[0][null_ids] + 1, images_of[0][null_ids + 1]
+    pictured_MD, heard_M = _testimony(image_VD, images_of[1], *rest, device)
     # The column takes a pair's own score off: what is left tells a better caption by 1, an equal by .5, others by 0.
     nulls_ME = [F.pad(side, (0, 1), value=1.0) for side in (null_MD, _told(null_MD, pictured_MD, heard_M))]
     images, place = np.unique(image_ids, return_inverse=True)
     captions, caption_place = np.unique(caption_ids, return_inverse=True)
-    testimony_ID, heard_I = _testimony(text_KD, captions_of, images, device, left_out=1)
-    pictured_CD, heard_C = _testimony(image_VD, images_of, captions, device, left_out=1)
+    testimony_ID, heard_I = _testimony(text_KD, captions_of[1], *_ends(captions_of, images), device, own=1)
+    pictured_CD, heard_C = _testimony(image_VD, images_of[1], *_ends(images_of, captions), device, own=1)
+    alone = np.diff(_ends(images_of, caption_ids), axis=0)[0] == 1
     column, columns, first = _linked_columns(captions_of, images, null_ids)
     found = np.empty((3, n))
     at_once = max(1, BLOCK[device.type] // len(null_ids))
@@ -101,6 +105,7 @@ def answers(
             # The half keeps p above 0: nobody beats a caption by less than one draw.
             found[number, rows] = ((beats_PM @ weights_M).double().cpu().numpy() + 0.5) / (counted + 1)
         found[2, rows] = (text_PD * image_PD).sum(1).double().cpu().numpy()
+    found[1, alone] = found[0, alone]
     return Answers(*found)
 
 
@@ -108,17 +113,20 @@ def _told(features_PD: torch.Tensor, others_PD: torch.Tensor, heard_P: torch.Ten
     return F.normalize(features_PD + heard_P[:, None] * others_PD, dim=1)
 
 
+def _ends(ties: Edges, ids: Integers) -> tuple[Integers, Integers]:
+    """Where the ties of each of `ids` begin and end."""
+    return ties[0][ids], ties[0][ids + 1]
+
+
 def _testimony(
-    features: Features, ties: Edges, ids: Integers, device: torch.device, left_out: int
+    features: Features, tied: Integers, starts: Integers, ends: Integers, device: torch.device, own: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each of `ids` the sum of what `ties` ties it to, float32 [ids, width], and the weight of that sum without
-    `left_out` of them, float32 [ids]."""
-    starts, tied = ties
-    degree = starts[ids + 1] - starts[ids]
-    heard = degree <= MOST_WITNESSES
-    sums = _sums(features, tied, starts[ids], np.where(heard, degree, 0), device)
+    """Of each run in `tied` the sum of its features, float32 [runs, width], and the weight, float32 [runs], of what is
+    left of it when the pair's `own` is taken off."""
+    heard = ends - starts <= MOST_WITNESSES
+    sums = _sums(features, tied, starts, np.where(heard, ends - starts, 0), device)
     # One more than testify, so that a single one does not speak for all.
-    return sums, torch.from_numpy(TESTIMONY * heard / (degree - left_out + 1)).to(device, torch.float32)
+    return sums, torch.from_numpy(TESTIMONY * heard / (ends - starts - own + 1)).to(device, torch.float32)
 
 
 def _sums(features: Features, tied: Integers, starts: Integers, counts: Integers, device: torch.device) -> torch.Tensor:
