@@ -11,7 +11,8 @@
     origin-*.parquet    what each part of the source gave, for the next `prepare`
 
 A text store holds only tokens, offsets, tokenizer and manifest. Opening a store reads its manifest and the sizes of its
-files; `prove` reads what they hold.
+files; `prove` reads what they hold, and so does the first opening of a store of the format before, whose manifest it
+writes anew.
 """
 
 from __future__ import annotations
@@ -30,14 +31,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..errors import UserError, reading
-from ..files import digests
+from ..errors import UserError, reading, writing
+from ..files import digests, lock
+from ..files.atomic import write_atomically
+from ..files.ownership import require_writable
 from .parquet import rows_of, tables_of
 
 # CSR of a bipartite graph: indptr int64 [left nodes + 1], indices int32, ascending in each row.
 Edges = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
 FORMAT = 3
+# It differs in the digests of files alone, which are SHA-256.
+EARLIER = 2
 ANEW = "prepare the store anew, or restore the file from a copy"
 CHECKED_AT_ONCE = 1 << 24
 TOLD_SOURCES = 20
@@ -284,10 +289,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"store {path}: no manifest.json{half}; make it with `efficientclip prepare SOURCE {path}`")
     with reading("store manifest", file, ANEW):
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if manifest.get("format") != FORMAT:
+        if manifest.get("format") not in (EARLIER, FORMAT):
             raise UserError(
-                f"store {file}: format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew with"
-                f" `efficientclip prepare SOURCE {path}`"
+                f"store {file}: format {manifest.get('format')}, this version reads {EARLIER} and {FORMAT}; prepare it"
+                f" anew with `efficientclip prepare SOURCE {path}`"
             )
         # Earlier versions wrote none.
         if manifest.get("sha256", digest := manifest_digest(manifest)) != digest:
@@ -299,6 +304,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if missing := [key for key in keys if key not in manifest]:
             raise ValueError(f"no {missing[0]}")
         np.dtype(manifest["token_dtype"])
+    return manifest if manifest["format"] == FORMAT else _brought_up(path, manifest)
+
+
+def _brought_up(path: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a store of the EARLIER format, written anew as one of FORMAT, once its files prove right.
+
+    One process does so, others that open the store meanwhile wait. UserError where a file is not as it was written, or
+    nothing can be written there.
+    """
+    file, doing = path / "manifest.json", f"bringing from format {EARLIER} to {FORMAT}, once,"
+    right = "give this user the right to write there, or copy the store to where it can be written"
+    require_writable(path, f"{doing} {path}", right)
+    with writing(file), lock.in_turn(file, doing):
+        now: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if now != manifest:
+            return read_manifest(path)
+        manifest = {**manifest, "format": FORMAT, "files": digests.described_anew(path, manifest["files"], ANEW)}
+        manifest["sha256"] = manifest_digest(manifest)
+        write_atomically(file, json.dumps(manifest, ensure_ascii=False, indent=1).encode())
     return manifest
 
 

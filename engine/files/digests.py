@@ -21,7 +21,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from xxhash import xxh3_128
@@ -38,17 +38,23 @@ LONG = 1 << 30
 Signature = tuple[int, int, int, int, int]
 Described = dict[str, dict[str, Any]]
 Known = dict[Signature, str]
+T = TypeVar("T")
 
 
 def digest_of(file: Path, progress: Callable[[int], Any] = lambda read: None) -> str:
     """Of the whole file, in hex; `progress` is told the bytes read."""
-    state, chunk = xxh3_128(), bytearray(CHUNK)
+    return _digests_of(file, progress, xxh3_128())[0]
+
+
+def _digests_of(file: Path, progress: Callable[[int], Any], *states: Any) -> list[str]:
+    chunk = bytearray(CHUNK)
     view = memoryview(chunk)
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
-            state.update(view[:count])
+            for state in states:
+                state.update(view[:count])
             progress(count)
-    return state.hexdigest()
+    return [state.hexdigest() for state in states]
 
 
 def is_named_by(file: Path) -> bool:
@@ -123,23 +129,47 @@ def check(
     before = _cached(folder)
     found: Known = {} if anew else {**before, **(known or {})}
     unread = [name for name in files if signatures[name] not in found]
-    total = sum(files[name]["bytes"] for name in unread)
-    with (
-        tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
-        ThreadPoolExecutor(4) as pool,
-    ):
-        for name, digest in zip(
-            unread, pool.map(lambda name: digest_of(folder / name, bar.update), unread), strict=True
-        ):
-            found[signatures[name]] = digest
+    for name, digest in zip(unread, _read(folder, unread, digest_of), strict=True):
+        found[signatures[name]] = digest
     for name, entry in files.items():
         if found[signatures[name]] != entry["xxh3"]:
             forget(folder)
-            raise UserError(f"{folder / name}: is not what was written (its digest differs); {remedy}")
+            raise _differs(folder / name, remedy)
     sound = {signatures[name]: found[signatures[name]] for name in files}
     if unread:
         remember(folder, before | sound)
     return sound
+
+
+def described_anew(folder: Path, files: Mapping[str, Mapping[str, Any]], remedy: str) -> Described:
+    """Size and digest of `files` in `folder`, of which an earlier version told size and SHA-256; each is read once.
+
+    UserError naming the first of another size or content.
+    """
+    check_sizes(folder, files, remedy)
+    signatures = {name: signature(folder / name) for name in files}
+    read = _read(folder, files, lambda file, progress: _digests_of(file, progress, xxh3_128(), hashlib.sha256()))
+    found = dict(zip(files, read, strict=True))
+    for name, (_, sha256) in found.items():
+        if sha256 != files[name].get("sha256"):
+            raise _differs(folder / name, remedy)
+    remember(folder, {signatures[name]: digest for name, (digest, _) in found.items()})
+    return {name: {"bytes": files[name]["bytes"], "xxh3": digest} for name, (digest, _) in found.items()}
+
+
+def _read(folder: Path, names: Iterable[str], digest: Callable[[Path, Callable[[int], Any]], T]) -> list[T]:
+    """The digest of each of these files, under a bar where that takes long."""
+    files = [folder / name for name in names]
+    total = sum(file.stat().st_size for file in files)
+    with (
+        tqdm(total=total, desc=f"checking {folder.name}", unit="B", unit_scale=True, disable=total < LONG) as bar,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        return list(pool.map(lambda file: digest(file, bar.update), files))
+
+
+def _differs(file: Path, remedy: str) -> UserError:
+    return UserError(f"{file}: is not what was written (its digest differs); {remedy}")
 
 
 def check_written(folder: Path, *patterns: str, remedy: str) -> None:

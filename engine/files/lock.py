@@ -36,6 +36,20 @@ def held(folder: Path, doing: str) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def in_turn(file: Path, doing: str) -> Iterator[None]:
+    """Hold `file` itself for this process, which waits while another one does; that one may have replaced it."""
+    handle = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise (_unlockable(file.parent, doing, error) if error.errno in UNSUPPORTED else error) from error
+        yield
+    finally:
+        os.close(handle)
+
+
 def _acquire(file: Path, doing: str) -> int:
     while True:
         # Its last holder may have renamed it, or removed it.
@@ -51,11 +65,7 @@ def _acquire(file: Path, doing: str) -> int:
                     f"{doing} {file.parent}: {_named(holder)} is at it; wait for its end, or stop it"
                 ) from None
             if error.errno in UNSUPPORTED:
-                raise UserError(
-                    f"{doing} {file.parent}: its file system cannot lock files ({os.strerror(error.errno or 0)}), so"
-                    " two processes could write there at once; mount it with locks (NFS: without nolock, lockd"
-                    " running), or choose a folder elsewhere"
-                ) from error
+                raise _unlockable(file.parent, doing, error) from error
             raise
         if _is(handle, file):
             break
@@ -67,6 +77,13 @@ def _acquire(file: Path, doing: str) -> int:
         os.ftruncate(handle, 0)
         os.pwrite(handle, described.encode(), 0)
     return handle
+
+
+def _unlockable(folder: Path, doing: str, error: OSError) -> UserError:
+    return UserError(
+        f"{doing} {folder}: its file system cannot lock files ({os.strerror(error.errno or 0)}), so two processes could"
+        " write there at once; mount it with locks (NFS: without nolock, lockd running), or choose a folder elsewhere"
+    )
 
 
 def _is(handle: int, file: Path) -> bool:

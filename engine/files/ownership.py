@@ -105,7 +105,7 @@ def claim(
     recover(target)
     another = "give this user the right to write there, or name another folder"
     if not target.exists():
-        _require_writable(above, shown, another)
+        require_writable(above, shown, another)
         return target
     # A replacement was cut short over its last step.
     shutil.rmtree(old, ignore_errors=True)
@@ -130,10 +130,10 @@ def claim(
     if found is not None and existing == "replace":
         require_known(target, {*files, MARK}, shown)
     if existing != "go on":
-        _require_writable(above, shown, another)
+        require_writable(above, shown, another)
     elif found is None or kind != "store":
         # One that stands may turn out to be the wanted one.
-        _require_writable(above if kind in RENAMED else target, shown, another)
+        require_writable(above if kind in RENAMED else target, shown, another)
     return target
 
 
@@ -157,7 +157,7 @@ def claim_file(file: Path, made: Made, *, replace: bool = False, instead: str = 
     above = _folder_above(file, target, str(file))
     if target.exists() and not target.is_file():
         raise UserError(f"{file}: is no file, but a {'folder' if target.is_dir() else 'device'}; name a file")
-    _require_writable(above, str(file), instead)
+    require_writable(above, str(file), instead)
     earlier = target.name in RESULTS and not (target.parent / MARK).is_file() and kind_of(target.parent) == "run"
     if target.exists() and not (replace or earlier or _is_ours(target, made)):
         raise UserError(
@@ -215,7 +215,7 @@ def _folder_above(given: Path, target: Path, shown: str) -> Path:
     return above
 
 
-def _require_writable(folder: Path, shown: str, instead: str) -> None:
+def require_writable(folder: Path, shown: str, instead: str) -> None:
     """UserError on a read-only mount, too."""
     if not os.access(folder, os.W_OK | os.X_OK):
         read_only = os.statvfs(folder).f_flag & os.ST_RDONLY

@@ -23,7 +23,7 @@ from efficientclip.data.batches import Batch, pack
 from efficientclip.data.pairs import CaptionPairs, MaskedTexts, PairLoader, PairSource
 from efficientclip.data.pixels import PicturePairs, load_pictures
 from efficientclip.data.sources import open_source
-from efficientclip.data.store import FORMAT, Store, TextStore
+from efficientclip.data.store import EARLIER, FORMAT, Store, TextStore
 from efficientclip.errors import UserError
 from tests import tiny
 from tests.data.tars import encode, photograph, write_tar
@@ -519,6 +519,6 @@ def test_a_store_that_contradicts_itself_is_a_users_error(tmp_path: Path) -> Non
 def test_a_store_of_an_older_format_is_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tiny.pair_store(tmp_path / "store")
     manifest = path / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT - 1}'))
-    with pytest.raises(UserError, match=f"format {FORMAT - 1}, this version reads {FORMAT}; prepare it anew"):
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
+    with pytest.raises(UserError, match=f"format 1, this version reads {EARLIER} and {FORMAT}; prepare it anew"):
         Store(path)
