@@ -60,7 +60,7 @@ def encode(self, pixels):
     return rows[: len(pixels)]
 FrozenImages.encode_pixels = encode
 try:
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(cli.main())
 finally:
     print("encoded", encoded)
 """
