@@ -4,6 +4,7 @@ STORE.partial/identity.json          the mark by which the folder is ours, what 
              /part-OF-SHA.parquet    a finished part, by digests of what it was made of and of its content
              /features-OF-SHA.bin    its features, alike
              /tokens-OF-BY-SHA.parquet    those of a part's captions, by digests of the part, the tokenizer and these
+             /merging-OF/*           files of the store, of these parts, until all of them are whole
 STORE/origin-OF-SHA.parquet          what a part gave to the finished store, as a part is known
 """
 

@@ -1,38 +1,21 @@
-"""Finished parts as a store is put together of them, some thousands of rows at a time."""
+"""Finished parts as a store is put together of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from ..data.store import Store, ranges
 from ..errors import UserError
-from .parts import CAPTION_IDS, IMAGE_ID, bytes_of, features_file, tables_of, width_of
+from .parts import CAPTION_IDS, IMAGE_ID, ROWS_AT_ONCE, bytes_of, features_file, tables_of, width_of
 from .tokens import TOKENS, Flat
-
-
-class Rows(NamedTuple):
-    """Some rows of a part: `table` has the columns; `places` int [rows] are where their features stand in `features`
-    fp16 [any, D]; the tokens of caption i of all their captions are `lengths[i]` of `tokens` from `starts[i]` on."""
-
-    table: pa.Table
-    features: npt.NDArray[np.float16]
-    places: npt.NDArray[np.integer[Any]]
-    tokens: npt.NDArray[Any]
-    starts: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
-
-    def tokens_of(self, captions: npt.NDArray[np.int64]) -> Flat:
-        """Those of these captions end to end, and how many each has."""
-        starts, lengths = self.starts[captions], self.lengths[captions]
-        return self.tokens[ranges(starts, lengths)], lengths
 
 
 @dataclass(frozen=True)
@@ -44,25 +27,34 @@ class Finished:
     tokens: Path | None
     store: Store | None = None
 
-    def rows(self, token_dtype: np.dtype[Any]) -> Iterator[Rows]:
-        tokenized = iter(()) if self.tokens is None else tables_of([self.tokens])
-        first, own = 0, None
-        for table in tables_of([self.file]):
-            if self.store is None:
-                own = self._own() if own is None else own
-                features, places = own, np.arange(first, first := first + len(table))
-            else:
-                features, places = self.store.features, table[IMAGE_ID].to_numpy()
-            if (tokens := next(tokenized, None)) is not None:
-                flat = bytes_of(tokens[TOKENS]).view(token_dtype)
-                lengths = pc.binary_length(tokens[TOKENS]).to_numpy().astype(np.int64) // token_dtype.itemsize
-                yield Rows(table, features, places, flat, np.cumsum(lengths) - lengths, lengths)
-            elif self.store is not None:
-                ids = bytes_of(table[CAPTION_IDS]).view(np.int32)
-                starts = self.store.offsets[ids]
-                yield Rows(table, features, places, self.store.tokens, starts, self.store.offsets[ids + 1] - starts)
-            else:
-                raise UserError(f"part {self.file}: has no tokens; remove it and run the same command again")
+    def features(self, chosen: npt.NDArray[np.bool_]) -> Iterator[npt.NDArray[np.float16]]:
+        """fp16 [any, D] of the rows that are `chosen`, bool [rows], in order, some thousands at a time."""
+        places: npt.NDArray[np.integer[Any]] = np.flatnonzero(chosen)
+        if not len(places):
+            return
+        if self.store is None:
+            held_KD = np.memmap(features_file(self.file), np.float16, "r").reshape(-1, width_of(self.file))
+        else:
+            held_KD = self.store.features
+            places = pq.read_table(self.file, columns=[IMAGE_ID])[IMAGE_ID].to_numpy()[places]
+        for start in range(0, len(places), ROWS_AT_ONCE):
+            yield held_KD[places[start : start + ROWS_AT_ONCE]]
 
-    def _own(self) -> npt.NDArray[np.float16]:
-        return np.memmap(features_file(self.file), np.float16, "r").reshape(-1, width_of(self.file))
+    def tokens_of(self, chosen: npt.NDArray[np.bool_], token_dtype: np.dtype[Any]) -> Iterator[Flat]:
+        """The tokens of those of all its captions, end to end, that are `chosen`, bool [captions], some thousands at a
+        time, and how many each has."""
+        if self.tokens is None and self.store is None:
+            raise UserError(f"part {self.file}: has no tokens; remove it and run the same command again")
+        first = 0
+        for table in tables_of([self.tokens or self.file], [TOKENS if self.tokens else CAPTION_IDS]):
+            if self.tokens is not None:
+                flat: npt.NDArray[Any] = bytes_of(table[TOKENS]).view(token_dtype)
+                lengths = pc.binary_length(table[TOKENS]).to_numpy().astype(np.int64) // token_dtype.itemsize
+                starts = np.cumsum(lengths) - lengths
+            else:
+                assert self.store is not None
+                ids = bytes_of(table[CAPTION_IDS]).view(np.int32)
+                flat, starts = self.store.tokens, self.store.offsets[ids]
+                lengths = self.store.offsets[ids + 1] - starts
+            here = np.flatnonzero(chosen[first : (first := first + len(lengths))])
+            yield flat[ranges(starts[here], lengths[here])], lengths[here]

@@ -6,11 +6,16 @@ sorted are some millions of them at a time.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,23 +26,39 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from xxhash import xxh3_128
 
-from ..data.store import PAIR_SCHEMA
+from ..data.store import ANEW, PAIR_SCHEMA
+from ..errors import UserError
+from ..files import digests
 from ..files.scratch import scratch
 from .finished import Finished
 from .parts import DIGEST_BYTES, bytes_of, keep_origin, tables_of
-from .writer import TokenFile, token_dtype, write_ids
+from .writer import MERGING, TokenFile, token_dtype, write_ids
 
 SORTED_AT_ONCE = 1 << 22
 SCANNED_AT_ONCE = 1 << 20
 # Odd, so that no two products of 64 bits are equal: neighbours are spread over all of these.
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
+# Of what is made of parts: what is another's is made again.
+FORMAT = 1
+TOLD = "told.json"
+# What the manifest tells of files, and those digests of these, by name, that were taken while they were written.
+Told = tuple[dict[str, int], dict[str, str]]
+Work = Callable[[Path], Told]
+
+
+class Held(NamedTuple):
+    """Where the rows and the captions of a part are among those of all."""
+
+    part: Finished
+    rows: slice
+    entries: slice
 
 
 def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBase, longest: int) -> dict[str, Any]:
     """Give ids to distinct frozen rows and captions, drop repeated pairs, and write the store's files.
 
     `tokenizer` made the parts' tokens, and goes into the store. Returns what the manifest tells of it, and `digests` of
-    files, by name, that were computed while these were written.
+    its files, by name. Files that stand when a call is killed stay for the next.
 
     Counts the pairs that were dropped, and captions of more than `longest` tokens or of unknown ones alone.
     Ids count in the order of first occurrence.
@@ -61,14 +82,21 @@ def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBas
         chosen = np.flatnonzero(new_pair[here])
         there = slice(done, done := done + len(chosen))
         image_ids[there], kept_captions[there] = row_ids[row_of[here]][chosen], caption_ids[here][chosen]
-    new = new_row, new_caption, new_pair
-    told = _write(folder, parts, tokenizer, longest, new, image_ids, kept_captions)
-    write_ids(folder, image_ids, kept_captions, captions)
-    row = entry = 0
-    for file in files:
-        held = slice(row, row := row + pq.read_metadata(file).num_rows)
-        linked = slice(entry, entry := int(np.searchsorted(row_of, np.int32(row))))
-        keep_origin(folder, file, row_ids[held], caption_ids[linked])
+    held, row, entry = list[Held](), 0, 0
+    for part in parts:
+        own = slice(row, row := row + pq.read_metadata(part.file).num_rows)
+        held.append(Held(part, own, slice(entry, entry := int(np.searchsorted(row_of, np.int32(row))))))
+    with tqdm(desc="putting together", unit="row", total=images + captions + pairs) as bar:
+        works = {
+            "features": partial(_features, held, new_row, bar),
+            "tokens": partial(_tokens, held, tokenizer, longest, new_caption, bar),
+            "pairs": partial(_pairs, files, new_pair, image_ids, kept_captions, bar),
+            "ids": partial(_ids_and_edges, image_ids, kept_captions, captions),
+            "origins": partial(_origins, held, row_ids, caption_ids),
+        }
+        told, found = _made(folder, _key(parts, longest), works)
+        # What stood is done, too.
+        bar.update(bar.total - bar.n)
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         "width": told.pop("width"),
@@ -79,7 +107,49 @@ def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBas
         "vocabulary": len(tokenizer),
         "repeated_pairs": entries - pairs,
         **told,
+        "digests": found,
     }
+
+
+def _key(parts: list[Finished], longest: int) -> str:
+    """Of all that the files depend on: names of parts and of tokens tell what these hold."""
+    made_of = [[part.file.name, part.tokens and part.tokens.name, part.store and part.store.identity] for part in parts]
+    return hashlib.sha256(json.dumps([FORMAT, longest, made_of]).encode()).hexdigest()[:32]
+
+
+def _made(folder: Path, key: str, works: Mapping[str, Work]) -> tuple[dict[str, int], dict[str, str]]:
+    """What all `works` tell, and the digests of their files, which lie in `folder` then. Those that an interrupted call
+    was through with, for the same `key`, are not made again; the others are made beside each other."""
+    merging = folder / f"{MERGING}-{key}"
+    for other in folder.glob(f"{MERGING}-*"):
+        if other != merging:
+            shutil.rmtree(other)
+    with ThreadPoolExecutor(len(works)) as beside:
+        made = list(beside.map(_standing_or_made, (merging / name for name in works), works.values()))
+    told: dict[str, int] = {}
+    found: dict[str, str] = {}
+    for name, files in zip(works, made, strict=True):
+        told |= json.loads((merging / name / TOLD).read_bytes())
+        for file in files.keys() - {TOLD}:
+            os.replace(merging / name / file, folder / file)
+            found[file] = files[file]["xxh3"]
+    shutil.rmtree(merging)
+    return told, found
+
+
+def _standing_or_made(place: Path, work: Work) -> digests.Described:
+    """The files in `place`, where they are as they were written, or else as `work` writes them now."""
+    with suppress(UserError):
+        files = digests.read_digests(place)
+        digests.check(place, files, ANEW)
+        return files
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    told, known = work(place)
+    (place / TOLD).write_text(json.dumps(told))
+    files = digests.described(place, digests.files_in(place), known)
+    digests.write_digests(place, files)
+    return files
 
 
 def _sizes(files: list[Path]) -> tuple[int, int]:
@@ -137,41 +207,55 @@ def _ids(folder: Path, digests_N2: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[
     return ids, new, count
 
 
-def _write(
-    folder: Path,
-    parts: list[Finished],
+def _features(held: list[Held], new_row: npt.NDArray[np.bool_], bar: Any, folder: Path) -> Told:
+    told, digest = {"width": 0}, xxh3_128()
+    with (folder / "features.bin").open("wb") as file:
+        for part, rows, _ in held:
+            for features_KD in part.features(new_row[rows]):
+                told["width"] = features_KD.shape[1]
+                file.write(features_KD.data)
+                digest.update(features_KD.data)
+                bar.update(len(features_KD))
+    return told, {"features.bin": digest.hexdigest()}
+
+
+def _tokens(
+    held: list[Held],
     tokenizer: PreTrainedTokenizerBase,
     longest: int,
-    new: tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_]],
+    new_caption: npt.NDArray[np.bool_],
+    bar: Any,
+    folder: Path,
+) -> Told:
+    told = {"long_captions": 0, "unknown_captions": 0}
+    special = np.array(sorted(tokenizer.all_special_ids))
+    with TokenFile(folder, token_dtype(len(tokenizer))) as file:
+        for part, _, entries in held:
+            for flat, lengths in part.tokens_of(new_caption[entries], file.dtype):
+                file.write(flat, lengths)
+                told["long_captions"] += int((lengths > longest).sum())
+                words = np.concatenate([[0], np.cumsum(~np.isin(flat, special))])
+                ends = np.concatenate([[0], np.cumsum(lengths)])
+                told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
+                bar.update(len(lengths))
+    return told, {}
+
+
+def _pairs(
+    files: list[Path],
+    new_pair: npt.NDArray[np.bool_],
     image_ids: npt.NDArray[np.int32],
     caption_ids: npt.NDArray[np.int32],
-) -> dict[str, Any]:
-    """features.bin, pairs.parquet and the tokens, of the rows, captions and pairs that are `new`; returns what is to be
-    told of them."""
-    new_row, new_caption, new_pair = new
-    told = Counter[str](long_captions=0, unknown_captions=0, width=0)
-    special = np.array(sorted(tokenizer.all_special_ids))
-    row, entry, pair, digest = 0, 0, 0, xxh3_128()
-    with ExitStack() as open_files:
-        features = open_files.enter_context((folder / "features.bin").open("wb"))
-        pairs = open_files.enter_context(pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA))
-        tokens = open_files.enter_context(TokenFile(folder, token_dtype(len(tokenizer))))
-        bar = open_files.enter_context(tqdm(desc="captions", unit="text", total=len(new_caption)))
-        for held in (held for part in parts for held in part.rows(tokens.dtype)):
-            table = held.table
+    bar: Any,
+    folder: Path,
+) -> Told:
+    entry, pair = 0, 0
+    own = ["caption", "noise", "image_id", "caption_id"]
+    names = [name for name in PAIR_SCHEMA.names if name not in own]
+    with pq.ParquetWriter(folder / "pairs.parquet", PAIR_SCHEMA) as writer:
+        for table in tables_of(files, [*names, "captions", "noise"]):
             captions, noise = _flat(table, "captions"), _flat(table, "noise")
-            rows = slice(row, row := row + len(table))
             entries = slice(entry, entry := entry + len(captions))
-            flat, lengths = held.tokens_of(np.flatnonzero(new_caption[entries]))
-            tokens.write(flat, lengths)
-            told["long_captions"] += int((lengths > longest).sum())
-            words = np.concatenate([[0], np.cumsum(~np.isin(flat, special))])
-            ends = np.concatenate([[0], np.cumsum(lengths)])
-            told["unknown_captions"] += int((np.diff(words[ends]) == 0).sum())
-            told["width"] = held.features.shape[1]
-            content = held.features[held.places[new_row[rows]]].data
-            features.write(content)
-            digest.update(content)
             chosen = pa.array(np.flatnonzero(new_pair[entries]))
             here = slice(pair, pair := pair + len(chosen))
             parents = pc.list_parent_indices(table["captions"].combine_chunks()).take(chosen)
@@ -181,11 +265,25 @@ def _write(
                 "image_id": pa.array(image_ids[here]),
                 "caption_id": pa.array(caption_ids[here]),
             }
-            names = [name for name in PAIR_SCHEMA.names if name not in columns]
             columns |= {name: table[name].take(parents) for name in names}
-            pairs.write_table(pa.table({name: columns[name] for name in PAIR_SCHEMA.names}).cast(PAIR_SCHEMA))
-            bar.update(len(captions))
-    return {**told, "digests": {"features.bin": digest.hexdigest()}}
+            writer.write_table(pa.table({name: columns[name] for name in PAIR_SCHEMA.names}).cast(PAIR_SCHEMA))
+            bar.update(len(chosen))
+    return {}, {}
+
+
+def _ids_and_edges(
+    image_ids: npt.NDArray[np.int32], caption_ids: npt.NDArray[np.int32], captions: int, folder: Path
+) -> Told:
+    write_ids(folder, image_ids, caption_ids, captions)
+    return {}, {}
+
+
+def _origins(
+    held: list[Held], row_ids: npt.NDArray[np.int32], caption_ids: npt.NDArray[np.int32], folder: Path
+) -> Told:
+    for part, rows, entries in held:
+        keep_origin(folder, part.file, row_ids[rows], caption_ids[entries])
+    return {}, {}
 
 
 def _flat(table: pa.Table, column: str) -> pa.Array:

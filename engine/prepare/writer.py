@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain, islice
@@ -23,8 +24,10 @@ from ..files.ownership import MARK, claim, mark
 CAPTIONS_AT_ONCE = 1 << 22
 # Beside a store's files: what each part gave to it.
 ORIGIN = "origin"
+# Where its files wait until all of them are whole.
+MERGING = "merging"
 # What building a store leaves beside its files.
-LEFTOVERS = ("part-*.parquet", "features-*.bin", "tokens-*.parquet", ".*.partial", "identity.json")
+LEFTOVERS = ("part-*.parquet", "features-*.bin", "tokens-*.parquet", f"{MERGING}-*", ".*.partial", "identity.json")
 # What Hugging Face's tokenizers consist of.
 TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer.model", "spiece.model"),
@@ -123,7 +126,7 @@ def settle(folder: Path, path: Path) -> None:
     target = claim(path, "store", existing="replace", files=files_of(path))
     for pattern in LEFTOVERS:
         for left in folder.glob(pattern):
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     mark(folder, "store")
     put_in_place(folder, target)
     (target / lock.NAME).unlink(missing_ok=True)

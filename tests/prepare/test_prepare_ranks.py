@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,18 +17,21 @@ import pytest
 from efficientclip.config import Config
 from efficientclip.data.store import read_manifest, staging
 from efficientclip.files.places import URL, Location
+from efficientclip.prepare import merge
 from efficientclip.prepare.build import prepare
 from efficientclip.prepare.deal import dealt
 from tests.data.servers import put, s3
 from tests.prepare.tars import good, write_shards, write_tar
 from tests.training import launch
 
-SLOW = Path(__file__).with_name("slow_prepare.py")
+SLOW, KILLED = (Path(__file__).with_name(f"{name}_prepare.py") for name in ("slow", "killed"))
 
 
-def started(folder: Path, shards: Location, store: Path, *more: str, ranks: int = 2) -> list[BaseProcess]:
+def started(
+    folder: Path, shards: Location, store: Path, *more: str, ranks: int = 2, script: Path = SLOW
+) -> list[BaseProcess]:
     arguments = (*(["prepare", str(shards), str(store)]), "--config", str(folder / "config.yaml"), *more)
-    return launch.start_ranks(folder, *[arguments] * ranks, script=SLOW)
+    return launch.start_ranks(folder, *[arguments] * ranks, script=script)
 
 
 def ended(folder: Path, processes: list[BaseProcess], seconds: float = 120) -> list[str]:
@@ -103,6 +109,42 @@ def test_a_killed_rank_costs_a_part_a_rank(tmp_path: Path, config: Config, victi
     assert sum(rank.count("encoding") for rank in told) == 12 - left
     prepare(shards, tmp_path / "expected", config)
     assert read_manifest(path) == read_manifest(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("damaged", [None, "features.bin"])
+def test_what_stands_of_a_store_when_rank_0_is_killed_is_not_made_again(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, damaged: str | None
+) -> None:
+    shards, path = write_shards(tmp_path / "shards", 3), tmp_path / "made"
+    processes = started(tmp_path, shards, path, script=KILLED)
+    ended(tmp_path, processes)
+    assert processes[0].exitcode == -signal.SIGKILL and not path.exists()
+    if damaged:
+        (file,) = staging(path).glob(f"merging-*/*/{damaged}")
+        file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    made: list[str] = []
+
+    def noted(name: str, work: Callable[..., Any], *given: Any) -> Any:
+        made.append(name)
+        return work(*given)
+
+    for name in ("features", "tokens", "pairs", "ids_and_edges", "origins"):
+        monkeypatch.setattr(merge, f"_{name}", partial(noted, name, getattr(merge, f"_{name}")))
+    prepare(shards, path, config)
+    assert sorted(made) == (["features", "pairs"] if damaged else ["pairs"])
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+    assert {*os.listdir(path)} == {*os.listdir(tmp_path / "expected")}
+
+
+def test_what_an_interrupted_store_of_other_parts_left_is_not_used(tmp_path: Path, config: Config) -> None:
+    shards, path = write_shards(tmp_path / "shards", 3), tmp_path / "made"
+    ended(tmp_path, started(tmp_path, shards, path, ranks=1, script=KILLED))
+    write_tar(shards / "1.tar", good(40, "狗"))
+    prepare(shards, path, config)
+    prepare(shards, tmp_path / "expected", config)
+    assert read_manifest(path) == read_manifest(tmp_path / "expected")
+    assert {*os.listdir(path)} == {*os.listdir(tmp_path / "expected")}
 
 
 @pytest.mark.parametrize("allowed", [1, 2])
