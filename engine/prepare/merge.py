@@ -86,7 +86,8 @@ def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBas
     for part in parts:
         own = slice(row, row := row + pq.read_metadata(part.file).num_rows)
         held.append(Held(part, own, slice(entry, entry := int(np.searchsorted(row_of, np.int32(row))))))
-    with tqdm(desc="putting together", unit="row", total=images + captions + pairs) as bar:
+    total = images + captions + pairs
+    with tqdm(desc="putting together", unit="row", total=total) as bar:
         works = {
             "features": partial(_features, held, new_row, bar),
             "tokens": partial(_tokens, held, tokenizer, longest, new_caption, bar),
@@ -96,7 +97,7 @@ def merge(folder: Path, parts: list[Finished], tokenizer: PreTrainedTokenizerBas
         }
         told, found = _made(folder, _key(parts, longest), works)
         # What stood is done, too.
-        bar.update(bar.total - bar.n)
+        bar.update(total - bar.n)
     tokenizer.save_pretrained(folder / "tokenizer")
     return {
         "width": told.pop("width"),
