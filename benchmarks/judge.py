@@ -8,9 +8,9 @@ by a process of its own, from the page cache.
 
 The floor: a pair is compared with NULL_CAPTIONS captions twice, 4 NULL_CAPTIONS D operations, 8.4 million at D = 512.
 All else is small beside it: of a caption, by two towers, and of an image the DIRECTIONS of its cell are computed (.13
-and .07 million), and what these are learned from is bounded (.2 Tera). `floor_s` is the time that the comparison takes at
-the rate of torch.mm on 4,096 rows, in the same process, before. Memory is the process's own (RssAnon): mapped features
-are the page cache's.
+and .07 million), and what these are learned from is bounded (.2 Tera). `floor_s` is the time that the comparison takes
+at the rate of torch.mm on 4,096 rows, in the same process, before. Memory is the process's own (RssAnon): mapped
+features are the page cache's.
 """
 
 from __future__ import annotations
