@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu gpu-rehearsal claims lint types format clean
+.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu gpu-rehearsal claims docs lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -87,7 +87,7 @@ CLAIMS := claim-step claim-plan claim-resources claim-noise-rate claim-ecl claim
 # A clock that runs beside another claim tells nothing.
 .NOTPARALLEL:
 CLAIM = python -m benchmarks.
-claims: $(CLAIMS) ## every table of the README's claims anew, 4 hours; `make claim-step` (or -plan, …) for one
+claims: $(CLAIMS) ## every table of docs/claims.md anew, 4 hours; `make claim-step` (or -plan, …) for one
 claim-step: .venv/.ready # 3 minutes
 	env -u OMP_NUM_THREADS $(CLAIM)step --pairs 16
 claim-plan: stores/demo-own-test_vendor/manifest.json # 6 minutes
@@ -128,6 +128,10 @@ types: .venv/.ready
 	@mkdir -p .cache/typing/efficientclip
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels .cache/typing/efficientclip
 	cd .cache/typing && mypy --config-file ../../pyproject.toml --package efficientclip
+
+docs: .venv/.ready types ## the pages of docs/ and the API of the public classes as a site in .cache/docs; links are checked
+	$(PIP) mkdocs-material 'mkdocstrings[python]'
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 format: .venv/.ready ## rewrite the code in ruff's format
 	ruff check --fix

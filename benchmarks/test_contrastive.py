@@ -1,4 +1,4 @@
-"""Contrastive loss, forward and backward, beside its peers in one run; see README.md.
+"""Contrastive loss, forward and backward, beside its peers in one run; see docs/performance.md.
 
     pytest benchmarks/test_contrastive.py --benchmark-only [--long] [--sizes 1024,65536] [--device cuda]
 

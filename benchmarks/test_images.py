@@ -1,4 +1,4 @@
-"""The image loader beside open_clip's pipeline, SPDL, DALI and libjpeg-turbo alone, in one run; see README.md.
+"""The image loader beside open_clip's pipeline, SPDL, DALI and libjpeg-turbo, in one run; see docs/performance.md.
 
 pytest benchmarks/test_images.py --benchmark-only
 """

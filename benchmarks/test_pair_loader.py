@@ -1,4 +1,4 @@
-"""The pair loader beside a torch DataLoader and vectorised numpy, in one run; see README.md.
+"""The pair loader beside a torch DataLoader and vectorised numpy, in one run; see docs/performance.md.
 
     pytest benchmarks/test_pair_loader.py --benchmark-only
 

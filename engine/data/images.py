@@ -68,38 +68,38 @@ class ImageLoader(ThreadedLoader):
     `epoch` starts that one. A batch counts as consumed when it is handed out: `state()` is the position behind it,
     whatever was made ahead, and `restore()` goes there without reading the images before it.
 
-    source: whatever `open_source` reads, its path or URL, or a list of these. In a tar, a sample is a run of members
-        with one name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in
-        the order of the source count as a shard. Those in a .parquet, and remote ones, are written to a temporary file,
-        a few shards ahead.
-    size: images are float or uint8 [images, 3, size, size].
-    train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
-        by shards and by a buffer of `shuffle_buffer` samples, drawn from once a quarter of it is full. Else the middle
-        (Resize, then CenterCrop), in the shards' own order.
-    threads: decoding threads, by default one for each core this process may use. Batches are the same for any number.
-    seed, epoch, rank, world_size: the order depends on these and on the source alone. Ranks share all samples out
-        between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
-        different numbers of batches.
-    weights: how many times an epoch visits each source, once without. The fraction is a visit of a share of its
-        samples, which are drawn anew each epoch.
-    shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after the
-        other, runs of `block` samples of what is left behind the first `skip` go round `of` loaders, of which this one
-        is `number`. Each reads its own samples alone, and without `indexes` every shard's headers.
-    mean, std: of each channel, for values in 0..1; not applied to uint8.
-    dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
-    flip: mirror one image in two.
-    scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster, but
-        640 x 480 photographs to 224 were off by 0.9/255 on average, 15/255 at one value in a thousand, 39/255 at most.
-        Without it, images are those of Pillow but for rounding (2/255 at most); the middle is that of Hugging Face's
-        processors of CLIP, which may lie half a pixel before torchvision's.
-    indexes: a folder where the tars' indexes are kept: with them `restore()` and `shares` jump to their samples instead
-        of reading the headers of those before.
-    max_bad_shards: so many shards of an epoch may be missing or not whole, and are named in `bad_shards`; the next one
-        is a UserError, after the samples before it in the order. Loaders that share an order must lack the same ones.
-    captions: False lets samples without captions pass.
-    keep_encoded: keep each image's file in `ImageBatch.encoded`.
-    drop_last: leave out an epoch's last incomplete batch.
-    prefetch: batches made ahead at most. Images lie in pinned memory where CUDA is there.
+    - source: whatever `open_source` reads, its path or URL, or a list of these. In a tar, a sample is a run of members
+      with one name up to the first dot: an image with captions in .txt or .json. Of the others, each 4,096 images in
+      the order of the source count as a shard. Those in a .parquet, and remote ones, are written to a temporary file, a
+      few shards ahead.
+    - size: images are float or uint8 [images, 3, size, size].
+    - train: a random part of the image (torchvision's RandomResizedCrop with `scale` and `ratio`), in an order shuffled
+      by shards and by a buffer of `shuffle_buffer` samples, drawn from once a quarter of it is full. Else the middle
+      (Resize, then CenterCrop), in the shards' own order.
+    - threads: decoding threads, by default one for each core this process may use. Batches are the same for any number.
+    - seed, epoch, rank, world_size: the order depends on these and on the source alone. Ranks share all samples out
+      between them: whole shards as far as they go round, every world_size-th sample of the others. So ranks may have
+      different numbers of batches.
+    - weights: how many times an epoch visits each source, once without. The fraction is a visit of a share of its
+      samples, which are drawn anew each epoch.
+    - shares: how this loader shares the order of its rank with others: for each (skip, block, number, of), one after
+      the other, runs of `block` samples of what is left behind the first `skip` go round `of` loaders, of which this
+      one is `number`. Each reads its own samples alone, and without `indexes` every shard's headers.
+    - mean, std: of each channel, for values in 0..1; not applied to uint8.
+    - dtype: torch.float32, torch.bfloat16 or torch.uint8. channels_last: in that memory format.
+    - flip: mirror one image in two.
+    - scaled_decoding: decode a JPEG at a half, a quarter or an eighth of its size where it has pixels enough: faster,
+      but 640 x 480 photographs to 224 were off by 0.9/255 on average, 15/255 at one value in a thousand, 39/255 at
+      most. Without it, images are those of Pillow but for rounding (2/255 at most); the middle is that of Hugging
+      Face's processors of CLIP, which may lie half a pixel before torchvision's.
+    - indexes: a folder where the tars' indexes are kept: with them `restore()` and `shares` jump to their samples
+      instead of reading the headers of those before.
+    - max_bad_shards: so many shards of an epoch may be missing or not whole, and are named in `bad_shards`; the next
+      one is a UserError, after the samples before it in the order. Loaders that share an order must lack the same ones.
+    - captions: False lets samples without captions pass.
+    - keep_encoded: keep each image's file in `ImageBatch.encoded`.
+    - drop_last: leave out an epoch's last incomplete batch.
+    - prefetch: batches made ahead at most. Images lie in pinned memory where CUDA is there.
 
     Other formats that Pillow reads (GIF, BMP, TIFF, AVIF, HEIC with pillow-heif) take a slow path, one at a time;
     `slow_pictures` counts them. Samples that cannot be used are skipped and named in `bad_samples`; rows without a

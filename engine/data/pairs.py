@@ -186,11 +186,12 @@ class PairLoader(ThreadedLoader):
     out: `state()` is the position behind it, whatever was made ahead, and `restore()` goes there, also with another
     `world_size`. `batch_size` pairs count over all ranks; an epoch's last incomplete batch is left out.
 
-    kept: bool [pairs], the pairs an epoch trains on; may be set between two epochs. `reaudition_share` of each batch
-        is given to the others, at weight 0.
-    max_tokens: longer captions are cut, their last token kept.
-    micro_batch_size, tokens_per_micro_batch: how `Batch.inputs` is split, by pairs or by tokens; all ranks get as many.
-    threads, prefetch: batches are the same for any number; `prefetch` finished ones wait at most.
+    - kept: bool [pairs], the pairs an epoch trains on; may be set between two epochs. `reaudition_share` of each batch
+      is given to the others, at weight 0.
+    - max_tokens: longer captions are cut, their last token kept.
+    - micro_batch_size, tokens_per_micro_batch: how `Batch.inputs` is split, by pairs or by tokens; all ranks get as
+      many.
+    - threads, prefetch: batches are the same for any number; `prefetch` finished ones wait at most.
 
     `waited_seconds` is the time spent waiting for batches. Raises UserError for settings that do not fit the store or
     a store whose files disagree, RuntimeError in a forked child.
