@@ -98,9 +98,9 @@ claim-noise-rate: stores/demo-test_vendor/manifest.json # 39 cross-fits
 	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train
 claim-ecl: claim-noise-rate # 50 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor --arms none,oracle,schedule,calibrated
-	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-$$rate-3 --seeds 3 \
+	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-$$rate-5 --seeds 3 \
 		--test stores/demo-test_vendor --arms none,oracle,schedule,calibrated --folder runs/ecl-$$rate || exit 1; done
-	$(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-0-3 --seeds 3 \
+	$(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-0-5 --seeds 3 \
 		--test stores/demo-test_vendor --arms none,schedule,calibrated --folder runs/ecl-0
 claim-ablation: claim-ecl # 35 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor

@@ -33,7 +33,8 @@ RATES = np.linspace(0, 1, 201)
 MEANS, DEVIATIONS = np.linspace(-0.2, 5, 53), np.linspace(1, 1.8, 9)
 DISPERSION = 2.0  # pairs tell as much as half as many would, were right ones of a stratum just so distributed
 BELIEVED = 100  # pairs a stratum, of what other sources tell
-LAPSES = np.linspace(0, 0.02, 5)  # share of right pairs that a tower misses as if they were wrong
+# Share of right pairs that towers miss as if they were wrong, at most: of the least competent stratum to the most.
+LAPSES = np.linspace(0.1, 0.01, STRATA)
 INTERVAL = (0.05, 0.95)
 
 
@@ -116,10 +117,12 @@ class _Source:
         """Probability of each of RATES, where it is believed (logarithms) how right pairs lie."""
         masses, log_masses = _mixtures()
         likelihood_RD = np.zeros((len(RATES), len(DEVIATIONS)))
-        for counts, shares, belief in zip(self.counts_SB, self.shares_SR(), belief_SDM, strict=True):
+        for counts, shares, belief, most in zip(self.counts_SB, self.shares_SR(), belief_SDM, LAPSES, strict=True):
             # The best mean, not all of them: a flat belief in means would be one in skill.
             told = (log_masses @ counts + belief).max(2)
-            likelihood_RD += np.stack([np.interp(shares, masses, one) for one in told.T], 1)
+            # Missed ones and wrong ones alike.
+            uniform_R5 = shares[:, None] + (1 - shares[:, None]) * np.linspace(0, most, 5)
+            likelihood_RD += np.stack([np.interp(uniform_R5, masses, one).max(1) for one in told.T], 1)
         likelihood = likelihood_RD.max(1)
         probability = np.exp(likelihood - likelihood.max())
         return np.asarray(probability / probability.sum())
@@ -168,9 +171,8 @@ def _with_what_p_leaves_out(source: _Source, probability: Floats) -> Floats:
     # Where towers are most competent: as many as a uniform p would not leave there.
     uniform = RATES @ probability * source.expected_S[-1]
     elsewhere = max(0.0, source.foreign_S[-1] - (1 - FOREIGN) * uniform) / max(source.expected_S[-1], 1e-9)
-    rates = np.clip(RATES[:, None] + elsewhere - LAPSES * (1 - RATES[:, None]), 0, 1)
-    at = np.rint(rates * (len(RATES) - 1)).astype(np.int64)
-    return np.bincount(at.ravel(), np.repeat(probability, len(LAPSES)), len(RATES)) / len(LAPSES)
+    at = np.rint(np.minimum(RATES + elsewhere, 1) * (len(RATES) - 1)).astype(np.int64)
+    return np.asarray(np.bincount(at, probability, len(RATES)), np.float64)
 
 
 def quantiles(probability: Floats, shares: tuple[float, ...]) -> list[float]:
