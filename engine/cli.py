@@ -175,7 +175,9 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = command(_audit, "audit", "what ECL did to each pair of a finished run: a table, and a page to judge it by")
     _add_run(audit)
-    audit.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder of audit.parquet and audit.html (RUN)")
+    audit.add_argument(
+        "out", nargs="?", type=Path, metavar="OUT", help="folder of the table, the page and suspects.csv (RUN)"
+    )
     audit.add_argument("--top", type=int, default=24, help="pairs of a kind on the page (default: 24)")
     audit.add_argument("--export", type=Path, metavar="DIR", help="write the kept pairs there, as webdataset shards")
     audit.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard at most (default: 10000)")

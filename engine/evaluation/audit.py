@@ -23,7 +23,7 @@ from ..data.parquet import tables_of
 from ..data.store import Store
 from ..errors import UserError
 from ..files.atomic import write_atomically, written_aside
-from ..files.ownership import MADE_BY, claim_file
+from ..files.ownership import MADE_BY, Made, claim_file
 from ..hardware import in_words, machine_name, read_hardware
 from ..training.history import epoch_files, open_epoch
 from ..training.run_folder import run_config
@@ -31,9 +31,11 @@ from .charts import histogram, sparkline
 from .gallery import Card, judged_card
 from .report import Chart, Figure, template
 from .run import trained_on
+from .suspects import Evidence, evidence_of, write_suspects
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 SOURCES = 30
+MADE: dict[str, Made] = {"audit.parquet": "table", "audit.html": "page", "suspects.csv": "suspects"}
 PAIR_COLUMNS = ["key", "caption", "source", "shard", "image_id", "noise", "offset", "length"]
 SCORE_COLUMNS = ["score", "times_seen", "kept", "dropped_epoch"]
 SCHEMA = pa.schema(
@@ -52,6 +54,8 @@ SCHEMA = pa.schema(
         ("epoch_score", pa.list_(pa.float32())),
         ("epoch_kept", pa.list_(pa.bool_())),
         ("centroid_score", pa.float32()),
+        ("evidence", pa.float64()),
+        ("wrong_probability", pa.float32()),
     ],
     metadata={"made_by": f"{MADE_BY} {__version__}"},
 )
@@ -59,7 +63,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Audit:
-    """A finished run beside the store it trained on; `centroid` is the training-free score by pair row."""
+    """A finished run beside the store it trained on; `centroid` is the training-free score by pair row, `evidence` the
+    best that there is."""
 
     folder: Path
     config: Config
@@ -67,6 +72,7 @@ class Audit:
     verdicts: Verdicts
     epochs: list[Path]
     centroid: npt.NDArray[np.float32]
+    evidence: Evidence
 
 
 @dataclass(frozen=True)
@@ -113,29 +119,31 @@ def open_audit(run: Path, store: Path | None = None) -> Audit:
             f"run {run}: no pair was scored, all epochs were warm-up; raise training.pair_visits or lower"
             " confidence.warmup_epochs"
         )
-    return Audit(run, config, found, verdicts, epochs, caption_centroid_scores(found))
+    evidence = evidence_of(config.confidence, found, verdicts)
+    return Audit(run, config, found, verdicts, epochs, caption_centroid_scores(found), evidence)
 
 
-def claim_audit(run: Path, out: Path, *, replace: bool = False) -> tuple[Path, Path]:
-    """The table and the page that `write_audit` writes into `out`; UserError where something else is there."""
+def claim_audit(run: Path, out: Path, *, replace: bool = False) -> tuple[Path, ...]:
+    """The files of MADE that `write_audit` writes into `out`; UserError where something else is there."""
     instead = f"name another folder: efficientclip audit {run} OUT"
-    table = claim_file(out / "audit.parquet", "table", replace=replace, instead=instead)
-    return table, claim_file(out / "audit.html", "page", replace=replace, instead=instead)
+    return tuple(claim_file(out / name, made, replace=replace, instead=instead) for name, made in MADE.items())
 
 
-def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -> tuple[Path, Path]:
-    """Write OUT/audit.parquet and OUT/audit.html, `count` pairs of a kind on the page; returns both."""
-    table, file = claim_audit(audit.folder, out, replace=replace)
+def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -> tuple[Path, ...]:
+    """Write the files of MADE into OUT, `count` pairs of a kind on the page; returns them."""
+    table, file, suspects = claim_audit(audit.folder, out, replace=replace)
     verdicts = audit.verdicts
+    ranked = dataclasses.replace(verdicts, score=audit.evidence.score)
     # Where nothing is dropped, the lowest scores of all are the surest noise.
-    judged = dataclasses.replace(verdicts, kept=verdicts.kept & ~verdicts.kept.all())
+    judged = dataclasses.replace(ranked, kept=verdicts.kept & ~verdicts.kept.all())
     kinds = {
         "noise": judged.surest(kept=False, count=count),
-        "borderline": verdicts.borderline(count),
-        "clean": verdicts.surest(kept=True, count=count),
+        "borderline": ranked.borderline(count),
+        "clean": ranked.surest(kept=True, count=count),
     }
     out.mkdir(parents=True, exist_ok=True)
     made = _write_table(audit, table, np.concatenate(list(kinds.values())))
+    write_suspects(suspects, audit.store, verdicts, audit.evidence)
     cards = {kind: [_card(made.shown[row], verdicts) for row in rows.tolist()] for kind, rows in kinds.items()}
     compared = beside_baseline(verdicts, audit.centroid)
     page = template("audit.html").render(
@@ -150,6 +158,7 @@ def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -
         sources=made.sources[:SOURCES],
         more_sources=len(made.sources[SOURCES:]),
         labelled=verdicts.noise is not None,
+        judged=audit.evidence.p is not None,
         config=(audit.folder / "config.yaml").read_text(encoding="utf-8"),
         command=shlex.join(["efficientclip", "audit", str(audit.folder), str(out), "--top", str(count)]),
         written=datetime.now().astimezone(),
@@ -158,12 +167,13 @@ def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -
         versions=f"efficientclip {__version__}",
     )
     write_atomically(file, page.encode())
-    return out / "audit.parquet", out / "audit.html"
+    return tuple(out / name for name in MADE)
 
 
 def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Table:
     """One pass: the table goes to `file` in row groups, the rows `shown` and the counts are handed back."""
     found: dict[int, dict[str, Any]] = {}
+    evidence = audit.evidence
     sources: pa.Table | None = None
     counts = np.zeros((len(audit.epochs), 4), np.int64)
     with (
@@ -184,6 +194,10 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
                     "epoch_score": _lists(epoch_score),
                     "epoch_kept": _lists(epoch_kept),
                     "centroid_score": audit.centroid[first : first + len(pairs)],
+                    "evidence": evidence.score[first : first + len(pairs)],
+                    "wrong_probability": pa.nulls(len(pairs))
+                    if evidence.wrong_probability is None
+                    else evidence.wrong_probability[first : first + len(pairs)],
                 }
             )
             writer.write_table(chunk.select(SCHEMA.names).cast(SCHEMA))
@@ -239,7 +253,9 @@ def _add_sources(known: pa.Table | None, chunk: pa.Table) -> pa.Table:
 def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
     card = judged_card(pair, verdicts, pair["row"], history)
-    return dataclasses.replace(card, note=f"{card.note} · {'kept' if pair['kept'] else 'dropped'}")
+    probability = pair["wrong_probability"]
+    told = [card.note, *([] if probability is None else [f"wrong by {probability:.0%}"]), pair["key"]]
+    return dataclasses.replace(card, note=" · ".join([*told, "kept" if pair["kept"] else "dropped"]))
 
 
 def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:

@@ -19,14 +19,17 @@ from .atomic import recover, set_aside, write_atomically
 from .lock import NAME as LOCK
 
 Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
-Made = Literal["page", "picture", "table", "result", "profile", "trace"]
+Made = Literal["page", "picture", "table", "suspects", "result", "profile", "trace"]
 MARK = ".efficientclip.json"
 MADE_BY = "made by efficientclip"
 BY = MADE_BY.encode()
+# The columns of a list of suspects, which no other program writes together.
+SUSPECTS = ("row", "key", "caption", "source", "wrong_probability", "evidence", "verdict", "reason")
 # Where each file but pictures and tables says, at its beginning, whose it is.
 CARRIERS = {
     "page": re.compile(rb'<!doctype html>(?:(?!<title|<style).)*<meta name="generator" content="%b ' % BY, re.DOTALL),
     "result": re.compile(rb'\s*\{\s*"made_by":\s*"%b ' % BY),
+    "suspects": re.compile(b"\xef\xbb\xbf%b\n" % ",".join(SUSPECTS).encode()),
     "profile": re.compile(rb'\s*\{\s*"format":\s*"efficientclip-profile-'),
     # The name in the header of a gzip file.
     "trace": re.compile(rb"\x1f\x8b\x08\x08.{6}%b " % BY, re.DOTALL),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -26,8 +27,9 @@ from efficientclip.evaluation import kept as module
 from efficientclip.evaluation import subset
 from efficientclip.evaluation.charts import sparkline
 from efficientclip.evaluation.verdicts import caption_centroid_scores
-from efficientclip.files import lock
+from efficientclip.files import digests, lock
 from efficientclip.files.ownership import MARK
+from efficientclip.noise.cross_fit import CrossFit, write_cross_fit
 from efficientclip.prepare.build import prepare
 from tests import formats, tiny
 from tests.evaluation.conftest import HOSTILE, World
@@ -154,6 +156,47 @@ def test_table_tells_every_pair(audited: Audited, tmp_path: Path, monkeypatch: p
         assert told["epoch_kept"][-1] == told["kept"] == (told["dropped_epoch"] == -1)
         if not told["kept"]:
             assert told["epoch_kept"][told["dropped_epoch"] - 1] and not told["epoch_kept"][told["dropped_epoch"]]
+
+
+def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path: Path) -> None:
+    run, store = tmp_path / "run", Store(audited.store)
+    shutil.copytree(audited.run, run)
+    assert main(["audit", str(run), str(tmp_path / "own")]) == 0
+    scores = {pair["row"]: pair["score"] for pair in pq.read_table(run / "confidence.parquet").to_pylist()}
+    own = suspects(tmp_path / "own")
+    assert [int(line["row"]) for line in own] == sorted(
+        (row for row, score in scores.items() if np.isfinite(score)), key=lambda row: scores[row]
+    )
+    assert {line["wrong_probability"] for line in own} == {""}
+    # A cross-fit that is sure of some pairs.
+    odds = np.random.default_rng(0).standard_normal(len(store))
+    odds[[7, 3]] = -30, -20
+    p = np.full(len(store), 0.25)
+    (tmp_path / "judged").mkdir()
+    write_cross_fit(tmp_path / "judged", store, CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds))
+    settings = ["confidence.selection=calibrated", f"confidence.cross_fit={tmp_path / 'judged'}"]
+    save_config(load_config(run / "config.yaml", settings), run / "config.yaml")
+    (run / digests.NAME).unlink()
+    assert main(["audit", str(run), str(tmp_path / "both")]) == 0
+    both, table = suspects(tmp_path / "both"), pq.read_table(tmp_path / "both" / "audit.parquet")
+    assert [int(line["row"]) for line in both[:2]] == [7, 3] and len(both) == len(store)
+    pair = store.pairs([7]).to_pylist()[0]
+    assert [both[0][name] for name in ("key", "caption", "source")] == [pair["key"], pair["caption"], pair["source"]]
+    assert both[0]["wrong_probability"] == "1.000" and both[0]["verdict"] in ("kept", "dropped")
+    assert both[0]["reason"] == "25.0% of its source's other captions fit the picture as well"
+    assert np.argsort(table["evidence"].to_numpy(), kind="stable")[:2].tolist() == [7, 3]
+    np.testing.assert_allclose(table["wrong_probability"].to_numpy(), 1 / (1 + np.exp(odds)), rtol=1e-5)
+    page = (tmp_path / "both" / "audit.html").read_text(encoding="utf-8")
+    assert "cross-fit's verdicts together" in page and "wrong by 100%" in page
+    # It is ours, and another program's is not replaced.
+    assert main(["audit", str(run), str(tmp_path / "both")]) == 0
+    (tmp_path / "both" / "suspects.csv").write_text("row,key\n1,mine\n")
+    assert main(["audit", str(run), str(tmp_path / "both")]) == 2
+
+
+def suspects(folder: Path) -> list[dict[str, str]]:
+    with (folder / "suspects.csv").open(encoding="utf-8-sig", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def test_page_shows_the_surest_and_the_border(audited: Audited, tmp_path: Path) -> None:
