@@ -60,7 +60,7 @@ def encode(self, pixels):
     return rows[: len(pixels)]
 FrozenImages.encode_pixels = encode
 try:
-    sys.exit(cli.main())
+    sys.exit(cli.main(sys.argv[1:]))
 finally:
     print("encoded", encoded)
 """

@@ -8,8 +8,6 @@ A thread does it: Python's own handlers wait for the main thread, which may be i
 
 from __future__ import annotations
 
-import atexit
-import gc
 import os
 import select
 import shutil
@@ -63,8 +61,6 @@ def watch() -> None:
     if _stop.owner == os.getpid():
         return
     _stop.owner, _stop.signum, _stop.patience = os.getpid(), None, None
-    # The interpreter would look through all that torch holds, for a second, before it ends.
-    atexit.register(gc.freeze)
     # While DeepSpeed loads an operator, what is written to 2 goes nowhere.
     _stop.stderr = os.dup(2)
     heard, told = os.pipe()
