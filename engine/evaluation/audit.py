@@ -254,7 +254,7 @@ def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
     card = judged_card(pair, verdicts, pair["row"], history)
     probability = pair["wrong_probability"]
-    told = [card.note, *([] if probability is None else [f"wrong by {probability:.0%}"]), pair["key"]]
+    told = [card.note, *([] if probability is None else [f"likely wrong: {probability:.0%}"]), pair["key"]]
     return dataclasses.replace(card, note=" · ".join([*told, "kept" if pair["kept"] else "dropped"]))
 
 

@@ -176,7 +176,7 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     write_cross_fit(tmp_path / "judged", store, CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds))
     settings = ["confidence.selection=calibrated", f"confidence.cross_fit={tmp_path / 'judged'}"]
     save_config(load_config(run / "config.yaml", settings), run / "config.yaml")
-    (run / digests.NAME).unlink()
+    digests.write_digests(run, digests.described(run, digests.read_digests(run)))
     assert main(["audit", str(run), str(tmp_path / "both")]) == 0
     both, table = suspects(tmp_path / "both"), pq.read_table(tmp_path / "both" / "audit.parquet")
     assert [int(line["row"]) for line in both[:2]] == [7, 3] and len(both) == len(store)
@@ -187,7 +187,7 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     assert np.argsort(table["evidence"].to_numpy(), kind="stable")[:2].tolist() == [7, 3]
     np.testing.assert_allclose(table["wrong_probability"].to_numpy(), 1 / (1 + np.exp(odds)), rtol=1e-5)
     page = (tmp_path / "both" / "audit.html").read_text(encoding="utf-8")
-    assert "cross-fit's verdicts together" in page and "wrong by 100%" in page
+    assert "cross-fit's verdicts together" in page and "likely wrong: 100%" in page
     # It is ours, and another program's is not replaced.
     assert main(["audit", str(run), str(tmp_path / "both")]) == 0
     (tmp_path / "both" / "suspects.csv").write_text("row,key\n1,mine\n")
