@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from ..config import Confidence
 from ..data.store import Store
@@ -37,11 +38,11 @@ def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evi
         return Evidence(verdicts.score)
     found = read_cross_fit(folder, store)
     score = standardised(found.clean_log_odds) + standardised(verdicts.score)
-    return Evidence(score, 1 / (1 + np.exp(found.clean_log_odds)), found.p)
+    return Evidence(score, expit(-found.clean_log_odds), found.p)
 
 
-def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> int:
-    """Write the list, most suspicious first, for a spreadsheet: UTF-8 with its mark; returns how many."""
+def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> None:
+    """Write the list, most suspicious first, for a spreadsheet: UTF-8 with its mark."""
     scored = np.flatnonzero(np.isfinite(evidence.score))
     rows = scored[np.argsort(evidence.score[scored], kind="stable")[:MOST]]
     pairs = store.pairs(rows, ["key", "caption", "source"]).to_pylist()
@@ -50,7 +51,6 @@ def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evide
         writer.writerow(SUSPECTS)
         for row, pair in zip(rows.tolist(), pairs, strict=True):
             writer.writerow(_line(row, pair, bool(verdicts.kept[row]), evidence))
-    return len(rows)
 
 
 def _line(row: int, pair: dict[str, Any], kept: bool, evidence: Evidence) -> list[Any]:
