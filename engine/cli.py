@@ -93,12 +93,12 @@ def _parser() -> argparse.ArgumentParser:
     plan = command(_plan, "plan", "what a run will cost: time, memory by part, storage, and what limits it")
     plan.add_argument("config", type=Path, metavar="CONFIG")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
-    plan.add_argument("--pairs", metavar="N", help="pairs in the store: 100M, 30k or a number (default: the profile's)")
+    plan.add_argument("--pairs", metavar="N", help="100M, 30k or a number (default: the profile's, or the store's)")
     plan.add_argument("--images", metavar="N", help="pictures in the store (default: as many as pairs)")
     plan.add_argument(
         "--gpus",
         metavar="WxDEVICE",
-        help="8xH100, or 4x8xH100: on four nodes (default: the profile's)",
+        help="8xH100, 4x8xH100: on four nodes, or any by its data sheet, 2xP40:12:12:24:346 (default: the profile's)",
     )
     plan.add_argument(
         "--calibrated-by",
@@ -107,8 +107,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a profile's JSON: its measured rates instead of assumed ones",
     )
     plan.add_argument("--epochs", type=float, help="pair visits as passes over the pairs (default: the config's)")
-    plan.add_argument("--caption-tokens", type=float, help="mean length of captions (default: the profile's, or 20)")
-    plan.add_argument("--text-tokens", type=float, help="mean length of unpaired texts (default: the profile's, or 32)")
+    plan.add_argument(
+        "--caption-tokens", type=float, help="of captions, mean (default: the profile's, the store's, 20)"
+    )
+    plan.add_argument(
+        "--text-tokens", type=float, help="of unpaired texts, mean (default: the profile's, the store's, 32)"
+    )
 
     profile.add_options(command(profile.run, "profile", "run some steps of a config and tell where their time goes"))
 
@@ -325,17 +329,20 @@ def _plan(given: argparse.Namespace) -> None:
 
     from .planning.measured import read_profile
     from .planning.plan import plan
-    from .planning.settings import parse_count, parse_devices, settings_of
+    from .planning.settings import parse_count, parse_devices, settings_of, stored
     from .planning.tables import advice, assumptions, plan_tables
 
-    settings = settings_of(
-        None if given.calibrated_by is None else read_profile(given.calibrated_by),
-        pairs=None if given.pairs is None else parse_count(given.pairs),
-        images=None if given.images is None else parse_count(given.images),
-        caption_tokens=given.caption_tokens,
-        text_tokens=given.text_tokens,
-        machine=None if given.gpus is None else parse_devices(given.gpus),
-    )
+    profile = None if given.calibrated_by is None else read_profile(given.calibrated_by)
+    told = {
+        "pairs": given.pairs and parse_count(given.pairs),
+        "images": given.images and parse_count(given.images),
+        "caption_tokens": given.caption_tokens,
+        "text_tokens": given.text_tokens,
+    }
+    # A profile has seen the stores; other pairs are as many pictures as they are, unless told.
+    known = stored(config) if profile is None and given.pairs is None else {}
+    told = known | {name: value for name, value in told.items() if value is not None}
+    settings = settings_of(profile, **told, machine=None if given.gpus is None else parse_devices(given.gpus))
     if given.epochs is not None:
         budget = {"pair_visits": max(1, round(given.epochs * settings.pairs))}
         config = config.model_copy(update={"training": config.training.model_copy(update=budget)})

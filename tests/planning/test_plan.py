@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +15,11 @@ import torch
 
 from efficientclip import cli
 from efficientclip.config import Confidence, Config, load_config
-from efficientclip.data.store import read_manifest
+from efficientclip.data.store import Store, TextStore, read_manifest
 from efficientclip.errors import UserError
 from efficientclip.noise.cross_fit import COLUMNS, FILE
 from efficientclip.planning.plan import MERGE_SECONDS, TERMS, code_of, pauses, plan
-from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, parse_count, parse_devices
+from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, parse_count, parse_devices, stored
 from efficientclip.planning.tables import advice
 from efficientclip.planning.work import measure_work
 from tests import tiny
@@ -211,6 +212,8 @@ def test_validations_by_steps_are_counted_as_they_fall(tmp_path: Path) -> None:
     ("call", "message"),
     [
         (lambda: parse_devices("8xABC"), "known devices: A100"),
+        (lambda: parse_devices("8xABC:1:2:3"), "NAME:TFLOPS16:TFLOPS32:GIB:GBPS"),
+        (lambda: parse_devices("8xABC:0:2:3:4"), "NAME:TFLOPS16:TFLOPS32:GIB:GBPS"),
         (lambda: parse_devices("H100"), "write it as 8xH100"),
         (lambda: parse_devices("0x8xH100"), "4x8xH100 for four nodes"),
         (lambda: parse_count("many"), "--pairs 'many'"),
@@ -219,6 +222,32 @@ def test_validations_by_steps_are_counted_as_they_fall(tmp_path: Path) -> None:
 def test_mistakes_are_explained(call: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_any_device_is_known_by_name_or_by_its_data_sheet() -> None:
+    assert parse_devices("1xT4").device.memory == 16 * GIB
+    assert parse_devices("2x8xrtx4090").world_size == 16
+    machine = parse_devices("2xP40:12:11.5:24:346")
+    assert (str(machine), machine.device.peak_in("bf16"), machine.device.peak_in("fp32")) == ("2 x P40", 12e12, 11.5e12)
+    assert (machine.device.memory, machine.device.bandwidth) == (24 * GIB, 346e9)
+    fast, slow = (plan(config(), replace(SETTINGS, machine=parse_devices(name))) for name in ("8xH100", "8xT4"))
+    assert slow.device_days(26e12) > fast.device_days(396e12)
+
+
+def test_the_store_tells_how_many_pairs_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, texts = Store(tiny.pair_store(tmp_path / "store")), TextStore(tiny.text_store(tmp_path / "texts"))
+    file = tiny.config(tmp_path)
+    told = stored(load_config(file))
+    assert (told["pairs"], told["images"]) == (len(store), len(store.features))
+    assert told["caption_tokens"] == pytest.approx(np.diff(store.offsets).mean())
+    assert 0 < told["text_tokens"] <= np.diff(texts.offsets).mean()
+    assert cli.main(["plan", str(file), "--gpus", "1xT4"]) == 0
+    assert "240 pairs" in capsys.readouterr().out
+    assert cli.main(["plan", str(file), "--gpus", "1xT4", "--pairs", "2M"]) == 0
+    assert "2,000,000 pairs" in capsys.readouterr().out
+    (tmp_path / "store" / "manifest.json").unlink()
+    assert cli.main(["plan", str(file), "--gpus", "1xT4"]) == 2
+    assert "--pairs: needed unless --calibrated-by names a profile, or the config a store" in capsys.readouterr().err
 
 
 def test_the_command_prints_its_assumptions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
