@@ -171,8 +171,8 @@ def parse_devices(text: str) -> Machine:
     if not found or device is None or not min(device.peak, device.peak_fp32, device.memory, device.bandwidth):
         known = ", ".join(device.name for device in DEVICES.values())
         raise UserError(
-            f"--gpus {text!r}: write it as 8xH100, or 4x8xH100 for four nodes; known devices: {known}; another by its data"
-            f" sheet, {BY_FIGURES}: dense TFLOP/s in 16 bits and in fp32, memory, GB/s to it, as 2xP40:12:12:24:346"
+            f"--gpus {text!r}: write it as 8xH100, or 4x8xH100 for four nodes; known devices: {known}; another by its"
+            f" data sheet, {BY_FIGURES}: dense TFLOP/s in 16 bits and fp32, memory, GB/s to it: 2xP40:12:12:24:346"
         )
     nodes = int(found[1] or 1)
     return Machine(device, nodes * int(found[2]), nodes)
