@@ -52,9 +52,17 @@ loader = Pybind11Extension(
 )
 
 setup(
-    packages=packages_under("engine", "efficientclip") + packages_under("kernels", "efficientclip.kernels"),
+    packages=[
+        *packages_under("engine", "efficientclip"),
+        *packages_under("kernels", "efficientclip.kernels"),
+        "efficientclip.configs",
+    ],
     # A top-level `kernels` would shadow the package of that name which transformers imports.
-    package_dir={"efficientclip": "engine", "efficientclip.kernels": "kernels"},
-    package_data={"": ["*.html", "*.pyi", "py.typed"]},
+    package_dir={
+        "efficientclip": "engine",
+        "efficientclip.kernels": "kernels",
+        "efficientclip.configs": "configs",
+    },
+    package_data={"": ["*.html", "*.pyi", "py.typed"], "efficientclip.configs": ["*.yaml", "*/*.json"]},
     ext_modules=[loader],
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__, profile, stopping
-from .errors import UserError, reported
+from .errors import UserError, reported, tell
 from .files.places import Location, location
 from .launchers import adopt_rank
 
@@ -190,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command(_verify, "verify", "read all of a store, run, model or cross-fit, and tell whether it is whole")
     verify.add_argument("path", type=Path, metavar="PATH", help="its folder")
+
+    recipes = command(_recipes, "recipes", "list the recipes that ship, or write one")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="of one of the list (default: list them)")
+    recipes.add_argument("file", nargs="?", type=Path, metavar="FILE", help="new file to write (default: print it)")
 
     moved = command(_moved, "moved", "note in a store where the pictures that it was made of lie now")
     moved.add_argument("store", type=Path, metavar="STORE")
@@ -482,6 +486,24 @@ def _moved(given: argparse.Namespace) -> None:
 
     count, of = note_move(given.store, given.old, given.new)
     print(f"{given.store}: {count:,} of the {of:,} files that its pictures lie in are at {given.new} now")
+
+
+def _recipes(given: argparse.Namespace) -> None:
+    from .recipes import described, named_in, recipe, shipped, write_recipe
+
+    if given.name is None:
+        files = shipped()
+        for name, file in files.items():
+            print(f"{name:{max(map(len, files))}}  {described(file)}")
+        return
+    text = recipe(given.name)
+    if given.file is None:
+        print(text, end="")
+    else:
+        write_recipe(text, given.file)
+    for path, name in named_in(text).items():
+        if not path.exists():
+            tell(f"it names {path}, which is not here: `efficientclip recipes {name} {path}` writes it")
 
 
 def _silence_model_files() -> None:

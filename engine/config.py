@@ -448,7 +448,7 @@ def _read(path: Path, overrides: Sequence[str]) -> Any:
         if path.is_dir():
             raise UserError(f"config {path}: no such file, but a folder; give a YAML file")
         if not path.is_file():
-            raise UserError(f"config {path}: no such file; the recipes that ship are in configs/")
+            raise UserError(f"config {path}: no such file; `efficientclip recipes` lists those that ship")
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise UserError(f"config {path}: a list; write it as `section: {{key: value}}`")

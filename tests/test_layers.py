@@ -13,8 +13,8 @@ import efficientclip.kernels
 
 LAYERS = (
     "kernels", "errors", "files", "values", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
-    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "verify", "train", "fit_head",
-    "cross_fit", "profile", "cli",
+    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify", "train",
+    "fit_head", "cross_fit", "profile", "cli",
 )  # fmt: skip
 ENGINE, KERNELS = (Path(package.__path__[0]) for package in (efficientclip, efficientclip.kernels))
 

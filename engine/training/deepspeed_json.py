@@ -35,7 +35,9 @@ def _users_json(config: Config) -> dict[str, Any]:
     if config.deepspeed is None:
         return {}
     if not config.deepspeed.is_file():
-        raise UserError(f"deepspeed: {config.deepspeed} is missing; configs/deepspeed/ holds samples")
+        raise UserError(
+            f"deepspeed: {config.deepspeed} is missing; `efficientclip recipes deepspeed/zero2.json FILE` writes one"
+        )
     try:
         user = json.loads(config.deepspeed.read_text(encoding="utf-8"))
     except ValueError as error:
