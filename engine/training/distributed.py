@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -19,8 +18,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.utils.deterministic
-from deepspeed.accelerator import get_accelerator
-from torch.utils.cpp_extension import _get_build_directory
 from transformers.utils import logging
 
 import efficientclip.kernels
@@ -97,43 +94,12 @@ def join_process_group() -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if cuda:
         take_device()
-    else:
-        _load_shared_memory_operator()
+    # It sums for inference alone, and would be compiled here, for a minute, by a compiler that need not be there.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before torch may find another run's ranks there.
     join()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
-    if not cuda:
-        _forget_shared_memory()
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _load_shared_memory_operator() -> None:
-    """DeepSpeed compiles the operator that CPU ranks talk through at its first start; this is that start, made safe.
-
-    PyTorch marks a build by a file, and a build that was killed leaves it behind: every later start would wait for
-    ever. The system frees a lock with its process, so whoever holds ours knows such a mark to be stale.
-    """
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible():
-        return
-    # What another environment's packages or ninja built is built anew, each time they take turns: each has its own.
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    folder = Path(_get_build_directory(builder.name, False))
-    with (folder / "builder").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        if not (folder / f"{builder.name}.so").exists():
-            print("DeepSpeed compiles its shared-memory operator, about a minute, once", flush=True)
-        (folder / "lock").unlink(missing_ok=True)
-        builder.load(verbose=False)
-
-
-def _forget_shared_memory() -> None:
-    """Unlink the 66 MiB that DeepSpeed's operator maps for this rank and never removes: the last process frees them."""
-    torch.distributed.barrier()
-    parts = os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], torch.distributed.get_rank()
-    Path("/dev/shm", "_".join(map(str, ("deepspeed_allreduce_buffer", *parts)))).unlink(missing_ok=True)
 
 
 def end_process(code: int) -> NoReturn:

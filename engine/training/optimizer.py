@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import math
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from ..config import Optimizer
-from ..errors import UserError
+from ..errors import UserError, short
 
 
 def build_optimizer(module: nn.Module, config: Optimizer, zero_stage: int) -> torch.optim.Optimizer:
@@ -35,17 +41,46 @@ def build_optimizer(module: nn.Module, config: Optimizer, zero_stage: int) -> to
     if config.name == "deepspeed-fused-adam":
         from deepspeed.ops.adam import FusedAdam
 
+        load_operator("FusedAdamBuilder", config.name)
         return FusedAdam(groups, **arguments)
     if config.name == "deepspeed-cpu-adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_operator("CPUAdamBuilder", config.name)
         return DeepSpeedCPUAdam(groups, **arguments)
     if config.name == "lamb":
         from deepspeed.ops.lamb import FusedLamb
 
+        load_operator("FusedLambBuilder", config.name)
         return FusedLamb(groups, **arguments)
     # One pass over memory: on CPUs torch's default takes a pass for every term of the update.
     return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def load_operator(builder_name: str, optimizer: str) -> None:
+    """DeepSpeed compiles an optimiser's operator at its first use; this is that use, made safe.
+
+    PyTorch marks a build by a file, and a build that was killed leaves it behind: every later start would wait for
+    ever. The system frees a lock with its process, so whoever holds ours knows such a mark to be stale.
+    """
+    # What another environment's packages or ninja built is built anew, each time they take turns: each has its own.
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    builder = get_accelerator().create_op_builder(builder_name)
+    folder = Path(_get_build_directory(builder.name, False))
+    with (folder / "builder").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not (folder / f"{builder.name}.so").exists():
+            print(f"optimizer.name={optimizer}: DeepSpeed compiles it, some minutes, once", flush=True)
+        (folder / "lock").unlink(missing_ok=True)
+        try:
+            builder.load(verbose=False)
+        except Exception as error:
+            raise UserError(
+                f"optimizer.name={optimizer}: DeepSpeed could not compile it ({short(error)}); it needs g++,"
+                " Python's headers (Debian: apt-get install g++ python3-dev) and, on GPUs, CUDA's nvcc; or choose adamw"
+            ) from error
 
 
 def clip(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor], norm: torch.Tensor, most: float) -> None:

@@ -218,17 +218,32 @@ def test_what_zero_cannot_be_told_is_named(tmp_path: Path, given: Any, message: 
         deepspeed_config(config(tmp_path, deepspeed=str(file)), 1)
 
 
-def test_the_mark_of_a_build_that_was_killed_holds_nothing_up(folder: Path, tmp_path: Path) -> None:
-    root = tmp_path / "extensions"
-    once = str(tiny.config(folder, run=str(folder / "built"), training__pair_visits=32))
-    run(1, once)
-    shutil.copytree(os.environ.get("TORCH_EXTENSIONS_DIR", Path(sys.prefix) / "torch_extensions"), root)
-    (root / "deepspeed_shm_comm" / "lock").touch()
-    again = str(tiny.config(folder, run=str(folder / "after"), training__pair_visits=32))
-    run(1, again, TORCH_EXTENSIONS_DIR=str(root))
-    assert not (root / "deepspeed_shm_comm" / "lock").exists()
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_compiler_is_needed(folder: Path, tmp_path: Path, ranks: int) -> None:
+    zero = tmp_path / "zero.json"
+    zero.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    named = {"run": str(tmp_path / "run"), "deepspeed": str(zero), "training__pair_visits": 64}
+    run(ranks, str(tiny.config(folder, **named)), CXX="no-compiler", TORCH_EXTENSIONS_DIR=str(tmp_path / "built"))
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2] and not (tmp_path / "built").exists()
 
 
-def test_no_shared_memory_outlives_its_run() -> None:
-    """DeepSpeed leaves 66 MiB a rank in the machine's memory for good, and a machine has room for few such runs."""
-    assert "sum [3.0], left []" in run(2, script=Path(__file__).with_name("memory_left.py"), by_deepspeed=True)
+def test_an_operator_that_cannot_be_compiled_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    with pytest.raises(UserError, match=r"deepspeed-cpu-adam: .* not compile it .*apt-get install g\+\+ python3-dev"):
+        build_optimizer(torch.nn.Linear(2, 2), Optimizer(name="deepspeed-cpu-adam"), 0)
+
+
+def test_the_mark_of_a_build_that_was_killed_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    mark = tmp_path / "slow" / "lock"
+    mark.parent.mkdir()
+    mark.touch()
+    seen: list[bool] = []
+    builder = types.SimpleNamespace(name="slow", load=lambda verbose: seen.append(mark.exists()))
+    accelerator = types.SimpleNamespace(create_op_builder=lambda name: builder)
+    monkeypatch.setattr(optimizers, "get_accelerator", lambda: accelerator)
+    optimizers.load_operator("SlowBuilder", "slow")
+    assert seen == [False]
