@@ -150,6 +150,19 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
     _add_replace(search)
 
+    encode = command(_encode, "encode", "write features of pictures and texts, for search by any vector database")
+    encode.add_argument("model", type=Path, metavar="MODEL", help="folder of a trained run, or of an exported model")
+    encode.add_argument(
+        "source",
+        type=location,
+        metavar="SOURCE",
+        help=f"a store, {PICTURES}, a folder of pictures, or plain text (.txt)",
+    )
+    encode.add_argument("out", type=Path, metavar="OUT", help="a .parquet to write; a folder for npy and faiss")
+    encode.add_argument("--format", choices=["parquet", "npy", "faiss"], default="parquet", help="(default: parquet)")
+    _add_columns(encode, "SOURCE")
+    _add_replace(encode, "write over a file that another program made, or over features that are there")
+
     report = command(_report, "report", "write the run's report: one page that opens from disk")
     _add_run(report)
     report.add_argument(
@@ -412,6 +425,17 @@ def _search(given: argparse.Namespace) -> None:
     Console().print(match_table(matches, given.query))
     draw_matches(matches, given.query, target)
     print(file)
+
+
+def _encode(given: argparse.Namespace) -> None:
+    _silence_model_files()
+    from .evaluation.encode import encode
+    from .evaluation.run import left_out
+
+    made = encode(
+        given.model, given.source, given.out, given.format, given.images, _columns(given), replace=given.replace
+    )
+    print(f"{given.out}: features of {made['image']:,} images and {made['text']:,} texts{left_out(made)}")
 
 
 def _report(given: argparse.Namespace) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +23,11 @@ from transformers import (
 )
 
 from . import config as settings
-from . import stopping
-from .errors import UserError, reading, writing
+from .errors import UserError, reading
 from .evaluation.run import Run, open_run, read_metrics
 from .files import digests
-from .files.atomic import as_umask, put_in_place
-from .files.lock import NAME as LOCK
-from .files.lock import held
+from .files.aside import clear_aside, made_aside
+from .files.atomic import as_umask
 from .files.ownership import claim, kind_of, mark, marked
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
@@ -52,13 +48,12 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     `replace`: an earlier export may be there, whose card was not changed.
     """
     existing: Existing = "replace" if replace else "refuse"
-    target = Path(os.path.realpath(out))
-    aside = target.parent / f".{target.name}.partial"
-    if kind_of(aside) == "model" or (aside.is_dir() and {file.name for file in aside.iterdir()} <= {LOCK}):
-        # What a killed call left is ours by its mark, and goes; it may have died as it removed that.
-        with held(aside, "exporting"), stopping.scratch(aside):
-            pass
-    claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
+
+    def claimed() -> None:
+        claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
+
+    clear_aside(out, "model", "exporting")
+    claimed()
     opened = open_run(run, store)
     if not (run / "model" / "config.json").is_file():
         raise UserError(f"run {run}: unfinished, holds checkpoints alone; run the same `train` command to its end")
@@ -72,22 +67,15 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     model = load_model(run)
     model.image, model.config.image = opened.frozen.model.cpu(), opened.frozen.description
     whole = _chinese_clip(model) if _fits_chinese_clip(model) else model
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        mark(claim(aside, "model"), "model")
-        with held(aside, "exporting"), stopping.scratch(aside):
-            folder = aside / "model"
-            shutil.rmtree(folder, ignore_errors=True)
-            whole.save_pretrained(folder)
-            _processor(opened, tower).save_pretrained(folder)
-            as_umask(folder)
-            _require_whole(folder)
-            digests.write_digests(folder)
-            # It is for its reader to complete, so no digest holds it; the mark tells whether one did.
-            (folder / CARD).write_text(_card(opened, whole), encoding="utf-8")
-            mark(folder, "model", card=digests.digest_of(folder / CARD))
-            claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
-            put_in_place(folder, target)
+    with made_aside(out, "model", "exporting", claimed) as folder:
+        whole.save_pretrained(folder)
+        _processor(opened, tower).save_pretrained(folder)
+        as_umask(folder)
+        _require_whole(folder)
+        digests.write_digests(folder)
+        # It is for its reader to complete, so no digest holds it; the mark tells whether one did.
+        (folder / CARD).write_text(_card(opened, whole), encoding="utf-8")
+        mark(folder, "model", card=digests.digest_of(folder / CARD))
     return type(whole)
 
 

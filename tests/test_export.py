@@ -299,7 +299,7 @@ def test_what_comes_while_it_is_written_is_kept(
     (out / "thesis.txt").unlink()
 
     def losing(*given: Any) -> Any:
-        (tmp_path / ".out.partial" / "model" / "model.safetensors").unlink()
+        (tmp_path / ".out.partial" / "made" / "model.safetensors").unlink()
         return real(*given)
 
     monkeypatch.setattr(module, "_processor", losing)

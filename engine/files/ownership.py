@@ -18,7 +18,7 @@ from ..errors import UserError
 from .atomic import recover, set_aside, write_atomically
 from .lock import NAME as LOCK
 
-Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs"]
+Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs", "features"]
 Made = Literal["page", "picture", "table", "suspects", "result", "profile", "trace"]
 MARK = ".efficientclip.json"
 MADE_BY = "made by efficientclip"
@@ -36,7 +36,7 @@ CARRIERS = {
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 # These are built elsewhere, and renamed to where they belong.
-RENAMED = ("store", "model")
+RENAMED = ("store", "model", "features")
 # Earlier versions wrote these into runs without a mark.
 RESULTS = ("report.html", "results.json", "search.png", "audit.html", "audit.parquet")
 # What shells and schedulers put beside a run before it starts.

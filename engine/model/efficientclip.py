@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,7 +207,7 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
     if "image" in sides:
         if image is None:
             raise UserError("model.image_tower: not set, but this command needs an image tower")
-        if image.pretrained is not None and (Path(image.pretrained) / "model" / "config.json").is_file():
+        if image.pretrained is not None and is_ours(Path(image.pretrained)):
             image_run = load_model(Path(image.pretrained))
         elif image.pretrained is not None:
             image_backbone, image_projection = load_image_tower("model.image_tower", image)
@@ -263,9 +264,10 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
 
 
 def load_model(run: Path) -> EfficientCLIP:
-    """The consolidated model of a finished run, or of a checkpoint: float32, as it was written, every weight finite."""
+    """The consolidated model of a finished run, a checkpoint or an export: float32, as it was written, every weight
+    finite."""
     check_model(run)
-    folder = run / "model"
+    folder = _model_in(run)
     with reading("model", folder, RESTORE):
         load: Any = EfficientCLIP.from_pretrained
         model, loading = load(folder, dtype=torch.float32, output_loading_info=True)
@@ -278,11 +280,26 @@ def load_model(run: Path) -> EfficientCLIP:
 
 
 def check_model(run: Path) -> None:
-    """UserError where `run`/model is not there or not as it was written; those of earlier versions do not tell."""
-    folder = run / "model"
+    """UserError where its model is not there or not as it was written; those of earlier versions do not tell."""
+    folder = _model_in(run)
     digests.check_written(folder, "*", remedy=RESTORE)
     if not (folder / "config.json").is_file():
         raise UserError(f"run {run}: no finished model in {folder}; train it first, or give the right run folder")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder` is a run, or an export, whose model is of this class; what is broken is none."""
+    if (folder / "model" / "config.json").is_file():
+        return True
+    with suppress(OSError, ValueError, AttributeError):
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return described.get("model_type") == EfficientCLIPConfig.model_type
+    return False
+
+
+def _model_in(run: Path) -> Path:
+    """An export is the model itself."""
+    return run if (run / "config.json").is_file() else run / "model"
 
 
 def _project(layer: nn.Linear | None, weight: torch.Tensor, field: str) -> None:
