@@ -156,7 +156,7 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
     """README.md of the exported folder."""
     steps, validations = read_metrics(opened.folder / "metrics.jsonl")
     chinese = isinstance(whole, ChineseCLIPModel)
-    library = "transformers" if chinese else "efficientclip.model.efficientclip"
+    library = "transformers" if chinese else "efficientclip"
     name, tower = type(whole).__name__, opened.config.model.image_tower
     features = ".pooler_output" if chinese else ""
     parts = [
@@ -192,6 +192,15 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
         f"    text = torch.nn.functional.normalize(model.get_text_features(**texts){features}, dim=-1)",
         f"    image = torch.nn.functional.normalize(model.get_image_features(**pictures){features}, dim=-1)",
         "print(image @ text.T)  # cosines",
+        "```",
+        "",
+        f"As a classifier of pictures{'' if chinese else ', where the class was imported as above'}:",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'classify = pipeline("zero-shot-image-classification", model=folder)',
+        'print(classify("picture.jpg", candidate_labels=["猫", "狗"], hypothesis_template="一张{}的照片"))',
         "```",
         "",
         f"Texts are cut to {opened.config.training.max_caption_tokens} tokens, as in training.",

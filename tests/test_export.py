@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModel, ChineseCLIPModel, ChineseCLIPProcessor, ResNetConfig
+from transformers import AutoModel, AutoProcessor, ChineseCLIPModel, ChineseCLIPProcessor, ResNetConfig, pipeline
 
+import efficientclip
 from efficientclip import export as module
 from efficientclip.cli import main
 from efficientclip.config import load_config, save_config
@@ -32,6 +33,8 @@ from tests.model import hub
 
 LONG = "猫狗" * 30
 TEXTS = ["猫", "红蓝黄绿大小", LONG, "天地"]
+# The pipeline cuts no text.
+SHORT = [0, 1, 3]
 STACK = {
     "model_type": "efficientclip_text",
     "hidden_size": 32,
@@ -127,6 +130,7 @@ def test_bert_and_vit_open_as_chinese_clip(tmp_path: Path, tower: str, text: str
     torch.testing.assert_close(whole.image_embeds, images_ND, rtol=0, atol=1e-5)
     assert float(model.logit_scale.detach().exp()) == pytest.approx(scale, rel=1e-5) == pytest.approx(100)
     torch.testing.assert_close(whole.logits_per_text, 100 * texts_ND @ images_ND.T, rtol=0, atol=1e-3)
+    classifies(tmp_path / "out", squares[0], (100 * texts_ND @ images_ND[0])[SHORT])
     # Photographs of any shape are resized and cut as `prepare` does.
     photographs = [photograph(*shape) for shape in ((640, 427), (427, 640), (301, 300), (75, 64), (33, 50))]
     prepared = [decode_square(encode(picture, "PNG"), hub.PIXELS) for picture in photographs]
@@ -160,6 +164,20 @@ def test_other_towers_open_as_the_engines_own_class(tmp_path: Path, tower: str, 
         torch.testing.assert_close(model.get_image_features(**pixels), images_ND, rtol=0, atol=1e-5)
         output = model(pixels=pixels["pixel_values"])
         assert float(output["logit_scale"].detach()) == pytest.approx(scale, rel=1e-5)
+    classifies(tmp_path / "out", squares[0], (scale * texts_ND @ images_ND[0])[SHORT])
+    assert efficientclip.EfficientCLIP is EfficientCLIP
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "\nfrom efficientclip import EfficientCLIP\n" in card and "where the class was imported as above" in card
+
+
+def classifies(folder: Path, square: Any, logits: torch.Tensor) -> None:
+    """Hugging Face's own pipeline opens `folder` and finds the labels SHORT by these logits."""
+    pipe = pipeline("zero-shot-image-classification", model=str(folder))
+    found = pipe(Image.fromarray(square), candidate_labels=[TEXTS[at] for at in SHORT], hypothesis_template="{}")
+    scores = {one["label"]: one["score"] for one in found}
+    for at, expected in zip(SHORT, logits.softmax(0).tolist(), strict=True):
+        assert scores[TEXTS[at]] == pytest.approx(expected, abs=1e-3)
+    assert type(AutoProcessor.from_pretrained(folder)) is ChineseCLIPProcessor
 
 
 def yaml_tower(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import efficientclip
 import efficientclip.kernels
 
 LAYERS = (
-    "kernels", "errors", "files", "values", "config", "launchers", "stopping", "hardware", "data", "model", "prepare",
+    "kernels", "errors", "stopping", "files", "values", "config", "launchers", "hardware", "data", "model", "prepare",
     "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify", "train",
     "fit_head", "cross_fit", "profile", "cli",
 )  # fmt: skip

@@ -12,7 +12,14 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.clip.modeling_clip import CLIPOutput
 
 from .. import config as settings
 from ..data.batches import Segments
@@ -159,7 +166,8 @@ class EfficientCLIP(PreTrainedModel):
         by_length = torch.argsort(lengths, stable=True)
         chosen = real[by_length].bool()
         cu_seqlens = F.pad(lengths[by_length].cumsum(0), (1, 0)).to("cpu", torch.int32).numpy()
-        features: torch.Tensor = self(
+        features: torch.Tensor = EfficientCLIP.forward(
+            self,
             input_ids=input_ids[by_length][chosen],
             position_ids=(real.cumsum(1) - 1)[by_length][chosen],
             segments=Segments.of(cu_seqlens).to(input_ids.device),
@@ -170,8 +178,29 @@ class EfficientCLIP(PreTrainedModel):
     @torch.no_grad()
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """L2-normalised features [n, width] of pictures float [n, 3, S, S]."""
-        features: torch.Tensor = self(pixels=pixel_values)["features"]
+        features: torch.Tensor = EfficientCLIP.forward(self, pixels=pixel_values)["features"]
         return features
+
+
+class EfficientCLIPForZeroShotImageClassification(EfficientCLIP):
+    """The same weights, called as Hugging Face's pipeline calls a CLIP."""
+
+    @torch.no_grad()
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> CLIPOutput:
+        """Padded texts int64 [n, L] and pictures float [m, 3, S, S]: both L2-normalised features, and their cosines
+        times the logit scale, logits_per_image [m, n]."""
+        text_ND = self.get_text_features(input_ids, attention_mask)
+        image_MD = self.get_image_features(pixel_values)
+        logits_MN = self.logit_scale.exp().clamp(max=self.config.logit_scale_max) * image_MD @ text_ND.T
+        return CLIPOutput(
+            logits_per_image=logits_MN, logits_per_text=logits_MN.T, text_embeds=text_ND, image_embeds=image_MD
+        )
 
 
 def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, sides: Sequence[str]) -> EfficientCLIP:
@@ -327,3 +356,4 @@ def _copy(source: nn.Module, target: nn.Module, name: str) -> None:
 
 AutoConfig.register(EfficientCLIPConfig.model_type, EfficientCLIPConfig)
 AutoModel.register(EfficientCLIPConfig, EfficientCLIP)
+AutoModelForZeroShotImageClassification.register(EfficientCLIPConfig, EfficientCLIPForZeroShotImageClassification)
