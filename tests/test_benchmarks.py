@@ -306,22 +306,73 @@ def test_a_folder_is_made_once_by_the_same_command(tmp_path: Path, monkeypatch: 
 
 def test_a_run_has_settled_when_its_last_fifth_gains_nothing() -> None:
     rising = [(visits, visits / 10) for visits in range(50, 1001, 50)]
-    assert not resources.settled(rising)
-    assert resources.settled([(visits, min(recall, 60.0)) for visits, recall in rising])
-    assert not resources.settled(rising[:2])
+    assert resources.gained(rising) == pytest.approx(20)
+    assert resources.gained([(visits, min(recall, 60.0)) for visits, recall in rising]) < resources.SETTLED
+    assert resources.gained(rising[:2]) == np.inf
 
 
 def test_resources_are_those_until_the_recall_that_clip_ends_with() -> None:
-    whole, test = Spent(100.0, 1e12, 1000, 2**30), {"R@1": 1.0, "R@10": 10.0}
-    clip = Recipe("clip", "", [(whole.part(0.5), 30.0), (whole.part(0.8), 41.0), (whole, 40.0)], test)
-    slow = Recipe("wenlan", "", [(whole, 39.0)], test)
-    fast = Recipe("efficientclip", "1", [(Spent(8.0, 4e10, 50, 2**29) + Spent(2.0, 1e10, 50, 2**28), 40.0)], test)
-    rows = resources.rows_of([clip, slow, fast])
-    assert [row["reached"] for row in rows] == ["yes", "no", "yes"]
-    assert [row["cpu_over_clip"] for row in rows] == ["1.000", "1.250", "0.125"]
-    assert [row["operations_over_clip"] for row in rows] == ["1.000", "1.250", "0.062"]
-    assert [row["pair_visits"] for row in rows] == [800, 1000, 100]
+    def at(validation: float, test: float) -> dict[str, float]:
+        return {"val_seen": validation, "test_vendor": test}
+
+    whole = Spent(100.0, 1e12, 1000, 2**30)
+    clip = Recipe("clip", "", [(whole.part(0.5), at(30, 9)), (whole.part(0.8), at(41, 19)), (whole, at(40, 20))])
+    slow = Recipe("wenlan", "", [(whole.part(0.9), at(39, 20)), (Spent(200.0, 4e12, 2000), at(39, 21))])
+    cheap = Spent(8.0, 4e10, 50, 2**29) + Spent(2.0, 1e10, 50, 2**28)
+    fast = [Recipe("efficientclip", "1", [(cheap, at(40, 19))]), Recipe("efficientclip", "2", [(cheap, at(9, 20))])]
+    rows = resources.rows_of([clip, slow, *fast], "given", "val_seen")
+    assert [row["reached"] for row in rows] == ["yes", "no", "yes", "no"]
+    assert [row["cpu_over_clip"] for row in rows] == ["1.000", "2.500", "0.125", "0.125"]
+    assert [row["operations_over_clip"] for row in rows] == ["1.000", "5.000", "0.062", "0.062"]
+    # Of all that wenlan spent in vain.
+    assert [row["cpu_over_wenlan"] for row in rows] == ["0.400", "1.000", "0.050", "0.050"]
+    assert [row["pair_visits"] for row in rows] == [800, 2000, 100, 100]
     assert rows[2]["peak_gib"] == "0.50"
+    held_out = resources.rows_of([clip, slow, *fast], "given", "test_vendor")
+    assert [row["reached"] for row in held_out] == ["yes", "yes", "no", "yes"]
+    assert [row["pair_visits"] for row in held_out] == [1000, 900, 100, 100]
+    assert {(row["count"], row["until"]) for row in held_out} == {("given", "test_vendor")}
+
+
+def test_baselines_have_the_towers_of_their_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("clip", "wenlan"):
+        assert resources.recipe_of(name, "all", tmp_path) == Path(f"configs/demo-{name}.yaml")
+        file = resources.recipe_of(name, "given", tmp_path)
+        made = file.stat().st_mtime_ns
+        config, shipped = load_config(file), load_config(Path(f"configs/demo-{name}.yaml"))
+        assert config.model.image_tower is not None and shipped.model.image_tower is not None
+        # Nothing of the other architecture is left in it, and all else is the shipped recipe's.
+        assert config.model.image_tower.architecture == {"model_type": "efficientnet_lite"}
+        assert config.training.precision == "fp32"
+        tower = config.model.image_tower.model_copy(update={"architecture": shipped.model.image_tower.architecture})
+        model = config.model.model_copy(update={"image_tower": tower})
+        training = config.training.model_copy(update={"precision": shipped.training.precision})
+        assert config.model_copy(update={"model": model, "training": training}) == shipped
+        assert resources.recipe_of(name, "given", tmp_path).stat().st_mtime_ns == made
+
+
+def test_what_validations_on_the_test_pictures_take_is_not_paid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run doubles until it settles; its last one counts, behind what its towers took."""
+    ran: list[str] = []
+
+    def training(config: Path, run: Path, visits: str, *overrides: str) -> Spent:
+        ran.append(visits)
+        return Spent(100.0, 1e12, int(visits.rpartition("=")[2]), 2**30)
+
+    def curve(run: Path) -> list[tuple[int, dict[str, float]]]:
+        end = int(run.name.rpartition("-")[2])
+        return [(seen, {"val_seen": min(seen, 25), "test_vendor": 5}) for seen in range(end // 10, end + 1, end // 10)]
+
+    monkeypatch.setattr(resources, "training", training)
+    monkeypatch.setattr(resources, "curve", curve)
+    monkeypatch.setattr(resources, "tested", lambda run, data: {"R@10": 5.0, "cpu_seconds": 2.0})
+    found = resources.baseline("clip", tmp_path / "config.yaml", 20, 80, tmp_path, Spent(7.0, 0, 3))
+    assert ran == ["training.pair_visits=20", "training.pair_visits=40"]
+    spent, recalls = found.points[4]
+    assert (spent.cpu_seconds, spent.visits, recalls["val_seen"]) == (7 + (100 - 10 * 2) / 2, 3 + 20, 20)
 
 
 def test_the_share_recovered_lies_between_none_and_oracle() -> None:

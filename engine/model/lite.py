@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # Blocks, kernel, stride, expansion and channels of each stage, as EfficientNet-B0 has them.
@@ -99,6 +99,12 @@ class EfficientNetLiteModel(PreTrainedModel):
         self.blocks = nn.ModuleList(blocks)
         self.head = Normed(config, SameConv(inside, config.hidden_size, 1))
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        # Variances near 1 from the start: those that batch norms keep for evaluation begin there.
+        if isinstance(module, nn.Conv2d):
+            initialization.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(
         self, pixel_values: torch.Tensor, output_hidden_states: bool = False, **kwargs: Any
