@@ -94,8 +94,9 @@ def join_process_group() -> tuple[int, int]:
     cuda = torch.cuda.is_available()
     if cuda:
         take_device()
-    # It sums for inference alone, and would be compiled here, for a minute, by a compiler that need not be there.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        # It sums for inference alone, and would be compiled here, for a minute, by a compiler that need not be there.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Before torch may find another run's ranks there.
     join()
     deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False)
