@@ -70,6 +70,7 @@ def export(run: Path, out: Path, *, replace: bool = False, store: Path | None = 
     with made_aside(out, "model", "exporting", claimed) as folder:
         whole.save_pretrained(folder)
         _processor(opened, tower).save_pretrained(folder)
+        _describe_modules(folder, "pooler_output" if isinstance(whole, ChineseCLIPModel) else None)
         as_umask(folder)
         _require_whole(folder)
         digests.write_digests(folder)
@@ -152,6 +153,20 @@ def _processor(opened: Run, tower: settings.ImageTower) -> ChineseCLIPProcessor:
     return ChineseCLIPProcessor(image_processor=pictures, tokenizer=opened.tokenizer)
 
 
+def _describe_modules(folder: Path, output: str | None) -> None:
+    """What `SentenceTransformer(folder)` is made of: features of texts or pictures, in that field of what the model
+    returns, or all of it, and L2-normalised."""
+    path = "sentence_transformers.base.modules"
+    modules = {"": f"{path}.transformer.Transformer", "1_Normalize": f"{path}.normalize.Normalize"}
+    listed = [
+        {"idx": at, "name": str(at), "path": place, "type": kind} for at, (place, kind) in enumerate(modules.items())
+    ]
+    asked = {side: {"method": f"get_{side}_features", "method_output_name": output} for side in ("text", "image")}
+    told = {"modality_config": asked, "module_output_name": "sentence_embedding"}
+    for name, content in (("modules.json", listed), ("sentence_bert_config.json", told)):
+        (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
 def _card(opened: Run, whole: PreTrainedModel) -> str:
     """README.md of the exported folder."""
     steps, validations = read_metrics(opened.folder / "metrics.jsonl")
@@ -201,6 +216,15 @@ def _card(opened: Run, whole: PreTrainedModel) -> str:
         "",
         'classify = pipeline("zero-shot-image-classification", model=folder)',
         'print(classify("picture.jpg", candidate_labels=["猫", "狗"], hypothesis_template="一张{}的照片"))',
+        "```",
+        "",
+        "By sentence-transformers, whose vectors are L2-normalised:",
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        "encoder = SentenceTransformer(folder)",
+        'text, image = encoder.encode("一只戴帽子的猫"), encoder.encode(Image.open("picture.jpg"))',
         "```",
         "",
         f"Texts are cut to {opened.config.training.max_caption_tokens} tokens, as in training.",

@@ -180,6 +180,40 @@ def classifies(folder: Path, square: Any, logits: torch.Tensor) -> None:
     assert type(AutoProcessor.from_pretrained(folder)) is ChineseCLIPProcessor
 
 
+@pytest.mark.parametrize("tower", ["clip", "resnet"])
+def test_the_folder_tells_sentence_transformers_what_to_ask(tmp_path: Path, tower: str) -> None:
+    run, squares = trained(tmp_path, tower), pictures()
+    opens: Any = export(run, tmp_path / "out")
+    texts_ND, images_ND, _ = answers(open_run(run), squares)
+    processor = ChineseCLIPProcessor.from_pretrained(tmp_path / "out")
+    given = {
+        "text": processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt"),
+        "image": processor(images=[Image.fromarray(square) for square in squares], return_tensors="pt"),
+    }
+    told = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    assert told["modality_config"].keys() == given.keys() and told["module_output_name"] == "sentence_embedding"
+    model = opens.from_pretrained(tmp_path / "out").eval()
+    assert model.config.projection_dim == tiny.WIDTH
+    for (side, asked), expected_ND in zip(told["modality_config"].items(), (texts_ND, images_ND), strict=True):
+        with torch.no_grad():
+            found = getattr(model, asked["method"])(**given[side])
+        found_ND = found if asked["method_output_name"] is None else getattr(found, asked["method_output_name"])
+        torch.testing.assert_close(torch.nn.functional.normalize(found_ND), expected_ND, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tower", ["clip", "resnet"])
+def test_sentence_transformers_encodes_texts_and_pictures(tmp_path: Path, tower: str) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    run, squares = trained(tmp_path, tower), pictures()
+    export(run, tmp_path / "out")
+    texts_ND, images_ND, _ = answers(open_run(run), squares)
+    encoder = library.SentenceTransformer(str(tmp_path / "out"))
+    np.testing.assert_allclose(encoder.encode(TEXTS), texts_ND, atol=1e-5)
+    found_ND = encoder.encode([Image.fromarray(square) for square in squares])
+    np.testing.assert_allclose(found_ND, images_ND, atol=1e-5)
+    assert encoder.get_embedding_dimension() == tiny.WIDTH
+
+
 def yaml_tower(folder: Path) -> dict[str, Any]:
     tower = load_config(tiny.config(folder)).model.text_tower
     return {"architecture": tower.architecture} if tower else {}

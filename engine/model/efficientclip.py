@@ -33,6 +33,8 @@ RESTORE = "restore it from a copy, or remove it and run the command that made it
 
 class EfficientCLIPConfig(PreTrainedConfig):
     model_type = "efficientclip"
+    # By this name other libraries ask how wide features are.
+    attribute_map = {"projection_dim": "width"}
 
     def __init__(
         self,
