@@ -43,16 +43,15 @@ class Finished:
     def tokens_of(self, chosen: npt.NDArray[np.bool_], token_dtype: np.dtype[Any]) -> Iterator[Flat]:
         """The tokens of those of all its captions, end to end, that are `chosen`, bool [captions], some thousands at a
         time, and how many each has."""
-        if self.tokens is None and self.store is None:
-            raise UserError(f"part {self.file}: has no tokens; remove it and run the same command again")
         first = 0
         for table in tables_of([self.tokens or self.file], [TOKENS if self.tokens else CAPTION_IDS]):
             if self.tokens is not None:
                 flat: npt.NDArray[Any] = bytes_of(table[TOKENS]).view(token_dtype)
                 lengths = pc.binary_length(table[TOKENS]).to_numpy().astype(np.int64) // token_dtype.itemsize
                 starts = np.cumsum(lengths) - lengths
+            elif self.store is None:
+                raise UserError(f"part {self.file}: has no tokens; remove it and run the same command again")
             else:
-                assert self.store is not None
                 ids = bytes_of(table[CAPTION_IDS]).view(np.int32)
                 flat, starts = self.store.tokens, self.store.offsets[ids]
                 lengths = self.store.offsets[ids + 1] - starts
