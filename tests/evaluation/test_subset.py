@@ -17,6 +17,7 @@ from efficientclip.evaluation import kept as module
 from efficientclip.evaluation import subset
 from efficientclip.evaluation.audit import Audit
 from efficientclip.evaluation.subset import export_kept
+from efficientclip.evaluation.suspects import Evidence
 from efficientclip.evaluation.verdicts import Verdicts
 from efficientclip.files.ownership import MARK
 from efficientclip.prepare.build import prepare
@@ -54,7 +55,8 @@ def audited(world: World, folder: Path, kind: str, dropped: list[int]) -> Audit:
     store = Store(folder / "store")
     kept = np.ones(len(store), bool)
     kept[dropped] = False
-    return Audit(world.run, config, store, Verdicts(np.zeros(len(store)), kept, None), [], np.zeros(len(store)))
+    zero = np.zeros(len(store))
+    return Audit(world.run, config, store, Verdicts(zero, kept, None), [], zero, Evidence(zero))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "base64"])
