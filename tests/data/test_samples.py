@@ -6,6 +6,7 @@ import io
 import json
 import random
 import tarfile
+import unicodedata
 from pathlib import Path
 
 from efficientclip.data.shards import BadSample
@@ -70,7 +71,9 @@ def said(text: bytes | None, record: bytes | None) -> list[tuple[str, bool | Non
             if not isinstance(caption.get("text"), str):
                 return "caption is no text"
             noise = caption["noise"] if isinstance(caption.get("noise"), bool) else None
-            captions.append((caption["text"].strip(SPACES), noise))
+            told = caption["text"].strip(SPACES)
+            # Of control characters alone, as `"\b"`, nothing is to be seen.
+            captions.append(("" if all(unicodedata.category(one) == "Cc" for one in told) else told, noise))
         for caption, _ in captions:
             caption.encode()
     except UnicodeError:

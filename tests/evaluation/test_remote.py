@@ -20,6 +20,7 @@ from efficientclip.evaluation.audit import Audit
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.search import search
 from efficientclip.evaluation.subset import export_kept
+from efficientclip.evaluation.suspects import Evidence
 from efficientclip.evaluation.verdicts import Verdicts
 from efficientclip.files.places import URL, location
 from efficientclip.prepare.build import prepare
@@ -147,7 +148,8 @@ def test_kept_pairs_of_remote_shards_are_exported(world: World, shards: Path, tm
     held = Store(tmp_path / "store")
     kept = np.ones(len(held), bool)
     kept[1] = False
-    audit = Audit(world.run, settings(world), held, Verdicts(np.zeros(len(held)), kept, None), [], np.zeros(len(held)))
+    zero = np.zeros(len(held))
+    audit = Audit(world.run, settings(world), held, Verdicts(zero, kept, None), [], zero, Evidence(zero))
     store.faults += [("GET", "drop"), ("GET", "500")]
     assert export_kept(audit, tmp_path / "kept", samples=2, size=1 << 20) == (3, 5)
     with ImageLoader(tmp_path / "kept", batch_size=8, size=16, train=False) as loader:
