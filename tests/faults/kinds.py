@@ -250,7 +250,7 @@ def second_process(case: Case) -> None:
     second = case.start()
     ended = second.wait(relaunched=False) if halted and holder in pids else None
     # A second call may find that all is done already.
-    stood = not differences(case.reference, case.here, case.command, case.here)
+    stood = halted and not differences(case.reference, case.here, case.command, case.here)
     for pid in pids:
         send(pid, signal.SIGCONT)
     ended = ended or second.wait()
