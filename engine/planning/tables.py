@@ -113,7 +113,7 @@ def assumptions(settings: Settings, config: Config) -> Sequence[str]:
             f" {settings.link / 1e9:.0f} GB/s between devices, {device.host / 1e9:.0f} GB/s to the host,"
             " by the data sheet",
             f"a core puts the store together at {1e6 * MERGE_SECONDS:.0f} µs a pair and judges at"
-            f" {1e6 * JUDGE_SECONDS:.0f}, as measured here on a Xeon's; there is one for each device",
+            f" {1e6 * JUDGE_SECONDS:.0f}, as measured here; there is one for each device",
             "gradients are exchanged without overlap; the host keeps up: data, ECL's table and Python cost no time, nor"
             " does validation (a profile measures them)",
         )
