@@ -167,7 +167,7 @@ def _source(p: Floats, found: Competence, bounds: Floats, rows: Integers, groups
 
 
 def _with_what_p_leaves_out(source: _Source, probability: Floats) -> Floats:
-    """The posterior with captions from elsewhere, which are wrong too, and without the right pairs that were missed."""
+    """The posterior with captions from elsewhere, which are wrong, too."""
     # Where towers are most competent: as many as a uniform p would not leave there.
     uniform = RATES @ probability * source.expected_S[-1]
     elsewhere = max(0.0, source.foreign_S[-1] - (1 - FOREIGN) * uniform) / max(source.expected_S[-1], 1e-9)
