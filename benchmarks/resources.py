@@ -48,11 +48,11 @@ from rich.table import Table
 from benchmarks.ecl import FIXED, SCHEDULE
 from benchmarks.measuring import RESULTS, Row, hardware, kept, once, record
 from efficientclip.config import Config, load_config
-from efficientclip.data.store import Store, TextStore
+from efficientclip.data.store import Store
 from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.run import read_metrics
-from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings
+from efficientclip.planning.settings import DEVICES, GIB, Machine, Settings, stored
 from efficientclip.planning.work import measure_work, operations, picture_training_work
 
 DATA = Path("data/demo")
@@ -138,8 +138,7 @@ def counted(config: Config) -> tuple[float, int]:
         return sum(operations(config, picture_training_work(config), given(0, 0), visits, 0, 0, 0).values()), visits
     texts = 0.0
     if config.mlm.texts_per_batch and config.mlm.texts is not None:
-        mean = np.minimum(np.diff(TextStore(config.mlm.texts).offsets), config.data.max_text_tokens).mean()
-        texts = visits / config.training.batch_size * config.mlm.texts_per_batch * float(mean)
+        texts = visits / config.training.batch_size * config.mlm.texts_per_batch * stored(config)["text_tokens"]
     work = measure_work(config, (tokens - texts) / visits)
     rows = len(Store(config.data.store).features) if config.data.store else 0
     settings = given(rows, (tokens - texts) / visits)

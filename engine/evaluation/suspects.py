@@ -15,7 +15,7 @@ from ..config import Confidence
 from ..data.store import Store
 from ..files.atomic import written_aside
 from ..files.ownership import SUSPECTS
-from ..noise.confidence import standardised
+from ..noise.confidence import together
 from ..noise.cross_fit import FILE, read_cross_fit
 from .verdicts import Verdicts
 
@@ -37,8 +37,7 @@ def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evi
     if folder is None or not (folder / FILE).is_file():
         return Evidence(verdicts.score)
     found = read_cross_fit(folder, store)
-    score = standardised(found.clean_log_odds) + standardised(verdicts.score)
-    return Evidence(score, expit(-found.clean_log_odds), found.p)
+    return Evidence(together(found.clean_log_odds, verdicts.score), expit(-found.clean_log_odds), found.p)
 
 
 def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> None:

@@ -115,8 +115,7 @@ class ConfidenceTable:
     def _likely_wrong_dropped(self) -> BoolArray:
         """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
         the one that does."""
-        total = standardised(self.clean_log_odds)
-        total += standardised(self.mean_score)
+        total = together(self.clean_log_odds, self.mean_score)
         return ~lowest(total, round(self.noise_rate * len(total)))
 
     def verdicts(self) -> dict[str, npt.NDArray[Any]]:
@@ -163,6 +162,13 @@ def lowest(score: FloatArray, count: int) -> BoolArray:
     chosen = score < bound
     chosen[np.flatnonzero(score == bound)[: count - np.count_nonzero(chosen)]] = True
     return chosen
+
+
+def together(clean_log_odds: FloatArray, mean_score: FloatArray) -> FloatArray:
+    """What a cross-fit's towers and the run itself say of each pair, alike in weight; lower is more suspicious."""
+    total = standardised(clean_log_odds)
+    total += standardised(mean_score)
+    return total
 
 
 def standardised(score: FloatArray) -> FloatArray:

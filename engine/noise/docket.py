@@ -105,11 +105,11 @@ class Docket:
         posteriors = rate_posteriors(found.p, by_words, groups, [rows for _, rows in self.sources])
         for (name, rows), probability in zip(self.sources, posteriors, strict=True):
             drawn += random.choice(RATES, DRAWS, p=probability) * len(rows) / len(store)
-            source = _rate(name, found.p[rows], quantiles(probability, (INTERVAL[0], 0.5, INTERVAL[1])))
+            source = _rate(name, found.p[rows], quantiles(probability, INTERVAL))
             odds[rows] = clean_log_odds(found.p_with_pictures, by_both, rows, source.droppable)
             rates.append(source)
         rate = sum(source.droppable * source.pairs for source in rates) / len(store)
-        whole = _rate("all", found.p, np.quantile(drawn, (INTERVAL[0], 0.5, INTERVAL[1])).tolist())
+        whole = _rate("all", found.p, np.quantile(drawn, INTERVAL).tolist())
         return CrossFit(rate, visits, self.fold, found.cosine, found.p, by_words.pair, odds, tuple(rates), whole)
 
 

@@ -35,7 +35,7 @@ DISPERSION = 2.0  # pairs tell as much as half as many would, were right ones of
 BELIEVED = 100  # pairs a stratum, of what other sources tell
 # Share of right pairs that towers miss as if they were wrong, at most: of the least competent stratum to the most.
 LAPSES = np.linspace(0.1, 0.01, STRATA)
-INTERVAL = (0.05, 0.95)
+INTERVAL = (0.05, 0.5, 0.95)  # low end, what is told, high end
 
 
 def side_competence(hit: Bools, ids: Integers, cell: Integers, apart: Integers | None) -> Floats:

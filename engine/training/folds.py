@@ -82,7 +82,7 @@ def cross_fit(config: Config) -> int:
         if told(standing is not None):
             if standing is not None:
                 (folder / GROUPS).unlink()
-                _tell(folder, store, standing)
+                _tell(folder, standing)
             return 0
         if rank == 0:
             begin(judging, made_of)
@@ -105,7 +105,7 @@ def cross_fit(config: Config) -> int:
             write_cross_fit(folder, store, replace(found, made_of=_digest(made_of)))
             end(judging)
             (folder / GROUPS).unlink()
-            _tell(folder, store, found)
+            _tell(folder, found)
     return 0
 
 
@@ -268,12 +268,9 @@ def save_mean(folder: Path, runs: list[Path]) -> None:
     place_model(model, folder)
 
 
-def _tell(folder: Path, store: Store, found: CrossFit) -> None:
-    whole = found.whole
-    if whole is None:
-        print(f"{folder}: {found.rate:.1%} of {len(store):,} pairs are estimated to be wrong")
-        return
-    print(f"{folder}: {_told(whole)}")
+def _tell(folder: Path, found: CrossFit) -> None:
+    if found.whole is not None:
+        print(f"{folder}: {_told(found.whole)}")
     for source in found.sources if len(found.sources) > 1 else ():
         print(f"  {source.name}: {_told(source)}")
     if any(source.open for source in found.sources):

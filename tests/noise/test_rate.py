@@ -65,7 +65,7 @@ def scored_pairs(rate: Any, seed: int, n: int = 20_000) -> tuple[Any, Competence
 def estimated(p: Any, found: Competence, rows: Any, groups: Any = None) -> tuple[float, float, float]:
     """Low end, median and high end of the rate."""
     groups = np.arange(len(p)) if groups is None else groups
-    low, rate, high = quantiles(rate_posteriors(p, found, groups, [rows])[0], (INTERVAL[0], 0.5, INTERVAL[1]))
+    low, rate, high = quantiles(rate_posteriors(p, found, groups, [rows])[0], INTERVAL)
     return low, rate, high
 
 
