@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from textwrap import dedent
+from typing import Any, get_args, get_origin
 
 import pytest
 
-from efficientclip.cli import main
+from efficientclip import cli
+from efficientclip.config import Config, Section, load_config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -28,15 +32,56 @@ def test_files_that_are_named_are_there(page: Path) -> None:
     assert [name for name in named if not [*ROOT.glob(name.rstrip("/"))]] == []
 
 
+COMMAND = re.compile(r"(^ {4}|`)(?:efficientclip |[^`\n#]*--module efficientclip\.)([a-z][^`\n#]*)", re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
-def test_commands_that_are_named_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    commands = re.findall(r"^    ([a-z-]+)", capsys.readouterr().out, flags=re.MULTILINE)
-    text = page.read_text(encoding="utf-8")
-    named = re.findall(r"(?:^ +|`)efficientclip ([a-z][a-z-]+)", text, flags=re.MULTILINE)
-    assert named or page not in (ROOT / "README.md", ROOT / "README.zh-CN.md")
-    assert [name for name in named if name not in commands] == []
+def test_commands_are_what_the_command_line_takes(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parsed: list[object] = []
+    monkeypatch.setattr(cli, "reported", lambda command: parsed.append(command) or 0)
+    commands = COMMAND.findall(page.read_text(encoding="utf-8").replace("\\\n", " "))
+    for begin, command in commands:
+        name, *rest = shlex.split(re.sub(r"[][…]", "", command))
+        try:
+            cli.main([name.replace("_", "-"), *rest])
+        except SystemExit:
+            wrong = capsys.readouterr().err.splitlines()[-1]
+            # In a sentence, or before dots, a command may be begun alone.
+            begun = "the following arguments are required" in wrong and (begin == "`" or "…" in command)
+            assert begun, f"efficientclip {command}: {wrong}"
+    assert parsed or not page.name.startswith("README") or page.parent != ROOT
+
+
+def is_key(annotation: Any, parts: list[str]) -> bool:
+    """Whether a dotted key leads somewhere in a section, or in what may stand under names that a user gives."""
+    if not parts or annotation is Any:
+        return True
+    if get_origin(annotation) is dict:
+        return is_key(get_args(annotation)[1], parts[1:])
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        field = annotation.model_fields.get(parts[0])
+        return field is not None and is_key(field.annotation, parts[1:])
+    return any(is_key(part, parts) for part in get_args(annotation))
+
+
+@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+def test_keys_that_are_named_are_of_the_config(page: Path) -> None:
+    code = re.findall(r"^ {4}.*|`[^`\n]+`", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    key = re.compile(rf"(?<![\w./-])(?:{'|'.join(Config.model_fields)})(?:\.\w+)+")
+    named = {found for part in code for found in key.findall(part) if not found.endswith((".csv", ".json", ".py"))}
+    assert [found for found in sorted(named) if not is_key(Config, found.split("."))] == []
+    assert not is_key(Config, ["training", "batchsize"]) and is_key(Config, ["data", "sources", "coco", "weight"])
+
+
+def test_configs_that_are_shown_are_whole(tmp_path: Path) -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in NOW)
+    shown = re.findall(r"^    run: .*\n(?:    .*\n)+", pages, flags=re.MULTILINE)
+    assert shown
+    for text in shown:
+        (tmp_path / "shown.yaml").write_text(dedent(text), encoding="utf-8")
+        load_config(tmp_path / "shown.yaml")
 
 
 def test_make_targets_that_are_named_exist() -> None:
