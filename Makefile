@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test wheel soak fuzz bench bench-peers gpu gpu-rehearsal claims docs lint types format clean
+.PHONY: help demo demo-system test wheel soak fuzz bench bench-peers gpu gpu-rehearsal claims tables docs lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -131,6 +131,9 @@ stores/demo-own-test_vendor/manifest.json: | stores/demo-test_vendor/manifest.js
 	efficientclip prepare data/demo/val_seen.tar stores/demo-own-val_seen --config configs/demo-own.yaml
 	$(TRAIN) --module efficientclip.cross_fit configs/demo-own.yaml
 	efficientclip prepare data/demo/test_vendor.tar stores/demo-own-test_vendor --config configs/demo-own.yaml
+
+tables: .venv/.ready ## the tables of README and docs/ anew, from benchmarks/results
+	python -m benchmarks.tables
 
 lint: .venv/.ready ## ruff and mypy
 	ruff check

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
+from benchmarks import tables
 from efficientclip import cli
 from efficientclip.config import Config, Section, load_config
 
@@ -94,10 +95,46 @@ def test_make_targets_that_are_named_exist() -> None:
 def test_the_readme_is_short_and_both_tell_the_same() -> None:
     one, other = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
     assert max(one.count("\n"), other.count("\n")) <= 150
-    figures = re.compile(r"\d+(?:,\d{3})+|\d*\.\d+")
+    assert [found[2] for found in tables.BLOCK.finditer(one)] == [found[2] for found in tables.BLOCK.finditer(other)]
 
-    def measured(text: str) -> list[str]:
-        rows = [line for line in text.splitlines() if line.startswith("|")]
-        return sorted(figure for line in rows for figure in figures.findall(line))
 
-    assert measured(one) == measured(other)
+def test_what_was_measured_stands_in_the_pages_as_in_the_results(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tables.main(["--check"]) == 0, capsys.readouterr().err
+    shown = {found[2] for page in tables.PAGES for found in tables.BLOCK.finditer(page.read_text(encoding="utf-8"))}
+    assert shown == tables.TABLES.keys()
+
+
+def test_a_figure_that_was_changed_is_told_and_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, right = tmp_path / "README.zh-CN.md", (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
+    page.write_text(right.replace("| 本项目 |", "| 别的 |"), encoding="utf-8")
+    assert tables.main(["--check", str(page)]) == 1
+    assert "README.zh-CN.md: peers: not what benchmarks/results holds; run `make tables`" in capsys.readouterr().err
+    assert tables.main([str(page)]) == 0
+    assert page.read_text(encoding="utf-8") == right
+
+
+def test_a_block_without_a_table_or_an_end_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no such table"):
+        tables.written("<!-- results: peer -->\n<!-- end -->", chinese=False)
+    with pytest.raises(SystemExit, match="has no `<!-- end -->`"):
+        tables.written("<!-- results: peers -->\n| | |", chinese=False)
+
+
+def test_of_rows_that_fit_the_newest_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        "hardware,arm,pairs,R@10,date",
+        "A,none,100,1.0,2026-11-29",
+        "B(R),none,101,0.25 ± 0.1,2026-11-30",
+        "C,none,200,4.0,2026-11-30",
+        "A,all,100,76%,2026-11-28",
+    ]
+    (tmp_path / "ecl.csv").write_text("\n".join(rows), encoding="utf-8")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    newest, other = tables.pick("ecl", arm="none", pairs=(90, 110)), tables.pick("ecl", arm="all")
+    mean = tables.Pick("ecl", ({"pairs": "100", "arm": "none"}, {"pairs": "200"}))
+    table = tables.Table(("", "R"), [tables.row("{R@10}", "{R@10:.2f} {1[R@10]} {2[R@10]:.1f}", newest, other, mean)])
+    lines = table.markdown(chinese=False).splitlines()
+    assert lines[2] == "| 0.25 ± 0.1 | .25 76 % 2.5 |"
+    assert lines[4] == "`ecl.csv`: B, 2026-11-30; A, 2026-11-28; A, 2026-11-29; C, 2026-11-30"
+    with pytest.raises(SystemExit, match="has no row of"):
+        tables.pick("ecl", arm="best").rows()
