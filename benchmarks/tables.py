@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -62,11 +63,11 @@ class Pick:
         if not others:
             return {name: Figure(held) for name, held in first.items()}
         columns = {name: [_number(row[name]) for row in (first, *others)] for name in first}
-        return {name: Figure(fmean(column)) for name, column in columns.items() if None not in column}
+        return {name: Figure(fmean(column)) for name, column in columns.items() if not any(map(math.isnan, column))}
 
 
-def _number(text: str) -> float | None:
-    return float(text.split()[0]) if re.match(r"[-+]?\d+(\.\d+)?( |$)", text) else None
+def _number(text: str) -> float:
+    return float(text.split()[0]) if re.match(r"[-+]?\d+(\.\d+)?( |$)", text) else math.nan
 
 
 def _fits(held: str, wanted: str | tuple[float, float]) -> bool:
@@ -248,7 +249,7 @@ def proof(label: str, what: str) -> Row:
 
 PAID = ("", "pair visits", "CPU seconds", "of CLIP's", "operations", "of CLIP's", "R@10, validation / held-out style",
         "reached")  # fmt: skip
-OWN = {"image_visits": (200_000.0, 300_000.0), "distillation_visits": "320512"}
+OWN: dict[str, str | tuple[float, float]] = {"image_visits": (200_000.0, 300_000.0), "distillation_visits": "320512"}
 
 TABLES = {
     "demo": Table(
