@@ -195,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "out", nargs="?", type=Path, metavar="OUT", help="folder of the table, the page and suspects.csv (RUN)"
     )
-    audit.add_argument("--top", type=int, default=24, help="pairs of a kind on the page (default: 24)")
+    audit.add_argument("--top", type=int, default=100, help="pairs of a kind on the page (default: 100)")
     audit.add_argument("--export", type=Path, metavar="DIR", help="write the kept pairs there, as webdataset shards")
     audit.add_argument("--shard-samples", type=int, default=10_000, help="samples a shard at most (default: 10000)")
     audit.add_argument("--shard-gb", type=float, default=1.0, help="gigabytes a shard at most (default: 1)")

@@ -36,7 +36,7 @@ from .values import (
 HUB_OR_PATH = ("pretrained", "clip_layers", "tokenizer")
 PLACES = {
     "run", "deepspeed", "data.store", "data.cache", "data.tokenizer", "mlm.texts", "confidence.cross_fit",
-    "model.start_from", "model.teacher.mean",
+    "model.start_from", "model.teacher.mean", "data.verdicts",
 }  # fmt: skip
 # They may change while a run is under way.
 ASIDE = {
@@ -45,7 +45,6 @@ ASIDE = {
     "training.micro_batch_size", "training.tokens_per_micro_batch", "training.recompute",
     "data.cache_gib", "data.max_bad_shards",
 }  # fmt: skip
-
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -306,6 +305,7 @@ class DataSource(Section):
 
 class Data(Section):
     store: Place | None = Field(None, description="pair store made by `efficientclip prepare`")
+    verdicts: Place | None = Field(None, description="CSV of audit.html: which pairs of the store are right, or wrong")
     sources: dict[Name, DataSource] = Field(
         default_factory=dict,
         description="name: what an image tower or both train on, or `prepare STORE` reads; or names of data.store's",
@@ -391,6 +391,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _sources_suit(self) -> Config:
         tower = self.training.tower
+        if tower != "text" and self.data.verdicts is not None:
+            raise ValueError(f"data.verdicts: of a store's pairs, and training.tower={tower} reads none; remove it")
         for name, source in self.data.sources.items():
             if tower != "text" and source.path is None:
                 raise ValueError(f"data.sources.{name}.path: not set; training.tower={tower} reads pictures there")

@@ -32,7 +32,7 @@ from .files.ownership import claim, kind_of, mark, marked
 from .hardware import in_words, read_hardware
 from .model.efficientclip import EfficientCLIP, load_model
 from .model.towers import ImageTower
-from .training.run_folder import RESTORE
+from .training.run_folder import RESTORE, run_identity
 
 TEXT_TYPES = ("bert", "chinese_clip_text_model")
 IMAGE_TYPES = ("clip_vision_model", "chinese_clip_vision_model")
@@ -263,6 +263,8 @@ def _data(opened: Run) -> Iterator[str]:
     yield f"- {f'{counts[0]} of {counts[1]} and {counts[2]}: ' if len(counts) == 3 else ''}{source}"
     if bad := sum(manifest.get("bad_counts", {}).values()):
         yield f"- {bad:,} bad samples were left out"
+    if by_hand := (run_identity(opened.folder) or {}).get("verdicts"):
+        yield f"- a person's verdicts: {by_hand['right']:,} pairs never dropped, {by_hand['wrong']:,} never trained on"
     kept = opened.folder / "confidence.parquet"
     digests.check_written(opened.folder, kept.name, remedy=RESTORE)
     if kept.is_file():

@@ -139,6 +139,7 @@ def test_sections_that_contradict_each_other(file: Path) -> None:
     without = "objective.contrastive_weight=0"
     refused(file, ["confidence.score=log-probability", without], ["contrastive loss's: set"])
     refused(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4", "mlm.weight=0"], ["nothing is learned"])
+    refused(file, ["training.tower=image", "data.verdicts=v.csv"], ["\n  data.verdicts: ", "tower=image reads none"])
     assert load_config(file, [without, "mlm.texts=t", "mlm.texts_per_batch=4"]).mlm.texts_per_batch == 4
     assert load_config(file, [without, "objective.regression_weight=1"]).objective.contrastive_weight == 0
 
@@ -280,6 +281,7 @@ def test_paths_are_absolute_and_hub_ids_stay(file: Path, folders: Path, monkeypa
 def test_where_things_are_makes_no_other_run(file: Path, folders: Path) -> None:
     one = ["data.store=store", "model.start_from=runs/old", "model.image_tower.pretrained=./here", "data.tokenizer=a/b"]
     two = ["data.store=elsewhere", "model.image_tower.pretrained=./there", "deepspeed=d.json", "data.sources.a=x"]
+    two += ["data.verdicts=v.csv"]
     moved = ["run=runs/moved", "data.validation={held: x}", "mlm.texts=y", "confidence.cross_fit=judged", "seed=3"]
     here, there = load_config(file, one), load_config(file, [*two, *moved])
     assert differing_keys(here, there) == ["seed"]

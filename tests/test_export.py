@@ -219,7 +219,7 @@ def yaml_tower(folder: Path) -> dict[str, Any]:
     return {"architecture": tower.architecture} if tower else {}
 
 
-def test_the_card_tells_data_resources_and_recall(tmp_path: Path) -> None:
+def test_the_card_tells_data_resources_and_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(tmp_path, "clip", mlm__texts=str(tmp_path / "texts"))
     export(run, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -237,12 +237,15 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path) -> None:
     ):
         assert part in card
     assert str(tmp_path) not in card.replace(str(tmp_path / "clip"), "")
+    by_hand = {"right": 1234, "wrong": 56, "sha256": ""}
+    monkeypatch.setattr("efficientclip.export.run_identity", lambda folder: {"verdicts": by_hand})
     results = {"t2i": {"R@1": 1.5, "R@5": 2, "R@10": 3}, "i2t": {"R@1": 4, "R@5": 5, "R@10": 6}}
     results |= {"candidates": 7, "texts": 8}  # type: ignore[dict-item]
     (run / "results.json").write_text(json.dumps({"made_by": "made by efficientclip 0", "test": results}))
     export(run, tmp_path / "again")
     card = (tmp_path / "again" / "README.md").read_text()
     assert "| test | text → image | 7 | 1.5 | 2.0 | 3.0 |" in card and "held" not in card
+    assert "- a person's verdicts: 1,234 pairs never dropped, 56 never trained on\n" in card
     (run / "results.json").write_text('{"test": {"t2i": ')
     with pytest.raises(UserError, match=r"results\.json: broken .*write it anew by `efficientclip report "):
         export(run, tmp_path / "broken")

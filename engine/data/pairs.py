@@ -90,6 +90,8 @@ class PairSource:
     captions: TextStore | None = None
     masked: MaskedTexts | None = None
     weights: Weights | None = None
+    by_hand: npt.NDArray[np.int8] | None = None
+    """[pairs], what a person told of them: 1 right, -1 wrong, 0 nothing. Those that are wrong are never visited."""
 
     def __init__(
         self,
@@ -137,7 +139,8 @@ class CaptionPairs(PairSource):
     """Captions against the frozen features of a store, with masked unpaired texts packed behind them.
 
     Of `rows` alone, int64 [pairs], where they are given: edges between other rows are unknown then. `weights`: how
-    often an epoch visits the pairs of a source, by its name in the store, once if it is not named.
+    often an epoch visits the pairs of a source, by its name in the store, once if it is not named. `by_hand`, int8 of
+    the store's pairs: as `PairSource.by_hand`.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class CaptionPairs(PairSource):
         masked: MaskedTexts | None = None,
         rows: IntArray | None = None,
         weights: Mapping[str, float] = MappingProxyType({}),
+        by_hand: npt.NDArray[np.int8] | None = None,
     ) -> None:
         captions, images = store.caption_ids, store.image_ids
         if rows is not None:
@@ -157,6 +161,8 @@ class CaptionPairs(PairSource):
             edges=store.caption_edges if rows is None else edges(captions, images, len(store.offsets) - 1),
         )
         self.captions, self.masked, self.store, self.rows = store, masked, store, rows
+        of: npt.NDArray[np.integer[Any]] = np.zeros(len(self), np.uint8)
+        visits = [1.0]
         if weights:
             found = self.by_source()
             if absent := [name for name in weights if name not in found.names]:
@@ -164,7 +170,11 @@ class CaptionPairs(PairSource):
                     f"data.sources.{absent[0]}: store {store.path} has no such source; it has"
                     f" {', '.join(repr(name) for name in found.names[:20])}"
                 )
-            self.weights = weighted(found.of, [weights.get(name, 1.0) for name in found.names])
+            of, visits = found.of, [weights.get(name, 1.0) for name in found.names]
+        if by_hand is not None:
+            self.by_hand = by_hand if rows is None else by_hand[rows]
+            of, visits = np.where(self.by_hand < 0, len(visits), of), [*visits, 0.0]
+        self.weights = weighted(of, visits)
 
     def names(self, rows: IntArray) -> list[str]:
         return self.store.pairs(rows if self.rows is None else self.rows[rows], ["key"])["key"].to_pylist()
@@ -238,6 +248,8 @@ class PairLoader(ThreadedLoader):
         }
         weights = self.source.weights or ()
         self._weights_crc = zlib.crc32(b"".join(array.tobytes() for array in weights))
+        by_hand = self.source.by_hand
+        self._wrong_bits = np.packbits(np.zeros(1, bool) if by_hand is None else by_hand < 0, bitorder="little")
         if kept is None:
             bits = np.full(-(-len(self.source) // 8), 255, np.uint8)
             # Bits behind the last pair stay 0: they are counted.
@@ -261,9 +273,9 @@ class PairLoader(ThreadedLoader):
         self._keep(np.packbits(kept, bitorder="little"))
 
     def _keep(self, bits: npt.NDArray[np.uint8]) -> None:
-        self._kept_bits = bits
-        self.kept_count = int(np.bitwise_count(bits).sum(dtype=np.int64))
-        dropped = len(self.source) - self.kept_count
+        self._kept_bits = bits & ~self._wrong_bits
+        self.kept_count = int(np.bitwise_count(self._kept_bits).sum(dtype=np.int64))
+        dropped = len(self.source) - int(np.bitwise_count(bits | self._wrong_bits).sum(dtype=np.int64))
         self._auditions = min(round(self.batch_size * self.reaudition_share), dropped)
         self._steps: int | None = None
         if self.steps == 0:
@@ -355,7 +367,8 @@ class PairLoader(ThreadedLoader):
         self._require_open()
         self._threads = _loader.PairLoader(
             **self._settings,
-            kept=self._kept_bits,
+            # What is wrong is visited at its weight, 0, and would be a candidate of re-auditions otherwise.
+            kept=self._kept_bits | self._wrong_bits,
             auditions=self._auditions,
             epoch=self.epoch,
             epoch_step=self.epoch_step,

@@ -21,10 +21,12 @@ from .. import __version__
 from ..config import Config
 from ..data.parquet import tables_of
 from ..data.store import Store
-from ..errors import UserError
+from ..errors import UserError, tell
 from ..files.atomic import write_atomically, written_aside
+from ..files.digests import digest_of
 from ..files.ownership import MADE_BY, Made, claim_file
 from ..hardware import in_words, machine_name, read_hardware
+from ..noise.by_hand import ByHand, read_by_hand
 from ..training.history import epoch_files, open_epoch
 from ..training.run_folder import run_config
 from .charts import histogram, sparkline
@@ -35,6 +37,7 @@ from .suspects import Evidence, evidence_of, write_suspects
 from .verdicts import Detection, Verdicts, beside_baseline, caption_centroid_scores, detection, read_verdicts
 
 SOURCES = 30
+EDGE = 256  # of pictures that a person judges
 MADE: dict[str, Made] = {"audit.parquet": "table", "audit.html": "page", "suspects.csv": "suspects"}
 PAIR_COLUMNS = ["key", "caption", "source", "shard", "image_id", "noise", "offset", "length"]
 SCORE_COLUMNS = ["score", "times_seen", "kept", "dropped_epoch"]
@@ -64,7 +67,7 @@ SCHEMA = pa.schema(
 @dataclass(frozen=True)
 class Audit:
     """A finished run beside the store it trained on; `centroid` is the training-free score by pair row, `evidence` the
-    best that there is."""
+    best that there is about pairs that nobody judged, and `by_hand` what a person told that the run obeyed."""
 
     folder: Path
     config: Config
@@ -73,6 +76,7 @@ class Audit:
     epochs: list[Path]
     centroid: npt.NDArray[np.float32]
     evidence: Evidence
+    by_hand: ByHand | None
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,20 @@ def open_audit(run: Path, store: Path | None = None) -> Audit:
             f"run {run}: no pair was scored, all epochs were warm-up; raise training.pair_visits or lower"
             " confidence.warmup_epochs"
         )
-    evidence = evidence_of(config.confidence, found, verdicts)
-    return Audit(run, config, found, verdicts, epochs, caption_centroid_scores(found), evidence)
+    evidence, by_hand = evidence_of(config.confidence, found, verdicts), _obeyed(config, found)
+    if by_hand is not None:
+        score = np.where(by_hand.of_pairs == 0, evidence.score, np.nan)
+        evidence = dataclasses.replace(evidence, score=score)
+    return Audit(run, config, found, verdicts, epochs, caption_centroid_scores(found), evidence, by_hand)
+
+
+def _obeyed(config: Config, store: Store) -> ByHand | None:
+    """What data.verdicts tells now; None where there is none."""
+    file = config.data.verdicts
+    if file is None or file.is_file():
+        return None if file is None else read_by_hand(file, store)
+    tell(f"notice: data.verdicts: {file}: no such file; the page asks again for the pairs that it tells of")
+    return None
 
 
 def claim_audit(run: Path, out: Path, *, replace: bool = False) -> tuple[Path, ...]:
@@ -137,8 +153,8 @@ def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -
     # Where nothing is dropped, the lowest scores of all are the surest noise.
     judged = dataclasses.replace(ranked, kept=verdicts.kept & ~verdicts.kept.all())
     kinds = {
-        "noise": judged.surest(kept=False, count=count),
         "borderline": ranked.borderline(count),
+        "noise": judged.surest(kept=False, count=count),
         "clean": ranked.surest(kept=True, count=count),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -154,6 +170,7 @@ def write_audit(audit: Audit, out: Path, count: int, *, replace: bool = False) -
         compared=compared,
         charts=list(_charts(verdicts)),
         cards=cards,
+        marking=_marking(audit, made),
         epochs=made.epochs,
         sources=made.sources[:SOURCES],
         more_sources=len(made.sources[SOURCES:]),
@@ -250,12 +267,25 @@ def _add_sources(known: pa.Table | None, chunk: pa.Table) -> pa.Table:
     return pa.table({"source": grouped["source"], **{name: grouped[f"{name}_sum"] for name in columns}})
 
 
+def _marking(audit: Audit, made: Table) -> dict[str, Any]:
+    """What the page's script needs: its verdicts are of the pairs that are shown, and those that the run obeyed."""
+    earlier = {} if audit.by_hand is None else audit.by_hand.verdicts
+    rows = {} if audit.by_hand is None else audit.by_hand.rows
+    return {
+        "name": audit.folder.resolve().name,
+        "run": digest_of(audit.folder / "confidence.parquet"),
+        "pairs": {row: [pair["key"], pair["caption"]] for row, pair in made.shown.items()},
+        "earlier": [[rows.get(pair), *pair, verdict] for pair, verdict in earlier.items()],
+    }
+
+
 def _card(pair: dict[str, Any], verdicts: Verdicts) -> Card:
     history = sparkline(np.array(pair["epoch_score"], np.float32), np.array(pair["epoch_kept"], bool))
-    card = judged_card(pair, verdicts, pair["row"], history)
+    card = judged_card(pair, verdicts, pair["row"], EDGE)
     probability = pair["wrong_probability"]
     told = [card.note, *([] if probability is None else [f"likely wrong: {probability:.0%}"]), pair["key"]]
-    return dataclasses.replace(card, note=" · ".join([*told, "kept" if pair["kept"] else "dropped"]))
+    note = " · ".join([*told, "kept" if pair["kept"] else "dropped"])
+    return dataclasses.replace(card, note=note, history=history, row=pair["row"])
 
 
 def _figures(verdicts: Verdicts, epochs: list[Epoch], compared: tuple[Detection, Detection] | None) -> Iterator[Figure]:

@@ -37,6 +37,7 @@ class Card:
     note: str
     right: bool | None
     history: Markup | None = None
+    row: int | None = None  # of the pair, where a person may mark it
 
 
 @dataclass(frozen=True)
@@ -113,13 +114,13 @@ def surest_pairs(verdicts: Verdicts, store: Store, *, kept: bool) -> list[Card]:
     return [judged_card(pair, verdicts, row) for row, pair in zip(rows.tolist(), pairs, strict=True)]
 
 
-def judged_card(pair: dict[str, Any], verdicts: Verdicts, row: int, history: Markup | None = None) -> Card:
+def judged_card(pair: dict[str, Any], verdicts: Verdicts, row: int, edge: int = EDGE) -> Card:
     """A row of the pair table and its score; `right` is False where the store's label says that ECL was mistaken."""
     note, right = f"{verdicts.score[row]:+.2f}", None
     if verdicts.noise is not None:
         note += " · wrong" if verdicts.noise[row] else " · right"
         right = bool(verdicts.noise[row] != verdicts.kept[row])
-    return Card(_data_uri(pair) if pair["length"] else None, pair["caption"], note, right, history)
+    return Card(_data_uri(pair, edge) if pair["length"] else None, pair["caption"], note, right)
 
 
 def _found(
@@ -140,7 +141,7 @@ def _found(
     ]
 
 
-def _data_uri(pair: dict[str, Any]) -> str:
+def _data_uri(pair: dict[str, Any], edge: int = EDGE) -> str:
     encoded = io.BytesIO()
-    Image.fromarray(square_picture(pair, EDGE)).save(encoded, format="webp", quality=88)
+    Image.fromarray(square_picture(pair, edge)).save(encoded, format="webp", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}"

@@ -42,7 +42,7 @@ class Verdicts:
         return rows[order[:count]]
 
     def borderline(self, count: int) -> npt.NDArray[np.int64]:
-        """Rows nearest to the score below which as many pairs lie as were dropped, ascending; none without a drop.
+        """Rows nearest to the score below which as many pairs lie as were dropped, nearest first; none without a drop.
 
         Half of them were dropped, half kept.
         """
@@ -50,12 +50,13 @@ class Verdicts:
         if len(dropped) == 0 or len(kept) == 0:
             return dropped[:0]
         border = np.quantile(self.score[self.scored], len(dropped) / (len(dropped) + len(kept)))
+        away = np.abs(self.score - border)
         nearest = [
-            rows[np.argsort(np.abs(self.score[rows] - border), kind="stable")[:share]]
+            rows[np.argsort(away[rows], kind="stable")[:share]]
             for rows, share in ((dropped, count - count // 2), (kept, count // 2))
         ]
         found = np.concatenate(nearest)
-        return found[np.argsort(self.score[found], kind="stable")]
+        return found[np.argsort(away[found], kind="stable")]
 
 
 @dataclass(frozen=True)

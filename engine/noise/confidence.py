@@ -2,7 +2,7 @@
 
 Every visit gives a pair one score: the cosine of its text and image, or what the loss makes of it. Scores are z-scored
 within the global batch, since pairs late in an epoch look cleaner than early ones, and averaged over the visits: the
-ensemble is over time. After an epoch a rule chooses the pairs of the next one. Rank 0 alone holds the table, 33 bytes a
+ensemble is over time. After an epoch a rule chooses the pairs of the next one. Rank 0 alone holds the table, 34 bytes a
 pair at most, and tells the others what it chose.
 Dropped pairs are re-auditioned on a small share of visits with weight 0, and come back if they turn out better.
 """
@@ -27,10 +27,15 @@ FITTED = 1 << 16
 
 class ConfidenceTable:
     """Scores and verdicts of n pairs; every array is indexed by the store's pair row. A choice that would leave fewer
-    than `least` pairs, a global batch, is not made: the last one stays."""
+    than `least` pairs, a global batch, is not made: the last one stays.
 
-    def __init__(self, n_pairs: int, config: Confidence, least: int = 1) -> None:
-        self.config, self.least = config, least
+    by_hand, int8 [n]: pairs that are right (1) are kept, those that are wrong (-1) are not, whatever the rule.
+    """
+
+    def __init__(
+        self, n_pairs: int, config: Confidence, least: int = 1, by_hand: npt.NDArray[np.int8] | None = None
+    ) -> None:
+        self.config, self.least, self.by_hand = config, least, by_hand
         self.score_sum = np.zeros(n_pairs, np.float64)
         self.times_seen = np.zeros(n_pairs, np.int32)
         self.kept = np.ones(n_pairs, bool)
@@ -48,7 +53,8 @@ class ConfidenceTable:
                 )
             self.noise_rate, self.clean_log_odds = found.rate, found.clean_log_odds
             self.kept = self._likely_wrong_dropped()
-            self.dropped_epoch[~self.kept] = 0
+        self.kept = self._obeying(self.kept)
+        self.dropped_epoch[~self.kept] = 0
 
     def observe(self, epoch: int, rows_N: npt.NDArray[np.int64], score_N: FloatArray, counted_N: BoolArray) -> None:
         """Take in one global batch of scores; mean and deviation come from the pairs that train (`counted`)."""
@@ -89,11 +95,21 @@ class ConfidenceTable:
         else:
             keep = self._lowest_dropped(round(float(self.kept.sum()) * (1 - self.config.drop_share)))
             self.drops_done += 1
+        keep = self._obeying(keep)
         if keep.sum() < self.least:
             return
         self.dropped_epoch[self.kept & ~keep] = epoch
         self.dropped_epoch[keep] = -1
         self.kept = keep
+
+    def _obeying(self, keep: BoolArray) -> BoolArray:
+        return keep if self.by_hand is None else (keep | (self.by_hand > 0)) & (self.by_hand >= 0)
+
+    def _right_above_all(self, score: FloatArray) -> FloatArray:
+        """`score`, changed, so that others go in the place of pairs that are right."""
+        if self.by_hand is not None:
+            score[self.by_hand > 0] = np.inf
+        return score
 
     def _lowest_dropped(self, count: int) -> BoolArray:
         """Keep the `count` best; published ECL never lets a dropped pair return; unscored pairs stay as they are."""
@@ -101,7 +117,7 @@ class ConfidenceTable:
         candidates = self.kept | (self.config.selection != "published")
         # An unscored pair has not been judged: kept ones rank first, dropped ones last.
         score = np.where(np.isnan(score), np.where(self.kept, np.inf, -np.inf), score)
-        score = np.where(candidates, score, -np.inf)
+        score = self._right_above_all(np.where(candidates, score, -np.inf))
         return lowest(-score, count) & candidates
 
     def _by_mixture(self) -> BoolArray:
@@ -115,7 +131,7 @@ class ConfidenceTable:
     def _likely_wrong_dropped(self) -> BoolArray:
         """Drop as many pairs as are estimated to be wrong: the lowest by both towers that did not train on them and
         the one that does."""
-        total = together(self.clean_log_odds, self.mean_score)
+        total = self._right_above_all(together(self.clean_log_odds, self.mean_score))
         return ~lowest(total, round(self.noise_rate * len(total)))
 
     def verdicts(self) -> dict[str, npt.NDArray[Any]]:

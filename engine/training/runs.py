@@ -33,6 +33,7 @@ from ..model.efficientclip import build_model
 from ..model.encode import encode_pictures, encode_store
 from ..model.frozen import frozen_name, image_tower_name, teacher_name, tower_difference
 from ..model.teacher import Teacher
+from ..noise.by_hand import read_by_hand
 from ..noise.cross_fit import FILE as CROSS_FIT
 from ..noise.cross_fit import read_cross_fit
 from ..objectives.retrieval import retrieval_report
@@ -149,6 +150,12 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
         # A run that a file about other pairs would mislead ends here.
         read_cross_fit(config.confidence.cross_fit, store)
         identity["cross_fit"] = digest_of(config.confidence.cross_fit / CROSS_FIT)
+    by_hand = None
+    if config.data.verdicts is not None:
+        found = read_by_hand(config.data.verdicts, store)
+        by_hand, identity["verdicts"] = found.of_pairs, found.identity
+        if dist.get_rank() == 0:
+            print(f"{config.run}: obeys {config.data.verdicts}: {found}", flush=True)
 
     weights = {name: source.weight for name, source in config.data.sources.items()}
 
@@ -158,7 +165,7 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
             for name, held in held_out.items()
         }
 
-    pairs = CaptionPairs(store, masked, rows, weights)
+    pairs = CaptionPairs(store, masked, rows, weights, by_hand)
     return Inputs(pairs, validate, identity, store.manifest["vocabulary"], store.path / "tokenizer")
 
 

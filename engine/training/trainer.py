@@ -84,7 +84,8 @@ class Trainer:
         # Of 100 million pairs it takes 3 GB: rank 0 alone keeps it, and tells the others what it chose.
         self.confidence: ConfidenceTable | None = None
         if self.rank == 0:
-            self.confidence = ConfidenceTable(len(source), config.confidence, config.training.batch_size)
+            least = config.training.batch_size
+            self.confidence = ConfidenceTable(len(source), config.confidence, least, source.by_hand)
         self.bank = Bank(source.table, config.objective.bank_size, config.seed, self.device)
         self.loss_scale = LossScale(self.engine) if model.compute == torch.float16 else None
         self.loader = source.batches(config, self.rank, self.world_size)

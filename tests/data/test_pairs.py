@@ -158,6 +158,28 @@ def test_weight_1_is_no_weight(mixed: Store) -> None:
         assert weighted.state().keys() == plain.state().keys()
 
 
+@pytest.mark.parametrize("weights", [{}, {"a": 2.0, "b": 1.5}], ids=["once", "weighted"])
+def test_what_a_person_found_wrong_is_never_visited(mixed: Store, weights: dict[str, float]) -> None:
+    by_hand, kept = np.zeros(600, np.int8), np.arange(600) % 7 > 0
+    by_hand[::5], by_hand[1::5] = -1, 1
+    common: dict[str, Any] = {"batch_size": 20, "reaudition_share": 0.2, "seed": SEED}
+    for rows in (None, np.arange(50, 450)):
+        source, of = CaptionPairs(mixed, rows=rows, weights=weights, by_hand=by_hand), np.arange(600)[rows]
+        of = of.ravel()
+        with PairLoader(source, **common) as loader:
+            assert loader.kept_share == pytest.approx(0.8) and not loader.kept[by_hand[of] < 0].any()
+            loader.kept = kept[of]
+            batches = [batch for _ in range(6) for batch in loader]
+            trained, again = (set(of[rows_of(batches, weight)]) for weight in (1, 0))
+            assert loader.kept_count == (kept[of] & (by_hand[of] >= 0)).sum()
+            state = loader.state()
+        assert trained == set(np.flatnonzero(kept & (by_hand >= 0))) & set(of)
+        assert again == set(np.flatnonzero(~kept & (by_hand >= 0))) & set(of)
+        with PairLoader(source, **common) as other:
+            other.restore(state)
+            np.testing.assert_array_equal(other.kept, loader.kept)
+
+
 def test_an_image_tower_sees_pictures_as_often_as_their_source_weighs(tmp_path: Path) -> None:
     sources = []
     for number, count in enumerate((20, 40)):

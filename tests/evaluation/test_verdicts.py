@@ -78,6 +78,6 @@ def test_the_border_lies_where_as_many_are_below_as_were_dropped() -> None:
     score = np.array([5.0, 1.0, 2.0, np.nan, 3.0, 4.0, 9.0])
     kept = np.array([True, False, False, True, True, True, False])
     verdicts = Verdicts(score, kept, None)
-    assert verdicts.borderline(2).tolist() == [2, 4]
-    assert verdicts.borderline(5).tolist() == [1, 2, 4, 5, 6]
+    assert verdicts.borderline(2).tolist() == [4, 2]
+    assert verdicts.borderline(5).tolist() == [4, 5, 2, 1, 6]
     assert Verdicts(score, np.ones(7, bool), None).borderline(2).tolist() == []
