@@ -188,6 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
     _add_run(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument(
+        "--license", metavar="ID", help="what the card names: the hub's identifier, or NAME=LINK (default: none)"
+    )
     _add_replace(export, "an earlier export that is there goes once the new one is whole")
 
     audit = command(_audit, "audit", "what ECL did to each pair of a finished run: a table, and a page to judge it by")
@@ -469,8 +472,9 @@ def _export(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .export import export
 
-    opens = export(given.run, given.out, replace=given.replace, store=given.store)
-    print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card, name a licence there")
+    opens = export(given.run, given.out, replace=given.replace, store=given.store, licence=given.license)
+    unlicensed = "" if given.license is not None else ", which names no licence yet (--license)"
+    print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card{unlicensed}")
 
 
 def _audit(given: argparse.Namespace) -> None:

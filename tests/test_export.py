@@ -8,24 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, ChineseCLIPModel, ChineseCLIPProcessor, ResNetConfig, pipeline
 
 import efficientclip
 from efficientclip import export as module
 from efficientclip.cli import main
-from efficientclip.config import load_config, save_config
+from efficientclip.config import ImageTower, TextTower, load_config, save_config
 from efficientclip.data.pictures import decode_square
 from efficientclip.data.store import Store
 from efficientclip.errors import UserError
+from efficientclip.evaluation.card import Licence, model_card
 from efficientclip.evaluation.run import Run, open_run
 from efficientclip.export import export
 from efficientclip.files import digests, lock
 from efficientclip.files.ownership import MARK
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig, build_model
 from efficientclip.model.frozen import image_tower_name
+from efficientclip.model.lite import EfficientNetLiteConfig
+from efficientclip.noise.cross_fit import CrossFit, SourceRate, write_cross_fit
 from tests import tiny
 from tests.data.tars import encode, photograph
 from tests.formats import files
@@ -47,11 +54,13 @@ STACK = {
 
 def trained(folder: Path, tower: str, **changes: Any) -> Path:
     """A text run against an image tower, of random weights; metrics as the trainer leaves them."""
-    if tower == "resnet":
-        resnet = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
-        image = EfficientCLIP(
-            EfficientCLIPConfig(image={**resnet.to_dict(), "image_size": hub.PIXELS}, width=tiny.WIDTH)
-        )
+    convolutions = {
+        "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
+        "lite": EfficientNetLiteConfig(stages=[[1, 3, 1, 1, 8], [2, 5, 2, 2, 8]], stem_channels=8, hidden_size=16),
+    }
+    if tower in convolutions:
+        described = {**convolutions[tower].to_dict(), "image_size": hub.PIXELS}
+        image = EfficientCLIP(EfficientCLIPConfig(image=described, width=tiny.WIDTH))
         image.save_pretrained(folder / tower / "model")
     elif tower == "fitted":
         backbone = hub.clip_vision(folder / "clip").vision_model
@@ -225,7 +234,6 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path, monkeypatch: p
     card = (tmp_path / "out" / "README.md").read_text()
     store = Store(tmp_path / "store").manifest
     for part in (
-        "\nlicense:\n",
         "from transformers import ChineseCLIPModel",
         f"- {store['pairs']:,} pairs of {store['images']:,} images and {store['captions']:,} captions: pictures",
         "masked-language modelling: texts",
@@ -236,9 +244,9 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path, monkeypatch: p
         "| held | image → text | 99 | 17.5 | 40.0 | 62.5 |",
     ):
         assert part in card
-    assert str(tmp_path) not in card.replace(str(tmp_path / "clip"), "")
+    assert str(tmp_path) not in card
     by_hand = {"right": 1234, "wrong": 56, "sha256": ""}
-    monkeypatch.setattr("efficientclip.export.run_identity", lambda folder: {"verdicts": by_hand})
+    monkeypatch.setattr("efficientclip.evaluation.card.run_identity", lambda folder: {"verdicts": by_hand})
     results = {"t2i": {"R@1": 1.5, "R@5": 2, "R@10": 3}, "i2t": {"R@1": 4, "R@5": 5, "R@10": 6}}
     results |= {"candidates": 7, "texts": 8}  # type: ignore[dict-item]
     (run / "results.json").write_text(json.dumps({"made_by": "made by efficientclip 0", "test": results}))
@@ -254,6 +262,94 @@ def test_the_card_tells_data_resources_and_recall(tmp_path: Path, monkeypatch: p
     with pytest.raises(UserError, match=r"confidence\.parquet: broken"):
         export(run, tmp_path / "broken")
     assert not (tmp_path / "broken").exists() and not list(tmp_path.glob(".broken*"))
+
+
+def test_the_cards_head_is_what_the_hub_reads(tmp_path: Path) -> None:
+    run = trained(tmp_path, "clip")
+    export(run, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    told = {"language": "zh", "license": None, "library_name": "transformers", "base_model": None}
+    assert {name: card.data.to_dict().get(name) for name in told} == told
+    assert "None is named yet" in card.text and card.data.model_name == "run"
+    found = {(one.task_type, one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
+    assert found.keys() == {
+        (task, "held", f"recall_at_{k}")
+        for task in ("text-to-image-retrieval", "image-to-text-retrieval")
+        for k in (1, 5, 10)
+    }
+    assert found["text-to-image-retrieval", "held", "recall_at_1"] == 12.5
+    assert found["image-to-text-retrieval", "held", "recall_at_1"] == 17.5
+    # What is written is what is read, to the last field.
+    assert ModelCardData(**yaml.safe_load(card.data.to_yaml())).to_dict() == card.data.to_dict()
+    (run / "metrics.jsonl").unlink()
+    export(run, tmp_path / "unmeasured", licence="cc-by-nc-4.0")
+    card = ModelCard.load(tmp_path / "unmeasured" / "README.md")
+    assert card.data.license == "cc-by-nc-4.0" and card.data.eval_results is None and "Licence" not in card.text
+    assert "model_name" not in card.data.to_dict() and "Not measured" in card.text
+
+
+def test_the_card_names_models_of_the_hub_and_no_folder_of_ours(tmp_path: Path) -> None:
+    run = trained(tmp_path, "clip")
+    opened = open_run(run)
+    towers = opened.config.model.model_copy(
+        update={"text_tower": TextTower(pretrained="org/bert"), "image_tower": ImageTower(pretrained="org/vit")}
+    )
+    opened.config = opened.config.model_copy(update={"model": towers})
+    text = model_card(opened, opened.model, Licence())
+    assert ModelCard(text).data.base_model == ["org/bert", "org/vit"] and "(`org/vit`)" in text
+    assert ModelCard(text).data.library_name == "efficientclip"
+
+
+def test_the_card_tells_sources_and_noise(tmp_path: Path) -> None:
+    run = trained(tmp_path, "clip", confidence__cross_fit=str(tmp_path / "folds"), confidence__score="online")
+    card = exported(run, tmp_path / "without")
+    assert "what `efficientclip cross-fit` found is not at hand" in card and "| source |" not in card
+    table = pq.read_table(tmp_path / "store" / "pairs.parquet")
+    pairs = len(table)
+    names = pa.array(["web" if row % 3 != 1 else "shop|cn" for row in range(pairs)])
+    pq.write_table(
+        table.set_column(table.column_names.index("source"), "source", names), tmp_path / "store" / "pairs.parquet"
+    )
+    tiny.finished_again(tmp_path / "store")
+    kept = np.arange(pairs) % 3 != 0
+    columns = {"row": np.arange(pairs), "score": np.zeros(pairs), "kept": kept}
+    pq.write_table(pa.table(columns), run / "confidence.parquet")
+    zeros = np.zeros(pairs)
+    rates = (SourceRate("web", 160, 0.3, 0.25, 0.35), SourceRate("shop|cn", 80, 0.4, 0.1, 0.9))
+    (tmp_path / "folds").mkdir()
+    whole = SourceRate("all", pairs, 0.31, 0.28, 0.34)
+    found = CrossFit(0.31, 4096, zeros.astype(np.int8), zeros, zeros, zeros, zeros, sources=rates, whole=whole)
+    write_cross_fit(tmp_path / "folds", Store(tmp_path / "store"), found)
+    card = exported(run, tmp_path / "with")
+    for line in (
+        "| web | 160 | 50.0% |",
+        "| shop\\|cn | 80 | 100.0% |",
+        "| all | 240 | 31.0% | 28.0% to 34.0% |",
+        "| web | 160 | 30.0% | 25.0% to 35.0% |",
+        "| shop\\|cn | 80 | cannot be told | 10.0% to 90.0% |",
+        "- before it 4,096 pair visits of the two towers that estimated the noise",
+    ):
+        assert line in card.splitlines(), line
+
+
+def exported(run: Path, out: Path) -> str:
+    export(run, out)
+    return (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("given", ["Apache-2.0", "Apache 2.0", "other", "=https://a.b", "mine=", ""])
+def test_a_licence_that_the_hub_would_refuse_is_told_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    arguments = ["export", str(tmp_path / "none"), str(tmp_path / "out"), f"--license={given}"]
+    refused(capsys, arguments, f"--license {given}: give the hub's identifier, in small letters (apache-2.0,")
+
+
+def test_a_licence_of_ones_own_has_a_name_and_a_link(tmp_path: Path) -> None:
+    export(trained(tmp_path, "clip"), tmp_path / "out", licence="acme-1.0=https://acme.cn/licence?id=1")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.license_name) == ("other", "acme-1.0")
+    assert data.license_link == "https://acme.cn/licence?id=1"
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +394,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_alone(tmp_path: Path, capsy
     (out / "LICENCE").write_text("mine")
     refused(capsys, arguments, "no part of it (LICENCE)")
     (out / "LICENCE").unlink()
-    (out / "README.md").write_text(completed := card.replace("license:", "license: mit"))
+    (out / "README.md").write_text(completed := card.replace("language:", "license: mit\nlanguage:"))
     refused(capsys, arguments, "README.md: was changed since it was exported, so --replace leaves it; move it away")
     assert (out / "README.md").read_text() == completed
     (out / "README.md").rename(tmp_path / "README.md")

@@ -125,6 +125,12 @@ def read_rate(folder: Path) -> float | None:
     return float(told["rate"]) if told else None
 
 
+def read_visits(folder: Path) -> int | None:
+    """Pair visits of both towers; None before `efficientclip cross-fit` has written them."""
+    told = _told_without_pairs(folder)
+    return int(told["visits"]) if told else None
+
+
 def read_rates(folder: Path) -> list[SourceRate]:
     """The rates in `folder`, that of all pairs first and then those of several sources; none before `efficientclip
     cross-fit` has written them."""
