@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command(_export, "export", "write the towers of a finished run as a Hugging Face folder with a model card")
     _add_run(export)
     export.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument("--onnx", action="store_true", help="write both towers as ONNX, too, into OUT/onnx/")
     export.add_argument(
         "--license", metavar="ID", help="what the card names: the hub's identifier, or NAME=LINK (default: none)"
     )
@@ -472,7 +473,9 @@ def _export(given: argparse.Namespace) -> None:
     _silence_model_files()
     from .export import export
 
-    opens = export(given.run, given.out, replace=given.replace, store=given.store, licence=given.license)
+    opens = export(
+        given.run, given.out, replace=given.replace, store=given.store, onnx=given.onnx, licence=given.license
+    )
     unlicensed = "" if given.license is not None else ", which names no licence yet (--license)"
     print(f"{given.out}: {opens.__name__}.from_pretrained opens it; README.md is its card{unlicensed}")
 

@@ -28,6 +28,7 @@ from .files.aside import clear_aside, made_aside
 from .files.atomic import as_umask
 from .files.ownership import claim, kind_of, mark, marked
 from .model.efficientclip import EfficientCLIP, load_model
+from .model.onnx import require_onnx, write_onnx
 from .model.towers import ImageTower
 
 TEXT_TYPES = ("bert", "chinese_clip_text_model")
@@ -42,17 +43,20 @@ def export(
     *,
     replace: bool = False,
     store: Path | None = None,
+    onnx: bool = False,
     licence: str | None = None,
 ) -> type[PreTrainedModel]:
     """Write the towers of `run` to the folder `out`, with their processor and a card; returns the class to open it.
 
     ChineseCLIPModel for a BERT read at [CLS] beside CLIP's ViT, EfficientCLIP for any other towers. Features and logit
-    scale are those of the run. `licence`, which the card names: the hub's identifier
+    scale are those of the run. `onnx`: both towers as ONNX, too. `licence`, which the card names: the hub's identifier
     or NAME=LINK. UserError when the run is unfinished or has no image tower, or `out` is not empty; `replace`: an
     earlier export may be there, whose card was not changed.
     """
     existing: Existing = "replace" if replace else "refuse"
     named = licence_of(licence)
+    if onnx:
+        require_onnx()
 
     def claimed() -> None:
         claim(out, "model", sources=[run], existing=existing, files=_files_of(out, existing))
@@ -76,11 +80,13 @@ def export(
         whole.save_pretrained(folder)
         _processor(opened, tower).save_pretrained(folder)
         _describe_modules(folder, "pooler_output" if isinstance(whole, ChineseCLIPModel) else None)
+        if onnx:
+            write_onnx(whole, folder / "onnx", size=tower.size, longest=opened.config.training.max_caption_tokens)
         as_umask(folder)
         _require_whole(folder)
         digests.write_digests(folder)
         # It is for its reader to complete, so no digest holds it; the mark tells whether one did.
-        (folder / CARD).write_text(model_card(opened, whole, named), encoding="utf-8")
+        (folder / CARD).write_text(model_card(opened, whole, named, onnx=onnx), encoding="utf-8")
         mark(folder, "model", card=digests.digest_of(folder / CARD))
     return type(whole)
 

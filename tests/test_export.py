@@ -295,7 +295,7 @@ def test_the_card_names_models_of_the_hub_and_no_folder_of_ours(tmp_path: Path) 
         update={"text_tower": TextTower(pretrained="org/bert"), "image_tower": ImageTower(pretrained="org/vit")}
     )
     opened.config = opened.config.model_copy(update={"model": towers})
-    text = model_card(opened, opened.model, Licence())
+    text = model_card(opened, opened.model, Licence(), onnx=False)
     assert ModelCard(text).data.base_model == ["org/bert", "org/vit"] and "(`org/vit`)" in text
     assert ModelCard(text).data.library_name == "efficientclip"
 

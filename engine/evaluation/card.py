@@ -35,6 +35,19 @@ UNLICENSED = (
     "None is named yet: it is whose model this is to choose one, minding those of the data and of the image tower.",
     "",
 )
+ONNX = (
+    "By onnxruntime, without torch; vectors are L2-normalised:",
+    "",
+    "```python",
+    "import onnxruntime",
+    "",
+    'sides = {side: onnxruntime.InferenceSession(f"{folder}/onnx/{side}.onnx") for side in ("text", "image")}',
+    'texts = processor(text=["一条狗"], padding=True, truncation=True, return_tensors="np")',
+    'text = sides["text"].run(None, {name: texts[name] for name in ("input_ids", "attention_mask")})[0]',
+    'image = sides["image"].run(None, dict(processor(images=Image.open("picture.jpg"), return_tensors="np")))[0]',
+    "```",
+    "",
+)
 
 
 class Licence(NamedTuple):
@@ -58,8 +71,8 @@ def licence_of(given: str | None) -> Licence:
     return Licence("other", name, link) if own else Licence(name)
 
 
-def model_card(opened: Run, whole: PreTrainedModel, licence: Licence) -> str:
-    """The card of `whole`, which was exported from the run `opened`.
+def model_card(opened: Run, whole: PreTrainedModel, licence: Licence, *, onnx: bool) -> str:
+    """The card of `whole`, which was exported from the run `opened`; `onnx`: as ONNX, too.
 
     UserError where what the run left of itself is broken.
     """
@@ -75,7 +88,7 @@ def model_card(opened: Run, whole: PreTrainedModel, licence: Licence) -> str:
         license_link=licence.link,
         library_name=library,
         pipeline_tag="zero-shot-image-classification",
-        tags=["chinese-clip", "efficientclip"],
+        tags=["chinese-clip", "efficientclip", *(["onnx"] if onnx else [])],
         base_model=_on_the_hub(opened) or None,
         model_name=opened.folder.name if results else None,
         eval_results=results or None,
@@ -128,6 +141,7 @@ def model_card(opened: Run, whole: PreTrainedModel, licence: Licence) -> str:
         'text, image = encoder.encode("一只戴帽子的猫"), encoder.encode(Image.open("picture.jpg"))',
         "```",
         "",
+        *(ONNX if onnx else ()),
         f"Texts are cut to {opened.config.training.max_caption_tokens} tokens, as in training.",
         "",
         "## Data",
