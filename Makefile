@@ -1,7 +1,7 @@
 # Everything runs from a fresh checkout: `make demo` and `make test` set up the machine and .venv first.
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-system test wheel soak fuzz bench bench-peers gpu gpu-rehearsal claims tables docs lint types format clean
+.PHONY: help demo demo-system test check wheel soak fuzz bench bench-peers gpu gpu-rehearsal claims tables docs lint types format clean
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
@@ -45,6 +45,17 @@ demo: .venv/.ready demo-system ## real data from package registries, every train
 # A file stays with one of the two workers: what it trains once, all of its tests share.
 test: .venv/.ready ## the whole test suite
 	pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# mypy reads while the tests run.
+check: .venv/.ready ## in a minute: ruff, mypy, and of the tests those that touch what changed since main
+	ruff check
+	ruff format --check
+	@mkdir -p .cache
+	@status=0; end=$$(($$(date +%s) + 40)); \
+	$(MAKE) --no-print-directory types >.cache/types.log 2>&1 & types=$$!; \
+	tests=$$(python -m tests.touched 40) || status=1; \
+	[ -z "$$tests" ] || pytest -q --until $$end $$tests || status=1; \
+	wait $$types || status=1; cat .cache/types.log; exit $$status
 
 # Whoever hands the image libraries on hands on their licences, too.
 wheel: .venv/.ready ## dist/: a manylinux wheel for this Python, with the image libraries and their licences inside
