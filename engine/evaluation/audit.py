@@ -214,7 +214,7 @@ def _write_table(audit: Audit, file: Path, shown: npt.NDArray[np.int64]) -> Tabl
                     "evidence": evidence.score[first : first + len(pairs)],
                     "wrong_probability": pa.nulls(len(pairs))
                     if evidence.wrong_probability is None
-                    else evidence.wrong_probability[first : first + len(pairs)],
+                    else pa.array(evidence.wrong_probability[first : first + len(pairs)], from_pandas=True),
                 }
             )
             writer.write_table(chunk.select(SCHEMA.names).cast(SCHEMA))

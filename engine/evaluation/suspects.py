@@ -17,6 +17,7 @@ from ..files.atomic import written_aside
 from ..files.ownership import SUSPECTS
 from ..noise.confidence import together
 from ..noise.cross_fit import FILE, read_cross_fit
+from ..noise.docket import sources
 from .verdicts import Verdicts
 
 MOST = 10_000  # rows of the list; audit.parquet has all
@@ -24,7 +25,8 @@ MOST = 10_000  # rows of the list; audit.parquet has all
 
 @dataclass(frozen=True)
 class Evidence:
-    """By pair row; lower is more suspicious. The others are None without a cross-fit."""
+    """By pair row; lower is more suspicious. The others are None without a cross-fit, and the probability is NaN where
+    that cannot tell how many pairs of the source are wrong."""
 
     score: npt.NDArray[np.float64]  # NaN: none
     wrong_probability: npt.NDArray[np.float64] | None = None
@@ -37,7 +39,11 @@ def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evi
     if folder is None or not (folder / FILE).is_file():
         return Evidence(verdicts.score)
     found = read_cross_fit(folder, store)
-    return Evidence(together(found.clean_log_odds, verdicts.score), expit(-found.clean_log_odds), found.p)
+    probability = expit(-found.clean_log_odds)
+    for (_, rows), rate in zip(sources(store), found.sources, strict=False):
+        if rate.open:
+            probability[rows] = np.nan
+    return Evidence(together(found.clean_log_odds, verdicts.score), probability, found.p)
 
 
 def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> None:
@@ -55,7 +61,8 @@ def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evide
 def _line(row: int, pair: dict[str, Any], kept: bool, evidence: Evidence) -> list[Any]:
     probability, reason = "", "fits worse than others, by the run's own scores"
     if evidence.wrong_probability is not None and evidence.p is not None:
-        probability = f"{evidence.wrong_probability[row]:.3f}"
+        chance = evidence.wrong_probability[row]
+        probability = "" if np.isnan(chance) else f"{chance:.3f}"
         reason = f"{evidence.p[row]:.1%} of its source's other captions fit the picture as well"
     told = "kept" if kept else "dropped"
     return [row, pair["key"], pair["caption"], pair["source"], probability, f"{evidence.score[row]:.3f}", told, reason]

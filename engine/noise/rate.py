@@ -22,6 +22,7 @@ Bools = npt.NDArray[np.bool_]
 
 HIT = 0.05  # a pair with a smaller p shows competence
 FOREIGN = 0.95  # what lies beyond, and would not if p were uniform, is no caption of this source
+FEW = 50  # pairs of the most competent stratum, below which those beyond FOREIGN tell nothing
 BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
 STRATA = 5  # of like competence, for the rate
 ODDS_STRATA = 10
@@ -169,8 +170,10 @@ def _source(p: Floats, found: Competence, bounds: Floats, rows: Integers, groups
 def _with_what_p_leaves_out(source: _Source, probability: Floats) -> Floats:
     """The posterior with captions from elsewhere, which are wrong, too."""
     # Where towers are most competent: as many as a uniform p would not leave there.
-    uniform = RATES @ probability * source.expected_S[-1]
-    elsewhere = max(0.0, source.foreign_S[-1] - (1 - FOREIGN) * uniform) / max(source.expected_S[-1], 1e-9)
+    expected = source.expected_S[-1]
+    beyond = max(0.0, source.foreign_S[-1] - (1 - FOREIGN) * (RATES @ probability) * expected)
+    # Of few, the one or two that chance leaves there would make all pairs wrong.
+    elsewhere = beyond / expected if expected >= FEW else 0.0
     at = np.rint(np.minimum(RATES + elsewhere, 1) * (len(RATES) - 1)).astype(np.int64)
     return np.asarray(np.bincount(at, probability, len(RATES)), np.float64)
 

@@ -29,7 +29,7 @@ from efficientclip.evaluation.charts import sparkline
 from efficientclip.evaluation.verdicts import caption_centroid_scores
 from efficientclip.files import digests, lock
 from efficientclip.files.ownership import MARK
-from efficientclip.noise.cross_fit import CrossFit, write_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, SourceRate, write_cross_fit
 from efficientclip.prepare.build import prepare
 from tests import formats, tiny
 from tests.evaluation.conftest import HOSTILE, World
@@ -188,6 +188,14 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     np.testing.assert_allclose(table["wrong_probability"].to_numpy(), 1 / (1 + np.exp(odds)), rtol=1e-5)
     page = (tmp_path / "both" / "audit.html").read_text(encoding="utf-8")
     assert "cross-fit's verdicts together" in page and "likely wrong: 100%" in page
+    # Where the rate is not known, neither is a pair's chance.
+    open_rate = SourceRate("tiny", len(store), 0.4, 0.1, 0.8)
+    found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds, (open_rate,))
+    write_cross_fit(tmp_path / "judged", store, found)
+    assert main(["audit", str(run), str(tmp_path / "open")]) == 0
+    untold = suspects(tmp_path / "open")
+    assert {line["wrong_probability"] for line in untold} == {""} and [int(untold[0]["row"])] == [7]
+    assert pq.read_table(tmp_path / "open" / "audit.parquet")["wrong_probability"].null_count == len(store)
     # It is ours, and another program's is not replaced.
     assert main(["audit", str(run), str(tmp_path / "both")]) == 0
     (tmp_path / "both" / "suspects.csv").write_text("row,key\n1,mine\n")

@@ -117,6 +117,16 @@ def test_towers_without_skill_leave_the_rate_open(rate: float) -> None:
     assert low < 0.15 and high > 0.8
 
 
+@pytest.mark.parametrize("pairs", [8, 20, 40])
+def test_few_pairs_by_towers_without_skill_are_never_told_wrong(pairs: int) -> None:
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        p, apart, alike = random.random(pairs), np.arange(pairs), np.zeros(pairs, int)
+        captions, images = random.integers(0, pairs, (2, pairs))
+        low, _, high = estimated(p, competence(p < 0.05, captions, images, alike, alike, apart), apart)
+        assert high - low > 0.25
+
+
 def test_pairs_of_a_group_tell_less() -> None:
     """Each pair three times over is no more evidence than once."""
     p, around, _, _ = scored_pairs(0.3, 0, 3_000)
