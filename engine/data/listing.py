@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -77,6 +78,29 @@ class Listing:
             cells=None if self.cells is None else self.cells[first:end],
             places=None if self.places is None else self.places.part(first, end),
         )
+
+    @property
+    def of_files(self) -> bool:
+        """Whether each picture lies in a file of its own."""
+        return not self.base64 and self.cells is None and bool((self.offset == 0).all() and (self.length < 0).all())
+
+    @property
+    def used(self) -> Strings:
+        """The files that these pictures lie in, of all of the source's."""
+        there = self.file[self.file >= 0]
+        return self.files.part(int(there.min()), int(there.max()) + 1) if len(there) else self.files.part(0, 0)
+
+    def digest(self) -> str:
+        """Of all that is told of the pictures; where they stand among others makes no difference."""
+        first, end = int(self.caption_ends[0]), int(self.caption_ends[-1])
+        strings = [self.used, self.keys, self.sources, self.captions.part(first, end)]
+        strings += [] if self.text_ids is None else [self.text_ids.part(first, end)]
+        numbers = [np.where(self.file < 0, -1, self.file - self.file.max(initial=0)), self.offset, self.length]
+        numbers += [np.diff(held) for held in (self.caption_ends, *(one.ends for one in strings))]
+        state = hashlib.sha256()
+        for column in (*numbers, *(one.content[one.ends[0] : one.ends[-1]] for one in strings)):
+            state.update(column.tobytes())
+        return state.hexdigest()
 
     def file_of(self, picture: int) -> bytes:
         """The path of the file in which a picture lies."""

@@ -23,11 +23,14 @@ from .captions import numbered_lines, stripped
 from .remote import ranges
 
 Kind = tuple[str, ...]
-PICTURE_COLUMNS: Kind = ("image", "image_path", "path", "filepath", "file_name", "filename")
-CAPTION_COLUMNS: Kind = ("caption", "captions", "text", "title")
-LABEL_COLUMNS: Kind = ("label",)
-SOURCE_COLUMNS: Kind = ("source",)
-KEY_COLUMNS: Kind = ("key",)
+PICTURE_COLUMNS: Kind = (
+    *("image", "image_path", "path", "filepath", "file_name", "filename"),
+    *("图片", "图像", "照片", "图片路径", "图片文件"),
+)
+CAPTION_COLUMNS: Kind = ("caption", "captions", "text", "title", "标题", "描述", "文本", "说明")
+LABEL_COLUMNS: Kind = ("label", "标签", "类别")
+SOURCE_COLUMNS: Kind = ("source", "来源")
+KEY_COLUMNS: Kind = ("key", "sku", "编号")
 OPTIONS = {PICTURE_COLUMNS: "--image-column", CAPTION_COLUMNS: "--caption-column", KEY_COLUMNS: "--key-column"}
 SUFFIXES = (".csv", ".tsv", ".parquet")
 SEPARATORS = (",", "\t", ";", "|")
@@ -67,6 +70,24 @@ def read_table(file: Location, *kinds: Kind, optional: Sequence[Kind] = ()) -> I
     if isinstance(file, Path) and not file.is_file():
         raise UserError(f"table {file}: no such file")
     yield from _parquet_rows(file, kinds, optional) if file.suffix == ".parquet" else _text_rows(file, kinds, optional)
+
+
+def header(file: Location, *kinds: Kind) -> list[str]:
+    """The names in a table's header, some of which are `kinds`, as they are written."""
+    if file.suffix == ".parquet":
+        with reading("table", file, ANEW), ranges(file) as held:
+            return list(pq.read_schema(held).names)
+    return next(open_text(file, kinds)[1], (1, []))[1]
+
+
+def open_text(file: Location, kinds: Sequence[Kind]) -> tuple[str, Iterator[tuple[int, list[str]]]]:
+    """What separates the cells of a .csv or .tsv, and its rows, the header first, each with the number of its last
+    line; an empty line is a row of no cells."""
+    lines = (line for _, line in numbered_lines(file))
+    first = next(lines, "")
+    separator = _separator(file, first, kinds)
+    again = chain([first], lines)
+    return separator, _tabbed(again) if separator == "\t" else _quoted(file, again, separator)
 
 
 def header_of(line: str, separator: str) -> list[str]:
@@ -149,16 +170,12 @@ def _text(cell: Any) -> Any:
 def _text_rows(
     file: Location, kinds: Sequence[Kind], optional: Sequence[Kind]
 ) -> Iterator[tuple[str, list[Any] | None]]:
-    lines = (line for _, line in numbered_lines(file))
-    first = next(lines, "")
-    separator = _separator(file, first, kinds)
-    again = chain([first], lines)
-    rows = _tabbed(again) if separator == "\t" else _quoted(file, again, separator)
-    header = next(rows, (1, []))[1]
-    columns = _columns(file, header, kinds, optional)
+    _, rows = open_text(file, kinds)
+    names = next(rows, (1, []))[1]
+    columns = _columns(file, names, kinds, optional)
     for number, row in rows:
         if row:
-            whole = len(row) == len(header)
+            whole = len(row) == len(names)
             cells = [None if column is None else stripped(row[column]) for column in columns] if whole else None
             yield f"line {number}", cells
 
@@ -234,7 +251,8 @@ def _column(file: Location, names: Sequence[str], kind: Kind) -> int:
     found = [number for number, name in enumerate(names) if name.strip().lower() in kind]
     if len(found) != 1:
         told = f", or be told by {OPTIONS[kind]} NAME" if kind in OPTIONS else ""
+        both = f", not {' and '.join(names[number] for number in found)}" if found else ""
         raise UserError(
-            f"table {file}: columns {', '.join(names)}; exactly one must be named {' or '.join(kind)}{told}"
+            f"table {file}: columns {', '.join(names)}; exactly one must be named {' or '.join(kind)}{both}{told}"
         )
     return found[0]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any, NoReturn
 
@@ -54,7 +58,13 @@ def picture_recipe(
             for why in refused.values():
                 raise why
             folder = None if images is None else resolved(images)
-            named = [[name, *found, folder, sources.PART, *columns.given, at] for at in range(len(pieces))]
+            of_part = [_part_of(piece, found, at) for at, piece in enumerate(pieces)]
+            # Equal parts, of a table that repeats itself, are told apart by their order.
+            times = Counter[str]()
+            named = []
+            for one in of_part:
+                named.append([name, *one, folder, *columns.given, times[str(one)]])
+                times[str(one)] += 1
             shards = [None] * len(named)
             sizes = [piece.pictures or 0 for piece in pieces]
         for of, piece, shard, size in zip(named, pieces, shards, sizes, strict=True):
@@ -70,6 +80,20 @@ def picture_recipe(
         outside |= not opened.of_tars
     total = None if None in counts else sum(count or 0 for count in counts)
     return Recipe(files, known, name, parts, total, outside)
+
+
+def _part_of(piece: Source, found: Sequence[Described | None], at: int) -> list[Any]:
+    """What a part of a table is known by: its rows and pictures, where these lie beside it, so that of a longer table
+    what is new is made alone; else its files."""
+    if piece.listing is None or not piece.listing.of_files:
+        return [*found, sources.PART, at]
+    used, state = piece.listing.used, hashlib.sha256()
+    for place in range(len(used.ends) - 1):
+        # Remote ones are known by their names alone.
+        with suppress(OSError, ValueError):
+            told = os.stat(used[place])
+            state.update(f"{place} {told.st_size} {told.st_mtime_ns}".encode())
+    return [piece.listing.digest(), state.hexdigest(), [[bad.key, bad.cause] for bad in piece.bad]]
 
 
 def _described(file: Location) -> Described | ShardError:

@@ -193,7 +193,7 @@ def test_columns_may_be_told(tmp_path: Path, suffix: str) -> None:
     else:
         table = write_parquet(tmp_path, **columns)
     with pytest.raises(
-        UserError, match=r"exactly one must be named caption or .*, or be told by --caption-column NAME"
+        UserError, match=r"exactly one must be named image or .*, not 图片 and image, or be told by --image-column NAME"
     ):
         open_source(table)
     told = Columns(image="图片", caption="标题", key="sku")
@@ -310,7 +310,7 @@ def test_a_changed_parquet_is_told_when_it_is_shown(tmp_path: Path) -> None:
     [
         ("一只猫\thttps://x.org/a/123\n", r"line 1: holds a URL, so it is no parallel text; download"),
         ("caption\turl\n一只猫\thttp://x.org/a.jpg\n", r"line 2: holds a URL"),
-        ("图片\t标题\n0.png\t猫\n", r"line 2: names a picture file.*--image-column"),
+        ("商品图\t名称\n0.png\t猫\n", r"line 2: names a picture file.*--image-column"),
     ],
 )
 def test_a_list_of_pictures_is_no_parallel_text(tmp_path: Path, content: str, message: str) -> None:

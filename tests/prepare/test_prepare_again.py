@@ -303,6 +303,34 @@ def test_a_part_is_kept_as_long_as_its_own_source_and_the_tower_stay(
     assert len(left) == 4 and all(name.startswith("origin-") for name in left)
 
 
+@pytest.mark.parametrize("changed", ["rows behind", "a picture", "nothing"])
+def test_a_longer_table_encodes_what_is_new_alone(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setattr(sources, "PART", 2)
+    files(tmp_path, {f"{number}.png": png(number) for number in range(6)})
+    table, lines = tmp_path / "t.csv", ["image,caption\n", *(f"{n}.png,{c}\n" for n, c in enumerate("猫狗鸟鱼红蓝"))]
+    table.write_text("".join(lines[:5]), encoding="utf-8")
+    prepare(table, tmp_path / "store", config)
+    if changed == "rows behind":
+        table.write_text("".join(lines), encoding="utf-8")
+    elif changed == "a picture":
+        (tmp_path / "2.png").write_bytes(png(9))
+        table.write_text("".join(lines[:5]) + "\n", encoding="utf-8")
+    sizes: list[int] = []
+    encode = frozen.FrozenImages.encode_pixels
+    monkeypatch.setattr(
+        frozen.FrozenImages, "encode_pixels", lambda self, pixels: sizes.append(len(pixels)) or encode(self, pixels)
+    )
+    prepare(table, tmp_path / "store", config, replace=True)
+    assert sizes == {"rows behind": [2], "a picture": [2], "nothing": []}[changed]
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "PART", 2)
+    again = prepare(table, tmp_path / "anew", config)
+    assert contents(tmp_path / "store")["features.bin"] == contents(tmp_path / "anew")["features.bin"]
+    assert again["pairs"] == len(Store(tmp_path / "store"))
+
+
 def test_a_finished_store_gives_its_parts_to_the_next(
     tmp_path: Path, config: Config, encoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
