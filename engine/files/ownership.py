@@ -18,7 +18,7 @@ from ..errors import UserError
 from .atomic import recover, set_aside, write_atomically
 from .lock import NAME as LOCK
 
-Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs", "features"]
+Kind = Literal["store", "run", "cross-fit", "demo data", "model", "kept pairs", "features", "fit"]
 Made = Literal["page", "picture", "table", "suspects", "result", "profile", "trace"]
 MARK = ".efficientclip.json"
 MADE_BY = "made by efficientclip"

@@ -1,0 +1,290 @@
+"""The stages of a fit, in their order, and what is decided between them: towers, budget, parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.table import Table
+from yaml import safe_dump
+
+from ..config import Config, load_config
+from ..data.store import Store, TextStore
+from ..data.tables import Columns
+from ..errors import UserError
+from ..files.atomic import write_atomically
+from ..files.digests import digest_of
+from ..files.lock import held
+from ..files.ownership import claim, mark
+from ..files.places import Location
+from ..noise.cross_fit import read_rates
+from .budget import held_out, sized, told, visits_of, visits_within
+from .cleaned import write_cleaned
+from .demo import tower_stages
+from .look import Found, look
+from .split import TRAIN, split
+from .stages import Stage, Stages, devices, on_cpu, span
+from .towers import Towers, Tree, choose
+from .trial import Rates, measure
+
+MEMORY = "fit.json"
+VALIDATION, TEST = "validation", "test"
+# The paper's unpaired texts to a pair.
+TEXTS = 40 / 256
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for; None: the usual."""
+
+    source: Location
+    out: Path
+    images: Location | None
+    columns: Columns
+    image_tower: str | None
+    text_tower: str | None
+    texts: Path | None
+    config: Path | None
+    epochs: float | None
+    seconds: float | None
+    verdicts: Path | None
+    held_out: float | None
+    ranks: int | None
+    overrides: Sequence[str]
+
+
+def fit(wish: Wish) -> None:
+    """Make of `wish.source` what `efficientclip.fit` lists, or go on with it. UserError with the stage that failed."""
+    console = Console(stderr=True)
+    out = claim(wish.out, "fit", sources=[one for one in (wish.source, wish.images) if isinstance(one, Path)])
+    found = look(wish.source, wish.images, wish.columns)
+    console.print(found.table(f"{wish.out}: what {wish.source} holds"), highlight=False)
+    with held(out, "fitting"):
+        mark(out, "fit")
+        _fit(wish, out, found, console)
+
+
+def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
+    towers = _towers(wish, console)
+    tree, ranks, started = towers.tree, wish.ranks or devices(), time.monotonic()
+    tree["run"] = str(out / "work" / "run")
+    if wish.verdicts is not None:
+        tree["data"]["verdicts"] = str(wish.verdicts)
+    everywhere = Stages(out / "stages.json", out / "logs", console)
+    if towers.start is not None:
+        Stages(towers.start / "stages.json", towers.start / "logs", console).run(tower_stages(towers.start, ranks))
+    if wish.texts is not None:
+        tree["mlm"] = {"texts": str(out / "texts"), "texts_per_batch": round(TEXTS * tree["training"]["batch_size"])}
+    draft = _written(out / "draft.yaml", tree, wish.overrides)
+    by = ["--config", str(draft)]
+    if wish.texts is not None:
+        everywhere.run_anyway(Stage("texts", ["prepare", str(wish.texts), str(out / "texts"), "--replace", *by]))
+    rates = _rates(wish, out, draft, ranks)
+    if found.pairs is not None and found.pictures is not None:
+        _tell_before(wish, tree, rates, found.pairs, found.pictures, ranks, console)
+    options = [] if wish.images is None else ["--images", str(wish.images)]
+    options += [word for option in wish.columns.given for word in option.split(" ", 1)]
+    words = ["prepare", str(wish.source), str(out / "store"), "--replace", *options, *by]
+    seconds = None if found.pictures is None else found.pictures / rates.pictures
+    everywhere.run_anyway(Stage("prepare", words, seconds, 0 if on_cpu() else ranks))
+    store = Store(out / "store")
+    made = tree if _as_given(wish) else sized(tree, len(store), _visits(wish, out, tree, store, rates, ranks))
+    work = out / "work" / _digest(store, made, wish)
+    parts = _parts(store, work, wish, made, console)
+    made |= {"run": str(work / "run")}
+    made["data"] = {**made["data"], "store": str(parts[TRAIN])}
+    made["data"]["validation"] = {VALIDATION: str(parts[VALIDATION])} if VALIDATION in parts else {}
+    if made["confidence"].get("selection") == "calibrated":
+        made["confidence"]["cross_fit"] = str(work / "cross-fit")
+    config = load_config(_written(out / "config.yaml", made, wish.overrides))
+    here = Stages(work / "stages.json", out / "logs", console)
+    here.run(_training(out, work, config, parts, store, rates, ranks))
+    _link(out / "run", work / "run")
+    cleaned = write_cleaned(
+        wish.source, wish.columns, out / "audit.parquet", [path for name, path in parts.items() if name != TRAIN], out
+    )
+    told_seconds = everywhere.told + here.told
+    if told_seconds:
+        took = span(everywhere.took + here.took)
+        console.print(f"the stages took {took}, told were {span(told_seconds)}", highlight=False)
+    _tell_after(wish, out, config, cleaned, time.monotonic() - started, console)
+
+
+def _link(link: Path, run: Path) -> None:
+    """`link` names the run of these settings, as long as nothing else stands there."""
+    if link.is_symlink() or not link.exists():
+        aside = link.with_name(f".{link.name}.partial")
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(os.path.relpath(run, link.parent))
+        os.replace(aside, link)
+
+
+def _as_given(wish: Wish) -> bool:
+    """Whether a config of the user's says how long to train, too."""
+    return wish.config is not None and wish.epochs is None and wish.seconds is None
+
+
+def _towers(wish: Wish, console: Console) -> Towers:
+    if wish.config is not None:
+        config = load_config(wish.config, wish.overrides)
+        if config.model.image_tower is None or config.model.text_tower is None or config.training.tower != "text":
+            raise UserError(f"--config {wish.config}: fit trains a text tower against an image tower; name both in it")
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        tree = {"data": {}, "confidence": {}, "objective": {}, "mlm": {}, "optimizer": {}, **tree}
+        return Towers(tree, "of the config", "of the config")
+    towers = choose(wish.image_tower, wish.text_tower)
+    console.print(f"towers: {towers.image} for pictures, frozen; {towers.text} for texts", highlight=False)
+    if towers.start is not None:
+        told = "no hub is in reach: these towers are small; name others by --image-tower and --text-tower"
+        console.print(told, style="bold", highlight=False)
+    return towers
+
+
+def _written(file: Path, tree: Tree, overrides: Sequence[str]) -> Path:
+    """The config that `tree` and `overrides` describe, as YAML."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist(list(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"override {overrides}: {error}") from error
+    text = safe_dump(OmegaConf.to_container(merged, resolve=True), sort_keys=False, allow_unicode=True)
+    write_atomically(file, text.encode())
+    return file
+
+
+def _visits(wish: Wish, out: Path, tree: Tree, store: Store, rates: Rates, ranks: int) -> int:
+    """The budget; that of an earlier call which asked for the same stays, however fast the machine is today."""
+    if wish.seconds is None:
+        return visits_of(len(store), wish.epochs)
+    asked = [wish.seconds, len(store)]
+    kept = _remembered(out, "budget", asked)
+    if kept is None:
+        kept = visits_within(wish.seconds, rates, len(store), store.manifest["images"], ranks)
+        _remember(out, "budget", asked, kept)
+    return int(kept)
+
+
+def _rates(wish: Wish, out: Path, draft: Path, ranks: int) -> Rates:
+    """Measured once for each config and source; a repeated call does not wait for it."""
+    asked = [draft.read_text(encoding="utf-8"), str(wish.source), str(wish.images), ranks]
+    kept = _remembered(out, "rates", asked)
+    if kept is None:
+        kept = asdict(measure(draft, wish.source, wish.images, wish.columns, ranks))
+        _remember(out, "rates", asked, kept)
+    return Rates(**kept)
+
+
+def _remembered(out: Path, what: str, asked: list[Any]) -> Any:
+    """What an earlier call found when the same was asked; None: nothing."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads((out / MEMORY).read_text(encoding="utf-8"))[what]
+        return kept["found"] if kept["asked"] == asked else None
+    return None
+
+
+def _remember(out: Path, what: str, asked: list[Any], found: Any) -> None:
+    kept: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        kept = json.loads((out / MEMORY).read_text(encoding="utf-8"))
+    kept[what] = {"asked": asked, "found": found}
+    write_atomically(out / MEMORY, json.dumps(kept, indent=1, ensure_ascii=False).encode())
+
+
+def _digest(store: Store, tree: Tree, wish: Wish) -> str:
+    """Of what is trained on, and how: another source or setting has another folder."""
+    texts = tree["mlm"].get("texts")
+    told = {key: value for key, value in tree.items() if key != "run"}
+    told["mlm"] = tree["mlm"] | ({"texts": TextStore(Path(texts)).identity} if texts else {})
+    judged = None if wish.verdicts is None else digest_of(wish.verdicts)
+    whole = json.dumps([store.identity, told, wish.held_out, list(wish.overrides), judged], sort_keys=True, default=str)
+    return hashlib.sha256(whole.encode()).hexdigest()[:12]
+
+
+def _parts(store: Store, work: Path, wish: Wish, tree: Tree, console: Console) -> dict[str, Path]:
+    count = held_out(len(store), wish.held_out)
+    if count == 0:
+        console.print("all pairs are trained on: nothing is held out to measure the model by", highlight=False)
+        return {TRAIN: store.path}
+    parts = split(store, work, {TEST: count, VALIDATION: count}, tree.get("seed", 0))
+    sizes = {name: len(Store(path)) for name, path in parts.items()}
+    told = f"{sizes[TRAIN]:,} pairs train, {sizes[VALIDATION]:,} choose the weights, {sizes[TEST]:,} measure them"
+    console.print(told, highlight=False)
+    return parts
+
+
+def _training(
+    out: Path, work: Path, config: Config, parts: dict[str, Path], store: Store, rates: Rates, ranks: int
+) -> list[Stage]:
+    """What follows once the store stands."""
+    of = str(out / "config.yaml")
+    seconds = _seconds(config, rates, len(store), store.manifest["images"], ranks)
+    run, measured = str(work / "run"), parts.get(TEST, parts[TRAIN])
+    name = "held out" if TEST in parts else "trained on"
+    stages = [
+        Stage("train", ["train", of], seconds["train"], ranks, [work / "run" / "model"]),
+        Stage(
+            "report", ["report", run, "--data", f"{name}={measured}", "--output", str(out / "report.html")],
+            seconds["report"], made=[out / "report.html", out / "results.json"],
+        ),
+        Stage(
+            "audit", ["audit", run, str(out)], seconds["audit"],
+            made=[out / name for name in ("audit.html", "audit.parquet", "suspects.csv")],
+        ),
+        Stage("export", ["export", run, str(out / "model"), "--replace"], seconds["export"], made=[out / "model"]),
+    ]  # fmt: skip
+    if config.confidence.selection == "calibrated":
+        stages.insert(
+            0,
+            Stage("cross-fit", ["cross-fit", of], seconds["cross-fit"], ranks, [work / "cross-fit/cross_fit.parquet"]),
+        )
+    return stages
+
+
+def _seconds(config: Config, rates: Rates, pairs: int, pictures: int, ranks: int) -> dict[str, float]:
+    folds = config.confidence.cross_fit_share if config.confidence.selection == "calibrated" else 0.0
+    return told(rates, pairs, pictures, config.training.pair_visits, folds, ranks=ranks)
+
+
+def _tell_before(wish: Wish, tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console) -> None:
+    if _as_given(wish):
+        made = tree
+    elif wish.seconds is not None:
+        made = sized(tree, pairs, visits_within(wish.seconds, rates, pairs, pictures, ranks))
+    else:
+        made = sized(tree, pairs, visits_of(pairs, wish.epochs))
+    share = made["confidence"].get("cross_fit_share", 0.0)
+    seconds = told(rates, pairs, pictures, made["training"]["pair_visits"], share, ranks=ranks)
+    table = Table("stage", "about")
+    for name, length in seconds.items():
+        table.add_row(name, span(length))
+    table.add_row("in all", span(sum(seconds.values())), style="bold")
+    console.print(f"what it will take here, on {ranks} rank(s):", table, highlight=False)
+
+
+def _tell_after(wish: Wish, out: Path, config: Config, cleaned: Path, spent: float, console: Console) -> None:
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    table = Table(show_header=False, title=f"{wish.out}: {span(spent)}", title_justify="left", box=None)
+    for name, report in results.items():
+        if isinstance(report, dict) and "t2i" in report:
+            of = report["t2i"]
+            table.add_row(f"text finds picture, {name}", f"R@1 {of['R@1']:.1f}, R@10 {of['R@10']:.1f}")
+    if config.confidence.cross_fit is not None:
+        for rate in read_rates(config.confidence.cross_fit):
+            shown = f"{rate.rate:.1%} of {rate.pairs:,} ({rate.low:.1%} to {rate.high:.1%})"
+            table.add_row(f"wrong pairs, {rate.name}", shown if rate.droppable else f"{shown}: nothing was dropped")
+    for what, name in (
+        ("model", "model"), ("report", "report.html"), ("pairs to look at", "audit.html"), ("the same, as a list",
+        "suspects.csv"), ("your rows, judged", cleaned.name), ("what was trained", "config.yaml"),
+    ):  # fmt: skip
+        table.add_row(what, str(wish.out / name))
+    console.print(table, highlight=False)
+    console.print(f'efficientclip search {wish.out}/run "…" finds pictures for a text', highlight=False)

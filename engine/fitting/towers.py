@@ -1,0 +1,122 @@
+"""Which towers `fit` puts together, and the recipe that they are trained by."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import model_info, try_to_load_from_cache
+from transformers import AutoConfig
+from transformers.image_processing_base import ImageProcessingMixin
+from yaml import safe_load
+
+from .. import __version__
+from ..config import ImageTower
+from ..errors import UserError
+from ..model.efficientclip import is_ours
+from ..recipes import recipe
+from ..training.run_folder import run_config
+
+IMAGE, TEXT = "openai/clip-vit-base-patch32", "hfl/chinese-roberta-wwm-ext"
+PATIENCE_SECONDS = 5
+START = ("demo", "demo-distill", "demo-head")
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Towers:
+    """`tree` is a config's, without what belongs to one source of data; `start` is the folder of the towers that come
+    with this package, where those are taken."""
+
+    tree: Tree
+    image: str
+    text: str
+    start: Path | None = None
+
+
+def choose(image: str | None, text: str | None) -> Towers:
+    """The towers that are named, or else the usual ones of the hub where that, or its cache, is in reach, or else those
+    that come with this package. UserError where one cannot be had, or has no space that a text tower could learn."""
+    if image is None and text is None and not (_in_reach(IMAGE) and _in_reach(TEXT)):
+        return embedded()
+    tree: Tree = safe_load(recipe("efficientclip"))
+    model = tree["model"]
+    model["image_tower"], model["width"] = _image_tower(image or IMAGE)
+    text = text or TEXT
+    if is_ours(Path(text)):
+        held = run_config(Path(text))
+        model |= {"text_tower": held.model.model_dump(mode="json", exclude_none=True)["text_tower"], "start_from": text}
+        tree["data"]["tokenizer"] = str(Path(text) / "tokenizer")
+    else:
+        _described("--text-tower", text)
+        model["text_tower"], tree["data"]["tokenizer"] = {"pretrained": text}, text
+    # Its optimiser is compiled for CUDA; without ZeRO, a user who needs it names a JSON.
+    tree["optimizer"].pop("name")
+    tree.pop("deepspeed")
+    tree["mlm"] = {}
+    return Towers(tree, image or IMAGE, text)
+
+
+def embedded() -> Towers:
+    """An ImageNet tower and a text tower that was distilled on a dictionary, made once from package registries."""
+    digest = hashlib.sha256("".join([__version__, *map(recipe, START)]).encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    start = cache / "efficientclip" / f"towers-{digest}"
+    tree: Tree = safe_load(recipe("demo"))
+    del tree["demo_data"], tree["data"]["validation"]
+    tree["data"]["tokenizer"] = str(start / "data/demo/vocab.txt")
+    tree["model"]["start_from"] = str(start / "runs/demo-distill")
+    tree["model"]["image_tower"]["pretrained"] = str(start / "runs/demo-head")
+    tree["mlm"]["texts"] = str(start / "stores/texts")
+    return Towers(tree, "EfficientNet-Lite0 of ImageNet", "a BERT of 2 layers, distilled on a dictionary", start)
+
+
+def _image_tower(name: str) -> tuple[Tree, int]:
+    """The config's section, and the width of the space."""
+    if is_ours(Path(name)):
+        held = run_config(Path(name))
+        if held.model.image_tower is None:
+            raise UserError(f"--image-tower {name}: is a run without an image tower; give an image run's folder")
+        return held.model.image_tower.model_dump(mode="json", exclude={"pretrained", "architecture", "revision"}) | {
+            "pretrained": name
+        }, held.model.width
+    described = _described("--image-tower", name)
+    width = getattr(described, "projection_dim", None)
+    if not isinstance(width, int):
+        raise UserError(
+            f"--image-tower {name}: a {described.model_type} without projection, so without a space for texts; give it"
+            " one by `efficientclip fit-head` (the recipe demo-head shows how), and name the run that this leaves"
+        )
+    try:
+        pixels, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        size = pixels.get("crop_size") or pixels["size"]
+        edge = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
+        tower = ImageTower(pretrained=name, size=edge, mean=tuple(pixels["image_mean"]), std=tuple(pixels["image_std"]))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--image-tower {name}: its preprocessor_config.json does not tell size, mean and std of pictures"
+            f" ({error}); put it beside the weights, or write a config and give --config"
+        ) from error
+    return tower.model_dump(mode="json", exclude_none=True), width
+
+
+def _described(option: str, name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {name}: no model folder, run or reachable hub id ({error})") from error
+
+
+def _in_reach(name: str) -> bool:
+    """Whether the hub, or its cache, has it; a hub that does not answer is not asked again and again."""
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return True
+    try:
+        model_info(name, timeout=PATIENCE_SECONDS)
+    # What goes wrong depends on the client that the hub's library is built on.
+    except Exception:
+        return False
+    return True

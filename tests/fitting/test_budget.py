@@ -1,0 +1,53 @@
+"""How much is trained, in what batches, and what is told of it."""
+
+from __future__ import annotations
+
+import pytest
+from yaml import safe_load
+
+from efficientclip.errors import UserError
+from efficientclip.fitting.budget import held_out, parse_time, sized, told, visits_of, visits_within
+from efficientclip.fitting.trial import Rates
+from efficientclip.recipes import recipe
+
+RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0)
+
+
+@pytest.mark.parametrize("name", ["demo", "efficientclip"])
+@pytest.mark.parametrize("pairs", [20, 374, 21_000, 250_000, 5_000_000])
+def test_any_number_of_pairs_makes_steps_enough(name: str, pairs: int) -> None:
+    tree = safe_load(recipe(name))
+    visits = visits_of(pairs, None)
+    made = sized(tree, pairs, visits)
+    batch = made["training"]["batch_size"]
+    assert batch <= tree["training"]["batch_size"] and 2 * batch <= max(pairs, 4)
+    assert visits // batch >= 100 and made["optimizer"]["lr"] <= tree["optimizer"]["lr"]
+    assert made["confidence"]["cross_fit_share"] * visits >= min(8_000, 40 * pairs) * 0.999
+    assert made["confidence"]["cross_fit_batch_size"] * 2 <= max(pairs, 4)
+
+
+def test_the_demos_number_of_pairs_is_trained_as_the_demo() -> None:
+    tree = safe_load(recipe("demo"))
+    made = sized(tree, 21_070, 200_000)
+    assert made["training"]["batch_size"] == 1024 and made["optimizer"]["lr"] == tree["optimizer"]["lr"]
+    for key in ("cross_fit_share", "cross_fit_batch_size", "cross_fit_lr"):
+        assert made["confidence"][key] == pytest.approx(tree["confidence"][key])
+
+
+def test_a_budget_is_kept_by_what_is_told(tmp_path: object) -> None:
+    for minutes in (5, 30):
+        visits = visits_within(60 * minutes, RATES, 10_000, 4_000, 2)
+        assert sum(told(RATES, 10_000, 4_000, visits, 0.165, ranks=2).values()) == pytest.approx(60 * minutes, rel=0.01)
+    with pytest.raises(UserError, match=r"--budget: 1 minutes are too few .* give \d+ minutes or more"):
+        visits_within(60, RATES, 10_000, 4_000, 2)
+
+
+def test_lengths_of_time_are_read() -> None:
+    assert [parse_time(text) for text in ("90s", "15m", "1.5h")] == [90, 900, 5400]
+    with pytest.raises(UserError, match="write it as 15m, 2h or 90s"):
+        parse_time("15")
+
+
+def test_too_few_pairs_are_all_trained_on() -> None:
+    assert [held_out(pairs, None) for pairs in (20, 399, 400, 21_000, 10**7)] == [0, 0, 50, 630, 2_500]
+    assert held_out(1_000, 0.2) == 100
