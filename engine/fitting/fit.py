@@ -19,14 +19,15 @@ from rich.table import Table
 from yaml import safe_dump
 
 from ..config import Config, load_config
-from ..data.store import Store, TextStore
-from ..data.tables import Columns
+from ..data.store import Store, TextStore, read_manifest
+from ..data.tables import SUFFIXES, Columns
 from ..errors import UserError
 from ..files.atomic import write_atomically
 from ..files.digests import digest_of
 from ..files.lock import held
 from ..files.ownership import claim, mark
-from ..files.places import Location
+from ..files.places import Location, resolved
+from ..model.frozen import image_tower_name, tower_difference
 from ..noise.cross_fit import read_rates
 from .budget import held_out, sized, told, visits_of, visits_within
 from .cleaned import write_cleaned
@@ -86,18 +87,21 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     if wish.texts is not None:
         tree["mlm"] = {"texts": str(out / "texts"), "texts_per_batch": round(TEXTS * tree["training"]["batch_size"])}
     draft = _written(out / "draft.yaml", tree, wish.overrides)
+    _require_same(out / "store", wish, load_config(draft))
     by = ["--config", str(draft)]
     if wish.texts is not None:
         everywhere.run_anyway(Stage("texts", ["prepare", str(wish.texts), str(out / "texts"), "--replace", *by]))
     rates = _rates(wish, out, draft, ranks)
+    seconds = None
     if found.pairs is not None and found.pictures is not None:
-        _tell_before(wish, tree, rates, found.pairs, found.pictures, ranks, console)
+        seconds = _told_before(wish, tree, rates, found.pairs, found.pictures, ranks, console)["prepare"]
     options = [] if wish.images is None else ["--images", str(wish.images)]
     options += [word for option in wish.columns.given for word in option.split(" ", 1)]
     words = ["prepare", str(wish.source), str(out / "store"), "--replace", *options, *by]
-    seconds = None if found.pictures is None else found.pictures / rates.pictures
     everywhere.run_anyway(Stage("prepare", words, seconds, 0 if on_cpu() else ranks))
     store = Store(out / "store")
+    if seconds is None:
+        _told_before(wish, tree, rates, len(store), store.manifest["images"], ranks, console)
     made = tree if _as_given(wish) else sized(tree, len(store), _visits(wish, out, tree, store, rates, ranks))
     work = out / "work" / _digest(store, made, wish)
     parts = _parts(store, work, wish, made, console)
@@ -108,11 +112,14 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
         made["confidence"]["cross_fit"] = str(work / "cross-fit")
     config = load_config(_written(out / "config.yaml", made, wish.overrides))
     here = Stages(work / "stages.json", out / "logs", console)
-    here.run(_training(out, work, config, parts, store, rates, ranks))
-    _link(out / "run", work / "run")
-    cleaned = write_cleaned(
-        wish.source, wish.columns, out / "audit.parquet", [path for name, path in parts.items() if name != TRAIN], out
-    )
+    trained, shown = _stages(out, work, config, parts, store, rates, ranks)
+    here.run(trained, of=len(trained) + len(shown))
+    if (out / "run").resolve() != work / "run":
+        # What stands there is of other settings.
+        here.forget(shown)
+        _link(out / "run", work / "run")
+    here.run(shown, after=len(trained), of=len(trained) + len(shown))
+    cleaned = _cleaned(wish, out, parts, here)
     told_seconds = everywhere.told + here.told
     if told_seconds:
         took = span(everywhere.took + here.took)
@@ -221,16 +228,19 @@ def _parts(store: Store, work: Path, wish: Wish, tree: Tree, console: Console) -
     return parts
 
 
-def _training(
+def _stages(
     out: Path, work: Path, config: Config, parts: dict[str, Path], store: Store, rates: Rates, ranks: int
-) -> list[Stage]:
-    """What follows once the store stands."""
+) -> tuple[list[Stage], list[Stage]]:
+    """What trains in `work`, once the store stands, and what is shown of that in `out`."""
     of = str(out / "config.yaml")
     seconds = _seconds(config, rates, len(store), store.manifest["images"], ranks)
     run, measured = str(work / "run"), parts.get(TEST, parts[TRAIN])
     name = "held out" if TEST in parts else "trained on"
-    stages = [
-        Stage("train", ["train", of], seconds["train"], ranks, [work / "run" / "model"]),
+    trained = [Stage("train", ["train", of], seconds["train"], ranks, [work / "run" / "model"])]
+    if config.confidence.selection == "calibrated":
+        verdicts = work / "cross-fit" / "cross_fit.parquet"
+        trained.insert(0, Stage("cross-fit", ["cross-fit", of], seconds["cross-fit"], ranks, [verdicts]))
+    shown = [
         Stage(
             "report", ["report", run, "--data", f"{name}={measured}", "--output", str(out / "report.html")],
             seconds["report"], made=[out / "report.html", out / "results.json"],
@@ -241,12 +251,29 @@ def _training(
         ),
         Stage("export", ["export", run, str(out / "model"), "--replace"], seconds["export"], made=[out / "model"]),
     ]  # fmt: skip
-    if config.confidence.selection == "calibrated":
-        stages.insert(
-            0,
-            Stage("cross-fit", ["cross-fit", of], seconds["cross-fit"], ranks, [work / "cross-fit/cross_fit.parquet"]),
-        )
-    return stages
+    return trained, shown
+
+
+def _cleaned(wish: Wish, out: Path, parts: dict[str, Path], here: Stages) -> Path:
+    """The user's rows with verdicts, written when the audit was."""
+    made = [out / f"cleaned{suffix}" for suffix in SUFFIXES if (out / f"cleaned{suffix}").is_file()]
+    if "cleaned" not in here.done or not made:
+        held = [path for name, path in parts.items() if name != TRAIN]
+        made = [write_cleaned(wish.source, wish.columns, out / "audit.parquet", held, out)]
+        here.note("cleaned", 0.0)
+    return made[0]
+
+
+def _require_same(store: Path, wish: Wish, config: Config) -> None:
+    """UserError where the store that stands, hours of work perhaps, is of another source or tower."""
+    if not (store / "manifest.json").is_file() or config.model.image_tower is None:
+        return
+    manifest, another = read_manifest(store), "name another --out, or remove that folder"
+    if manifest.get("source") != resolved(wish.source):
+        raise UserError(f"--out {wish.out}: holds what was made of {manifest.get('source')}; {another}")
+    tower = image_tower_name(config.model.image_tower)
+    if (difference := tower_difference(manifest["tower"], tower)) is not None:
+        raise UserError(f"--out {wish.out}: its pictures went through {manifest['tower']}, now {difference}; {another}")
 
 
 def _seconds(config: Config, rates: Rates, pairs: int, pictures: int, ranks: int) -> dict[str, float]:
@@ -254,7 +281,10 @@ def _seconds(config: Config, rates: Rates, pairs: int, pictures: int, ranks: int
     return told(rates, pairs, pictures, config.training.pair_visits, folds, ranks=ranks)
 
 
-def _tell_before(wish: Wish, tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console) -> None:
+def _told_before(
+    wish: Wish, tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console
+) -> dict[str, float]:
+    """Seconds of each stage, told."""
     if _as_given(wish):
         made = tree
     elif wish.seconds is not None:
@@ -268,6 +298,7 @@ def _tell_before(wish: Wish, tree: Tree, rates: Rates, pairs: int, pictures: int
         table.add_row(name, span(length))
     table.add_row("in all", span(sum(seconds.values())), style="bold")
     console.print(f"what it will take here, on {ranks} rank(s):", table, highlight=False)
+    return seconds
 
 
 def _tell_after(wish: Wish, out: Path, config: Config, cleaned: Path, spent: float, console: Console) -> None:

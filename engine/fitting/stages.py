@@ -60,22 +60,32 @@ class Stages:
 
     def note(self, name: str, seconds: float) -> None:
         self.done[name] = round(seconds, 2)
+        self._write()
+
+    def _write(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.file, json.dumps(self.done, indent=1).encode())
 
-    def run(self, stages: Sequence[Stage]) -> None:
-        """Those that are not done yet; UserError with what the command said where one fails."""
-        for number, stage in enumerate(stages, 1):
+    def forget(self, stages: Sequence[Stage]) -> None:
+        """Let them be done anew; whoever depends on them, too."""
+        self.done = {name: spent for name, spent in self.done.items() if name not in {stage.name for stage in stages}}
+        self.done.pop("cleaned", None)
+        self._write()
+
+    def run(self, stages: Sequence[Stage], *, after: int = 0, of: int = 0) -> None:
+        """Those that are not done yet, of `of` in all, `after` others; UserError with what the command said where one
+        fails."""
+        for number, stage in enumerate(stages, after + 1):
             if self.finished(stage):
                 continue
-            left = sum(later.seconds or 0 for later in stages[number - 1 :] if not self.finished(later))
-            started = time.monotonic()
-            self._run(stage, f"{number}/{len(stages)} {stage.name}", left)
+            left = sum(later.seconds or 0 for later in stages[number - after - 1 :] if not self.finished(later))
+            title, started = f"{number}/{of or len(stages)} {stage.name}", time.monotonic()
+            self._run(stage, title, left)
             spent = time.monotonic() - started
             self.note(stage.name, spent)
             self.told, self.took = self.told + (stage.seconds or 0), self.took + spent
             told = "" if stage.seconds is None else f" (told: {span(stage.seconds)})"
-            self.console.print(f"{number}/{len(stages)} {stage.name}: {span(spent)}{told}", highlight=False)
+            self.console.print(f"{title}: {span(spent)}{told}", highlight=False)
 
     def run_anyway(self, stage: Stage) -> None:
         """One that finds out by itself whether there is anything to do."""
