@@ -18,7 +18,7 @@ from ..data.tables import CAPTION_COLUMNS, KEY_COLUMNS, PICTURE_COLUMNS, SUFFIXE
 from ..errors import UserError
 from ..files.places import URL, Location, location
 
-LOOKED_AT = 50_000
+LOOKED_AT, LEAST_PAIRS = 50_000, 8
 SCRIPTS = {
     "Chinese": r"[\u3400-\u9fff\uf900-\ufaff]",
     "Japanese": r"[\u3040-\u30ff]",
@@ -60,6 +60,8 @@ def look(path: Location, images: Location | None, columns: Columns) -> Found:
     notes |= {"pairs": f"{len(captions):,} on {pictures:,} pictures"}
     if not captions:
         raise UserError(f"source {path}: no row has a caption that can be used ({_bad_notes(parts)})")
+    if len(captions) < LEAST_PAIRS:
+        raise UserError(f"source {path}: {len(captions)} pairs; nothing is learned from fewer than {LEAST_PAIRS}")
     times = Counter(captions)
     often = {text: count for text, count in times.items() if count > 1}
     if often:

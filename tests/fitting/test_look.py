@@ -8,10 +8,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import efficientclip.fitting.look
 from efficientclip.data.tables import USUAL, Columns
 from efficientclip.errors import UserError
 from efficientclip.fitting.look import look
 from tests.prepare.tars import png, write_shards
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficientclip.fitting.look, "LEAST_PAIRS", 1)
 
 
 def shop(folder: Path, rows: str, suffix: str = ".csv") -> Path:
@@ -54,6 +60,12 @@ def test_two_columns_that_may_both_be_it_end_it_with_the_remedy(tmp_path: Path) 
 def test_a_table_without_a_caption_that_can_be_used_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no row has a caption that can be used \(2 × "):
         look(shop(tmp_path, "image,caption\n0.png,\n1.png, \n"), None, USUAL)
+
+
+def test_a_handful_of_pairs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficientclip.fitting.look, "LEAST_PAIRS", 8)
+    with pytest.raises(UserError, match="2 pairs; nothing is learned from fewer than 8"):
+        look(shop(tmp_path, "image,caption\n0.png,猫\n1.png,狗\n"), None, USUAL)
 
 
 def test_of_tars_only_reading_tells(tmp_path: Path) -> None:
