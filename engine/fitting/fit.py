@@ -35,7 +35,7 @@ from .demo import tower_stages
 from .look import Found, look
 from .split import TRAIN, split
 from .stages import Stage, Stages, devices, on_cpu, span
-from .towers import Towers, Tree, choose
+from .towers import Towers, Tree, choose, of_config
 from .trial import Rates, measure
 
 MEMORY = "fit.json"
@@ -143,12 +143,7 @@ def _as_given(wish: Wish) -> bool:
 
 def _towers(wish: Wish, console: Console) -> Towers:
     if wish.config is not None:
-        config = load_config(wish.config, wish.overrides)
-        if config.model.image_tower is None or config.model.text_tower is None or config.training.tower != "text":
-            raise UserError(f"--config {wish.config}: fit trains a text tower against an image tower; name both in it")
-        tree = config.model_dump(mode="json", exclude_unset=True)
-        tree = {"data": {}, "confidence": {}, "objective": {}, "mlm": {}, "optimizer": {}, **tree}
-        return Towers(tree, "of the config", "of the config")
+        return of_config(wish.config, wish.overrides)
     towers = choose(wish.image_tower, wish.text_tower)
     console.print(f"towers: {towers.image} for pictures, frozen; {towers.text} for texts", highlight=False)
     if towers.start is not None:

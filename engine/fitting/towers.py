@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from yaml import safe_load
 
 from .. import __version__
-from ..config import ImageTower
+from ..config import ImageTower, load_config
 from ..errors import UserError
 from ..model.efficientclip import is_ours
 from ..recipes import recipe
@@ -72,6 +73,14 @@ def embedded() -> Towers:
     tree["model"]["image_tower"]["pretrained"] = str(start / "runs/demo-head")
     tree["mlm"]["texts"] = str(start / "stores/texts")
     return Towers(tree, "EfficientNet-Lite0 of ImageNet", "a BERT of 2 layers, distilled on a dictionary", start)
+
+
+def of_config(file: Path, overrides: Sequence[str]) -> Towers:
+    """Those of a user's config, and all else that it says."""
+    config = load_config(file, overrides)
+    if config.model.image_tower is None or config.model.text_tower is None or config.training.tower != "text":
+        raise UserError(f"--config {file}: fit trains a text tower against an image tower; name both in it")
+    return Towers(config.model_dump(mode="json", exclude_none=True), "of the config", "of the config")
 
 
 def _image_tower(name: str) -> tuple[Tree, int]:

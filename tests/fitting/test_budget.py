@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from yaml import safe_load
 
 from efficientclip.errors import UserError
 from efficientclip.fitting.budget import held_out, parse_time, sized, told, visits_of, visits_within
+from efficientclip.fitting.towers import of_config
 from efficientclip.fitting.trial import Rates
 from efficientclip.recipes import recipe
+from tests import tiny
 
 RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0)
 
@@ -51,3 +55,12 @@ def test_lengths_of_time_are_read() -> None:
 def test_too_few_pairs_are_all_trained_on() -> None:
     assert [held_out(pairs, None) for pairs in (20, 399, 400, 21_000, 10**7)] == [0, 0, 50, 630, 2_500]
     assert held_out(1_000, 0.2) == 100
+
+
+def test_a_config_of_few_keys_is_sized_alike(tmp_path: Path) -> None:
+    file = tiny.config(tmp_path, model__image_tower={"pretrained": "some/tower"})
+    towers = of_config(file, ["training.batch_size=64"])
+    made = sized(towers.tree, 100, 10_000)
+    assert made["training"]["batch_size"] == 16 and made["objective"]["bank_size"] == 24
+    with pytest.raises(UserError, match="name both in it"):
+        of_config(tiny.config(tmp_path), [])
