@@ -115,8 +115,8 @@ claim-ecl: claim-noise-rate # 50 minutes
 		--test stores/demo-test_vendor --arms none,schedule,calibrated --folder runs/ecl-0
 claim-ablation: claim-ecl # 35 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor
-claim-mlm: stores/demo-own-test_vendor/manifest.json # 40 minutes
-	$(CLAIM)mlm configs/demo-own.yaml --test stores/demo-own-test_vendor
+claim-mlm: stores/demo-test_vendor/manifest.json
+	$(CLAIM)mlm configs/demo.yaml --test stores/demo-test_vendor
 stores/demo-test_vendor/manifest.json: | .venv/.ready
 	$(MAKE) demo
 # The tower that these count the cost of is trained on the demo's pictures alone.

