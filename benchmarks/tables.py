@@ -383,8 +383,8 @@ TABLES = {
         "{hardware}, {seeds} seeds, {pair_visits:,.0f} visits, {date}",
     ),
     "mlm": Table(
-        ("unpaired texts", "reviews, fine-tuned", "over none", "text to image R@10", "over none", "names, zh to en R@10",
-         "over none", "CPU seconds"),
+        ("unpaired texts", "reviews, fine-tuned", "over none", "text to image R@10", "over none",
+         "names, zh to en R@10", "over none", "CPU seconds"),
         [mlm("none", "off"), mlm("in the second stage and beside the pairs", "language")],
         "{hardware}, {pair_visits:,.0f} visits, {date}",
     ),
