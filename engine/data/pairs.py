@@ -249,7 +249,7 @@ class PairLoader(ThreadedLoader):
         weights = self.source.weights or ()
         self._weights_crc = zlib.crc32(b"".join(array.tobytes() for array in weights))
         by_hand = self.source.by_hand
-        self._wrong_bits = np.packbits(np.zeros(1, bool) if by_hand is None else by_hand < 0, bitorder="little")
+        self._wrong_bits = None if by_hand is None else np.packbits(by_hand < 0, bitorder="little")
         if kept is None:
             bits = np.full(-(-len(self.source) // 8), 255, np.uint8)
             # Bits behind the last pair stay 0: they are counted.
@@ -273,9 +273,12 @@ class PairLoader(ThreadedLoader):
         self._keep(np.packbits(kept, bitorder="little"))
 
     def _keep(self, bits: npt.NDArray[np.uint8]) -> None:
-        self._kept_bits = bits & ~self._wrong_bits
+        wrong = self._wrong_bits
+        self._kept_bits = bits if wrong is None else bits & ~wrong
+        # What is wrong is visited at its weight, 0, and would be a candidate of re-auditions otherwise.
+        self._visited_bits = bits if wrong is None else bits | wrong
         self.kept_count = int(np.bitwise_count(self._kept_bits).sum(dtype=np.int64))
-        dropped = len(self.source) - int(np.bitwise_count(bits | self._wrong_bits).sum(dtype=np.int64))
+        dropped = len(self.source) - int(np.bitwise_count(self._visited_bits).sum(dtype=np.int64))
         self._auditions = min(round(self.batch_size * self.reaudition_share), dropped)
         self._steps: int | None = None
         if self.steps == 0:
@@ -367,8 +370,7 @@ class PairLoader(ThreadedLoader):
         self._require_open()
         self._threads = _loader.PairLoader(
             **self._settings,
-            # What is wrong is visited at its weight, 0, and would be a candidate of re-auditions otherwise.
-            kept=self._kept_bits | self._wrong_bits,
+            kept=self._visited_bits,
             auditions=self._auditions,
             epoch=self.epoch,
             epoch_step=self.epoch_step,

@@ -76,7 +76,7 @@ class Audit:
     epochs: list[Path]
     centroid: npt.NDArray[np.float32]
     evidence: Evidence
-    by_hand: ByHand | None
+    by_hand: ByHand | None = None
 
 
 @dataclass(frozen=True)

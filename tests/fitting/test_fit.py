@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from transformers import BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from efficientclip.cli import main
 from efficientclip.data.store import Store
 from tests import tiny
 
@@ -44,6 +45,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
         folder / "image"
     )
+    shutil.copytree(folder / "image", folder / "wider")
+    CLIPVisionModelWithProjection(described).save_pretrained(folder / "wider")
     tokens = tiny.tokenizer(folder / "vocabulary")
     tokens.save_pretrained(folder / "text")
     BertModel(
@@ -55,22 +58,31 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fit(shop: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    given = ["products.csv", "--images", "photos", "--out", "made", "--image-tower", "image", "--text-tower", "text"]
-    command = [sys.executable, "-m", "efficientclip", "fit", *given, *words]
-    return subprocess.run(
-        command, cwd=shop, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False
-    )
+@pytest.fixture
+def fit(
+    shop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """`efficientclip fit products.csv WORD …` in the shop: its exit code, and what it says on stderr."""
+    monkeypatch.chdir(shop)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    given = ["fit", "products.csv", "--images", "photos", "--out", "made", "--image-tower", "image"]
+
+    def called(*words: str) -> tuple[int, str]:
+        code = main([*given, "--text-tower", "text", *words])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    return called
 
 
-def test_a_table_becomes_a_model_by_one_command(shop: Path) -> None:
-    asked = "training.precision=fp32", "--epochs", "40", "--held-out", "0.25"
-    made = fit(shop, *asked)
-    assert made.returncode == 0, made.stderr
-    assert "图片 is the picture, 标题 is the caption, sku is the key; 价格 not used" in made.stderr
+def test_a_table_becomes_a_model_by_one_command(shop: Path, fit: Callable[..., tuple[int, str]]) -> None:
+    asked = "training.precision=fp32", "--epochs", "40", "--held-out", "0.25", "--ranks", "1"
+    code, said = fit(*asked)
+    assert code == 0, said
+    assert "图片 is the picture, 标题 is the caption, sku is the key; 价格 not used" in said
     out = shop / "made"
-    for name in ("model/config.json", "report.html", "audit.html", "suspects.csv", "config.yaml"):
-        assert (out / name).is_file(), name
+    for name in ("model/config.json", "report.html", "audit.html", "suspects.csv", "config.yaml", "run/model"):
+        assert (out / name).exists(), name
     with (out / "cleaned.csv").open(encoding="utf-8-sig", newline="") as stream:
         rows = list(csv.DictReader(stream))
     with (shop / "products.csv").open(encoding="utf-8", newline="") as stream:
@@ -80,12 +92,15 @@ def test_a_table_becomes_a_model_by_one_command(shop: Path) -> None:
     assert 2 <= len(held) <= 12 and all(row["kept"] == "yes" and not row["wrong_probability"] for row in held)
     (work,) = (path for path in (out / "work").iterdir())
     assert len(Store(work / "train")) == PAIRS - len(held)
-    # Finished, it is told again at once: nothing but the source is looked at.
+    # Finished, it is told again at once: nothing but the source is looked at, and what a person wrote stays.
     before = (work / "stages.json").stat().st_mtime_ns
-    again = fit(shop, *asked)
-    assert again.returncode == 0, again.stderr
-    assert (work / "stages.json").stat().st_mtime_ns == before
-    assert {*json.loads((work / "stages.json").read_text())} == {"cross-fit", "train", "report", "audit", "export"}
+    (out / "cleaned.csv").write_text("mine", encoding="utf-8")
+    assert fit(*asked)[0] == 0
+    assert (work / "stages.json").stat().st_mtime_ns == before and (out / "cleaned.csv").read_text() == "mine"
+    stages = {"cross-fit", "train", "report", "audit", "export", "cleaned"}
+    assert {*json.loads((work / "stages.json").read_text())} == stages
+    code, said = fit(*asked, "--image-tower", "wider")
+    assert code == 2 and "--out made: its pictures went through image@" in said
 
 
 @pytest.mark.parametrize(
@@ -98,13 +113,13 @@ def test_a_table_becomes_a_model_by_one_command(shop: Path) -> None:
         (["--held-out", "0.7"], r"--held-out 0.7: give 0 to 0.5"),
         (["--images", "text"], r"none of the pictures looked for is there"),
         (["training.batchsize=4"], r"training.batchsize: unknown key; did you mean `batch_size`"),
-        (["--out", "photos"], r"fit photos: holds files without efficientclip's mark"),
+        (["--out", "photos"], r"is or holds the source photos"),
         (["--out", "."], r"is or holds the source"),
     ],
 )
-def test_what_cannot_be_is_told_before_any_work(shop: Path, words: list[str], said: str) -> None:
-    import re
-
-    made = fit(shop, "--out", "other", *words)
-    assert made.returncode == 2 and re.search(said, " ".join(made.stderr.split())), made.stderr
+def test_what_cannot_be_is_told_before_any_work(
+    shop: Path, fit: Callable[..., tuple[int, str]], words: list[str], said: str
+) -> None:
+    code, told = fit("--out", "other", *words)
+    assert code == 2 and re.search(said, told), told
     assert not (shop / "other" / "store").exists()
