@@ -13,6 +13,7 @@ DIR/store            what the frozen tower makes of the source
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace, columns: Columns) -> None:
     """What the command line asks for."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Left to find that out, DeepSpeed warns.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from .fitting.budget import parse_time
     from .fitting.fit import Wish, fit
 

@@ -23,10 +23,10 @@ ALONE, LAUNCHED = 1.2, 2.0
 TRAINING_ENDS, PAGE = 6.0, 4.0
 
 
-def held_out(pairs: int, share: float | None) -> int:
-    """Pairs of each of two parts, to choose the best weights by and to measure them by; 0 of too few."""
+def held_out(pairs: int, share: float | None, parts: int) -> int:
+    """Pairs of each part that is held out; 0 of too few."""
     if share is not None:
-        return round(pairs * share / 2)
+        return round(pairs * share / parts)
     return 0 if pairs < TOO_FEW else min(HELD_MOST, max(HELD_LEAST, round(HELD_SHARE * pairs)))
 
 

@@ -105,19 +105,21 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     made = tree if _as_given(wish) else sized(tree, len(store), _visits(wish, out, tree, store, rates, ranks))
     work = out / "work" / _digest(store, made, wish)
     parts = _parts(store, work, wish, made, console)
-    made |= {"run": str(work / "run")}
+    run = work / "run" / out.name
+    made |= {"run": str(run)}
     made["data"] = {**made["data"], "store": str(parts[TRAIN])}
-    made["data"]["validation"] = {VALIDATION: str(parts[VALIDATION])} if VALIDATION in parts else {}
+    watched = next((name for name in (VALIDATION, TEST) if name in parts), None)
+    made["data"]["validation"] = {} if watched is None else {"held out": str(parts[watched])}
     if made["confidence"].get("selection") == "calibrated":
         made["confidence"]["cross_fit"] = str(work / "cross-fit")
     config = load_config(_written(out / "config.yaml", made, wish.overrides))
     here = Stages(work / "stages.json", out / "logs", console)
-    trained, shown = _stages(out, work, config, parts, store, rates, ranks)
+    trained, shown = _stages(out, config, parts, store, rates, ranks)
     here.run(trained, of=len(trained) + len(shown))
-    if (out / "run").resolve() != work / "run":
+    if (out / "run").resolve() != run:
         # What stands there is of other settings.
         here.forget(shown)
-        _link(out / "run", work / "run")
+        _link(out / "run", run)
     here.run(shown, after=len(trained), of=len(trained) + len(shown))
     cleaned = _cleaned(wish, out, parts, here)
     told_seconds = everywhere.told + here.told
@@ -212,28 +214,30 @@ def _digest(store: Store, tree: Tree, wish: Wish) -> str:
 
 
 def _parts(store: Store, work: Path, wish: Wish, tree: Tree, console: Console) -> dict[str, Path]:
-    count = held_out(len(store), wish.held_out)
+    # Weights that are chosen by one part are measured by another.
+    names = [TEST, VALIDATION] if tree["training"].get("final", "best") == "best" else [TEST]
+    count = held_out(len(store), wish.held_out, len(names))
     if count == 0:
         console.print("all pairs are trained on: nothing is held out to measure the model by", highlight=False)
         return {TRAIN: store.path}
-    parts = split(store, work, {TEST: count, VALIDATION: count}, tree.get("seed", 0))
-    sizes = {name: len(Store(path)) for name, path in parts.items()}
-    told = f"{sizes[TRAIN]:,} pairs train, {sizes[VALIDATION]:,} choose the weights, {sizes[TEST]:,} measure them"
-    console.print(told, highlight=False)
+    parts = split(store, work, dict.fromkeys(names, count), tree.get("seed", 0))
+    does = {TRAIN: "train", VALIDATION: "choose the weights", TEST: "measure them"}
+    told = ", ".join(f"{len(Store(parts[name])):,} {does[name]}" for name in (TRAIN, *reversed(names)))
+    console.print(f"of the pairs {told}", highlight=False)
     return parts
 
 
 def _stages(
-    out: Path, work: Path, config: Config, parts: dict[str, Path], store: Store, rates: Rates, ranks: int
+    out: Path, config: Config, parts: dict[str, Path], store: Store, rates: Rates, ranks: int
 ) -> tuple[list[Stage], list[Stage]]:
-    """What trains in `work`, once the store stands, and what is shown of that in `out`."""
+    """What trains, once the store stands, and what is shown of that in `out`."""
     of = str(out / "config.yaml")
     seconds = _seconds(config, rates, len(store), store.manifest["images"], ranks)
-    run, measured = str(work / "run"), parts.get(TEST, parts[TRAIN])
+    run, measured = str(config.run), parts.get(TEST, parts[TRAIN])
     name = "held out" if TEST in parts else "trained on"
-    trained = [Stage("train", ["train", of], seconds["train"], ranks, [work / "run" / "model"])]
-    if config.confidence.selection == "calibrated":
-        verdicts = work / "cross-fit" / "cross_fit.parquet"
+    trained = [Stage("train", ["train", of], seconds["train"], ranks, [config.run / "model"])]
+    if config.confidence.selection == "calibrated" and config.confidence.cross_fit is not None:
+        verdicts = config.confidence.cross_fit / "cross_fit.parquet"
         trained.insert(0, Stage("cross-fit", ["cross-fit", of], seconds["cross-fit"], ranks, [verdicts]))
     shown = [
         Stage(

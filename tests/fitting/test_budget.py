@@ -53,8 +53,8 @@ def test_lengths_of_time_are_read() -> None:
 
 
 def test_too_few_pairs_are_all_trained_on() -> None:
-    assert [held_out(pairs, None) for pairs in (20, 399, 400, 21_000, 10**7)] == [0, 0, 50, 630, 2_500]
-    assert held_out(1_000, 0.2) == 100
+    assert [held_out(pairs, None, 2) for pairs in (20, 399, 400, 21_000, 10**7)] == [0, 0, 50, 630, 2_500]
+    assert [held_out(1_000, 0.2, parts) for parts in (1, 2)] == [200, 100]
 
 
 def test_a_config_of_few_keys_is_sized_alike(tmp_path: Path) -> None:
