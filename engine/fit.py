@@ -1,13 +1,15 @@
 """`efficientclip fit SOURCE --out DIR`: from pairs to a model, its report and what it found wrong, by one command.
 
-DIR/store            what the frozen tower makes of the source
-   /work/OF/         of this source and these settings: train, validation and test stores, cross-fit, run
-   /run              the run of these settings
-   /config.yaml      what was trained: `efficientclip train DIR/config.yaml` goes on from it
-   /fit.json         what was asked for, and told
-   /logs/            what each stage said
-   /model            the Hugging Face folder
-   /report.html, audit.html, audit.parquet, suspects.csv, cleaned.csv
+In DIR:
+
+store            what the frozen tower makes of the source
+work/OF          of this source and these settings: the parts that train and measure, cross-fit, run
+run              the run of these settings
+config.yaml      what was trained: `efficientclip train DIR/config.yaml` goes on from it
+fit.json         what was found for what was asked: rates, a budget
+logs             what each stage said
+model            the Hugging Face folder
+report.html, audit.html, audit.parquet, suspects.csv, cleaned.csv
 """
 
 from __future__ import annotations

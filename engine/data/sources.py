@@ -230,6 +230,12 @@ def open_labelled(path: Location, images: Location | None = None, columns: Colum
     return _source(path, [entry.file for entry in entries], entries)
 
 
+def is_table(path: Location) -> bool:
+    """Whether it is one table, of names of pictures or of pictures, and no more than one file."""
+    single = not is_pattern(path) and (isinstance(path, URL) or path.is_file())
+    return single and path.suffix in SUFFIXES and not path.name.endswith(IMAGES)
+
+
 def open_pictures(
     path: Location, images: Location | None = None, columns: Columns = USUAL, cache: Cache | None = None
 ) -> Source:
@@ -238,8 +244,7 @@ def open_pictures(
         check_folder(images, path, unused=True)
         entries = _folder_entries(path)
         return _source(path, [entry.file for entry in entries], entries)
-    single = not is_pattern(path) and (isinstance(path, URL) or path.is_file())
-    if single and path.suffix in SUFFIXES and not path.name.endswith(IMAGES):
+    if is_table(path):
         check_folder(images, path, unused=False)
         return _table_source(path, images, columns, CAPTION_COLUMNS, captioned=False)
     return open_source(path, images, columns, cache)

@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 from ..data.captions import captions_of
 from ..data.parquet import tables_of
 from ..data.remote import ranges
+from ..data.sources import is_table
 from ..data.store import Store
 from ..data.tables import (
     CAPTION_COLUMNS,
     KEY_COLUMNS,
     PICTURE_COLUMNS,
-    SUFFIXES,
     Columns,
     header,
     named,
@@ -55,7 +55,7 @@ def write_cleaned(source: Location, columns: Columns, audit: Path, held_out: lis
         for table in Store(path).pair_tables(["key", "caption", "image_id"]):
             for pair in table.to_pylist():
                 found.add(path.name, pair, Verdict(True, None, HELD_OUT))
-    if source.suffix in SUFFIXES and not source.name.endswith("_imgs.tsv") and _is_one(source):
+    if is_table(source):
         return _as_table(source, columns, found, folder)
     target = folder / "cleaned.csv"
     with written_aside(target) as aside, aside.open("w", encoding="utf-8-sig", newline="") as stream:
@@ -83,10 +83,6 @@ class Pairs:
             return self.of_pair[key, caption]
         picture = self._pictures.get(key)
         return None if picture is None else self._of_picture.get((*picture, caption))
-
-
-def _is_one(source: Location) -> bool:
-    return not isinstance(source, Path) or source.is_file()
 
 
 def _judged(audit: Path) -> Iterator[tuple[dict[str, Any], Verdict]]:

@@ -232,7 +232,7 @@ def _stages(
 ) -> tuple[list[Stage], list[Stage]]:
     """What trains, once the store stands, and what is shown of that in `out`."""
     of = str(out / "config.yaml")
-    seconds = _seconds(config, rates, len(store), store.manifest["images"], ranks)
+    seconds = _seconds(config.model_dump(), rates, len(store), store.manifest["images"], ranks)
     run, measured = str(config.run), parts.get(TEST, parts[TRAIN])
     name = "held out" if TEST in parts else "trained on"
     trained = [Stage("train", ["train", of], seconds["train"], ranks, [config.run / "model"])]
@@ -275,9 +275,11 @@ def _require_same(store: Path, wish: Wish, config: Config) -> None:
         raise UserError(f"--out {wish.out}: its pictures went through {manifest['tower']}, now {difference}; {another}")
 
 
-def _seconds(config: Config, rates: Rates, pairs: int, pictures: int, ranks: int) -> dict[str, float]:
-    folds = config.confidence.cross_fit_share if config.confidence.selection == "calibrated" else 0.0
-    return told(rates, pairs, pictures, config.training.pair_visits, folds, ranks=ranks)
+def _seconds(made: Tree, rates: Rates, pairs: int, pictures: int, ranks: int) -> dict[str, float]:
+    """Of each stage that a config's tree asks for."""
+    ecl, visits = made["confidence"], made["training"]["pair_visits"]
+    found = told(rates, pairs, pictures, visits, ecl.get("cross_fit_share", 0.0), ranks=ranks)
+    return found if ecl.get("selection") == "calibrated" else {k: v for k, v in found.items() if k != "cross-fit"}
 
 
 def _told_before(
@@ -290,8 +292,7 @@ def _told_before(
         made = sized(tree, pairs, visits_within(wish.seconds, rates, pairs, pictures, ranks))
     else:
         made = sized(tree, pairs, visits_of(pairs, wish.epochs))
-    share = made["confidence"].get("cross_fit_share", 0.0)
-    seconds = told(rates, pairs, pictures, made["training"]["pair_visits"], share, ranks=ranks)
+    seconds = _seconds(made, rates, pairs, pictures, ranks)
     table = Table("stage", "about")
     for name, length in seconds.items():
         table.add_row(name, span(length))

@@ -13,10 +13,10 @@ import numpy as np
 from rich.table import Table
 
 from ..data.listing import Listing
-from ..data.sources import Source, open_source
-from ..data.tables import CAPTION_COLUMNS, KEY_COLUMNS, PICTURE_COLUMNS, SUFFIXES, Columns, header, named
+from ..data.sources import Source, is_table, open_source
+from ..data.tables import CAPTION_COLUMNS, KEY_COLUMNS, PICTURE_COLUMNS, Columns, header, named
 from ..errors import UserError
-from ..files.places import URL, Location, location
+from ..files.places import Location, location
 
 LOOKED_AT, LEAST_PAIRS = 50_000, 8
 SCRIPTS = {
@@ -86,8 +86,7 @@ def look(path: Location, images: Location | None, columns: Columns) -> Found:
 
 def _columns_of(path: Location, columns: Columns) -> dict[str, str]:
     """What of a table is taken for what."""
-    single = isinstance(path, URL) or path.is_file()
-    if path.suffix not in SUFFIXES or not single or path.name.endswith("_imgs.tsv"):
+    if not is_table(path):
         return {"source": str(path)}
     wanted = {
         "picture": named(columns.image, PICTURE_COLUMNS),

@@ -79,20 +79,15 @@ class Stages:
             if self.finished(stage):
                 continue
             left = sum(later.seconds or 0 for later in stages[number - after - 1 :] if not self.finished(later))
-            title, started = f"{number}/{of or len(stages)} {stage.name}", time.monotonic()
-            self._run(stage, title, left)
-            spent = time.monotonic() - started
+            title = f"{number}/{of or len(stages)} {stage.name}"
+            spent = self._run(stage, title, left)
             self.note(stage.name, spent)
-            self.told, self.took = self.told + (stage.seconds or 0), self.took + spent
             told = "" if stage.seconds is None else f" (told: {span(stage.seconds)})"
             self.console.print(f"{title}: {span(spent)}{told}", highlight=False)
 
     def run_anyway(self, stage: Stage) -> None:
         """One that finds out by itself whether there is anything to do."""
-        started = time.monotonic()
-        self._run(stage, stage.name, stage.seconds or 0)
-        spent = time.monotonic() - started
-        self.told, self.took = self.told + (stage.seconds or 0), self.took + spent
+        spent = self._run(stage, stage.name, stage.seconds or 0)
         said = last_line(self.log_of(stage))
         self.console.print(f"{stage.name}: {span(spent)}; {said}", highlight=False, soft_wrap=True)
 
@@ -101,7 +96,8 @@ class Stages:
         for number, stage in enumerate(stages, 1):
             self.run_anyway(replace(stage, name=f"{number}/{len(stages)} {stage.name}"))
 
-    def _run(self, stage: Stage, title: str, left: float) -> None:
+    def _run(self, stage: Stage, title: str, left: float) -> float:
+        """Seconds that the stage took."""
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.log_of(stage)
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}")
@@ -130,6 +126,9 @@ class Stages:
                 f"{stage.name}: ended with code {process.returncode}: {_said(log)}; all it said is in {log}; the same"
                 " command goes on from here"
             )
+        spent = time.monotonic() - started
+        self.told, self.took = self.told + (stage.seconds or 0), self.took + spent
+        return spent
 
 
 def command(stage: Stage) -> list[str]:

@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,17 +132,12 @@ def _unpaired(config: Config, caption_tokens: float) -> float:
     return tokens / (config.training.batch_size * caption_tokens)
 
 
-def _lines() -> Iterator[str]:
-    yield json.dumps({})
+def _tell() -> None:
+    print("{}", flush=True)
     config, asked = load_config(Path(sys.argv[1])), json.loads(sys.argv[2])
     with process_group(config):
-        yield json.dumps(asdict(_measure(config, asked)))
-
-
-def _print() -> None:
-    for line in _lines():
-        print(line, flush=True)
+        print(json.dumps(asdict(_measure(config, asked))), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(reported(_print))
+    sys.exit(reported(_tell))

@@ -75,7 +75,8 @@ def write_onnx(model: ChineseCLIPModel | EfficientCLIP, folder: Path, *, size: i
         except errors.OnnxExporterError as error:
             cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
             raise UserError(f"--onnx: the {side.name} tower cannot be written ({short(cause)}); {WITHOUT}") from error
-        assert program is not None
+        if program is None:
+            raise UserError(f"--onnx: torch wrote nothing of the {side.name} tower; {WITHOUT}")
         # It has the paths of source files on this machine.
         ClearMetadataAndDocStringPass()(program.model)
         # One file a side, unless protobuf's 2 GB are too few.
