@@ -178,7 +178,8 @@ void ImageLoader::gather(Place& place, PictureReader& reader) const {
         if (options_.captions && place.without != nullptr) throw BadPicture{place.without};
         if (where.image->size > kLargestPicture) throw BadPicture{kTooLarge};
         if (listing != nullptr) {
-            sample.image = reader.read(listing->files[listing->file[where.ordinal]], *where.image, listing->base64);
+            sample.image = reader.read(listing->files[listing->file[where.ordinal]], *where.image, listing->base64,
+                                       sample.shard->fetched.owner);
         }
     } catch (const BadPicture& bad) {
         place.cause = bad.cause;

@@ -42,11 +42,13 @@ std::vector<std::string_view> Listing::captions_of(std::int64_t picture) const {
     return texts;
 }
 
-Blob PictureReader::read(std::string_view path, Extent& extent, bool base64) {
+Blob PictureReader::read(std::string_view path, Extent& extent, bool base64, const std::shared_ptr<void>& owner) {
     Blob stored;
     try {
-        if (!file_ || path_ != path) {
+        const bool is_of_owner = !owner_.owner_before(owner) && !owner.owner_before(owner_);
+        if (!file_ || path_ != path || !is_of_owner) {
             path_ = path;
+            owner_ = owner;
             file_.emplace(path_);
         }
         if (extent.size < 0) extent.size = file_->size() - extent.offset;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -38,11 +39,13 @@ struct Listing {
 class PictureReader {
   public:
     // What lies at `extent` of the file at `path`, or what that stands for as base64. Size -1 is the whole file, and is
-    // replaced by its size. Throws BadPicture.
-    Blob read(std::string_view path, Extent& extent, bool base64);
+    // replaced by its size. `owner`: what a temporary file lives by; another one's file may get the same path. Throws
+    // BadPicture.
+    Blob read(std::string_view path, Extent& extent, bool base64, const std::shared_ptr<void>& owner = nullptr);
 
   private:
     std::string path_;
+    std::weak_ptr<void> owner_;
     std::optional<File> file_;
 };
 

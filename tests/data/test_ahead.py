@@ -9,13 +9,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from threading import Event, Lock
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from efficientclip.data.ahead import AHEAD
 from efficientclip.data.images import ImageLoader
@@ -195,6 +198,26 @@ def test_pictures_of_a_parquet_are_unpacked_part_by_part(tmp_path: Path, monkeyp
                      for at in range(len(batch))}  # fmt: skip
             # Cells are counted along the rows, of which each has two.
             assert found == {number: (picture, 2 * number) for number, picture in enumerate(pictures)}
+
+
+def test_a_temporary_file_is_not_taken_for_one_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientclip.data.sources.PART", 1)
+    pictures = []
+    # Of one length: each file's bytes would do for any other's.
+    for number in range(300):
+        Image.fromarray(np.full((8, 8, 3), number % 256, np.uint8)).save(file := BytesIO(), "png", compress_level=0)
+        pictures.append(file.getvalue())
+    assert len({len(picture) for picture in pictures}) == 1
+    captions = [f"picture {number}" for number in range(300)]
+    table = pa.table({"image": [{"bytes": picture, "path": None} for picture in pictures], "caption": captions})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with ImageLoader(tmp_path / "t.parquet", batch_size=4, size=8, train=False, keep_encoded=True) as batches:
+        found = [
+            (texts[0], picture)
+            for batch in batches
+            for texts, picture in zip(batch.captions, batch.encoded, strict=True)
+        ]
+    assert found == list(zip(captions, pictures, strict=True))
 
 
 # Bad shards
