@@ -20,7 +20,7 @@ from ..data.store import Store
 from ..errors import UserError, reading
 from ..files import digests
 from ..hardware import in_words, read_hardware
-from ..noise.cross_fit import read_rates, read_visits
+from ..noise.cross_fit import read_near, read_rates, read_visits
 from ..objectives.retrieval import CUTOFFS
 from ..training.run_folder import RESTORE, run_identity
 from .evaluate import DIRECTIONS
@@ -232,9 +232,12 @@ def _kept(run: Path) -> npt.NDArray[np.bool_] | None:
 
 def _noise(opened: Run) -> Iterator[str]:
     folder = opened.config.confidence.cross_fit
-    rates = [] if folder is None else read_rates(folder)
+    if folder is None:
+        yield "Not estimated."
+        return
+    rates = read_rates(folder)
     if not rates:
-        yield "Not estimated." if folder is None else "Not told: what `efficientclip cross-fit` found is not at hand."
+        yield "Not told: what `efficientclip cross-fit` found is not at hand."
         return
     yield "Wrong pairs, estimated before training, without labels, by two towers that each judged pairs which they had"
     yield "not trained on:"
@@ -242,6 +245,8 @@ def _noise(opened: Run) -> Iterator[str]:
     for rate in rates:
         told = "cannot be told" if rate.open else f"{rate.rate:.1%}"
         yield f"| {_cell(rate.name)} | {rate.pairs:,} | {told} | {rate.low:.1%} to {rate.high:.1%} |"
+    if near := read_near(folder):
+        yield from ("", f"{near}.")
 
 
 def _resources(opened: Run, steps: list[dict[str, Any]]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from ..files.atomic import write_atomically
 from ..files.ownership import MADE_BY, claim_file
 from ..files.places import Location
 from ..hardware import in_words, machine_name, read_hardware
-from ..noise.cross_fit import read_rates
+from ..noise.cross_fit import read_near, read_rates
 from .charts import Line, histogram, line_chart
 from .evaluate import DIRECTIONS, MEASURES, caption_features, measure, write_json
 from .gallery import Shown, caption_queries, free_queries, has_pictures, named_pictures, surest_pairs
@@ -86,6 +86,7 @@ def write_report(
     write_json(results, figures)
     steps, validations = read_metrics(run / "metrics.jsonl")
     verdicts = read_verdicts(run, store_trained)
+    judged = opened.config.confidence.cross_fit
     detected = None if verdicts is None else detection(verdicts)
     arguments = ["--data", *(f"{name}={path}" for name, path in tables.items())] if tables else []
     arguments += ["--gallery", *gallery] if gallery else []
@@ -103,7 +104,8 @@ def write_report(
         ecl_charts=[] if verdicts is None else list(_ecl_charts(steps, verdicts, detected)),
         detection=detected,
         sources={} if verdicts is None else store_trained.sources().shares(verdicts.kept),
-        rates=[] if opened.config.confidence.cross_fit is None else read_rates(opened.config.confidence.cross_fit),
+        rates=[] if judged is None else read_rates(judged),
+        near="" if judged is None else read_near(judged),
         dropped=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=False),
         kept=[] if verdicts is None else surest_pairs(verdicts, store_trained, kept=True),
         config=(run / "config.yaml").read_text(encoding="utf-8"),

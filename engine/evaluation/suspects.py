@@ -18,9 +18,11 @@ from ..files.ownership import SUSPECTS
 from ..noise.confidence import together
 from ..noise.cross_fit import FILE, read_cross_fit
 from ..noise.docket import sources
+from ..noise.rate import HIT
 from .verdicts import Verdicts
 
 MOST = 10_000  # rows of the list; audit.parquet has all
+ALONE = -1.0  # a log-ratio of the company that captions keep, below which it is told
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Evidence:
     score: npt.NDArray[np.float64]  # NaN: none
     wrong_probability: npt.NDArray[np.float64] | None = None
     p: npt.NDArray[np.float64] | None = None  # share of its source's other captions that fit the picture as well
+    company: npt.NDArray[np.float64] | None = None  # log of how much likelier right captions keep the company it keeps
 
 
 def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evidence:
@@ -43,7 +46,7 @@ def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evi
     for (_, rows), rate in zip(sources(store), found.sources, strict=False):
         if rate.open:
             probability[rows] = np.nan
-    return Evidence(together(found.clean_log_odds, verdicts.score), probability, found.p)
+    return Evidence(together(found.clean_log_odds, verdicts.score), probability, found.p, found.company)
 
 
 def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> None:
@@ -64,5 +67,8 @@ def _line(row: int, pair: dict[str, Any], kept: bool, evidence: Evidence) -> lis
         chance = evidence.wrong_probability[row]
         probability = "" if np.isnan(chance) else f"{chance:.3f}"
         reason = f"{evidence.p[row]:.1%} of its source's other captions fit the picture as well"
+        if evidence.company is not None and evidence.company[row] < ALONE:
+            reason += "; it stands with the picture's other captions nowhere else"
+            reason += ": a near miss, or a rare name" if evidence.p[row] < HIT else ""
     told = "kept" if kept else "dropped"
     return [row, pair["key"], pair["caption"], pair["source"], probability, f"{evidence.score[row]:.3f}", told, reason]

@@ -28,7 +28,7 @@ from ..files.lock import held
 from ..files.ownership import claim, mark
 from ..files.places import Location, resolved
 from ..model.frozen import image_tower_name, tower_difference
-from ..noise.cross_fit import read_rates
+from ..noise.cross_fit import read_near, read_rates
 from .budget import held_out, sized, told, visits_of, visits_within
 from .cleaned import write_cleaned
 from .demo import tower_stages
@@ -312,6 +312,8 @@ def _tell_after(wish: Wish, out: Path, config: Config, cleaned: Path, spent: flo
         for rate in read_rates(config.confidence.cross_fit):
             shown = f"{rate.rate:.1%} of {rate.pairs:,} ({rate.low:.1%} to {rate.high:.1%})"
             table.add_row(f"wrong pairs, {rate.name}", shown if rate.droppable else f"{shown}: nothing was dropped")
+        if near := read_near(config.confidence.cross_fit):
+            table.add_row("beside them", near)
     for what, name in (
         ("model", "model"), ("report", "report.html"), ("pairs to look at", "audit.html"), ("the same, as a list",
         "suspects.csv"), ("your rows, judged", cleaned.name), ("what was trained", "config.yaml"),

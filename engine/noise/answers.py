@@ -124,20 +124,20 @@ def _testimony(
     """Of each run in `tied` the sum of its features, float32 [runs, width], and the weight, float32 [runs], of what is
     left of it when the pair's `own` is taken off."""
     heard = ends - starts <= MOST_WITNESSES
-    sums = _sums(features, tied, starts, np.where(heard, ends - starts, 0), device)
+    total = sums(features, tied, starts, np.where(heard, ends - starts, 0), device)
     # One more than testify, so that a single one does not speak for all.
-    return sums, torch.from_numpy(TESTIMONY * heard / (ends - starts - own + 1)).to(device, torch.float32)
+    return total, torch.from_numpy(TESTIMONY * heard / (ends - starts - own + 1)).to(device, torch.float32)
 
 
-def _sums(features: Features, tied: Integers, starts: Integers, counts: Integers, device: torch.device) -> torch.Tensor:
+def sums(features: Features, tied: Integers, starts: Integers, counts: Integers, device: torch.device) -> torch.Tensor:
     """Of each run in `tied` the sum of its features, float32 [runs, width]; `counts` may be 0."""
-    sums, ends = [], np.cumsum(counts)
+    found, ends = [], np.cumsum(counts)
     bounds = np.unique(np.searchsorted(ends, np.arange(0, counts.sum() + ROWS, ROWS)))
     for low, high in itertools.pairwise(np.unique([0, *bounds, len(counts)])):
         some = ranges(starts[low:high], counts[low:high])
         lengths = torch.from_numpy(counts[low:high]).to(device)
-        sums.append(torch.segment_reduce(rows_of(features, tied[some], device), "sum", lengths=lengths, axis=0))
-    return torch.cat(sums)
+        found.append(torch.segment_reduce(rows_of(features, tied[some], device), "sum", lengths=lengths, axis=0))
+    return torch.cat(found)
 
 
 def _linked_columns(captions_of: Edges, images: Integers, null_ids: Integers) -> tuple[Integers, Integers, Integers]:

@@ -66,15 +66,20 @@ class CrossFit:
     sources: tuple[SourceRate, ...] = ()
     whole: SourceRate | None = None
     made_of: str = ""
+    near: SourceRate | None = None  # misses beside these
+    company: Floats | None = None  # of each pair, log of how much likelier a right one keeps it than a wrong one
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
     """cross_fit.parquet: a row a pair; in its metadata the rates, the store's identity, and a digest of it all."""
     columns = {name: getattr(found, name) for name in COLUMNS}
+    if found.company is not None:
+        columns["company"] = found.company
     table = pa.table({"row": np.arange(len(found.p)), **columns})
     told = {"rate": repr(found.rate), "visits": str(found.visits), "pairs": _identity(store)}
     told["sources"] = json.dumps(found.sources, ensure_ascii=False)
     told["whole"] = json.dumps(found.whole, ensure_ascii=False)
+    told["near"] = json.dumps(found.near)
     told["columns"] = _digest_of(*(np.ascontiguousarray(column).data for column in columns.values()))
     told["made_of"] = found.made_of
     told["sha256"] = _digest_of(*map(str.encode, told.values()))
@@ -90,7 +95,8 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
     with reading("confidence.cross_fit:", file, ANEW):
         table = pq.read_table(file)
         told = _told(table.schema)
-        columns = {name: table[name].to_numpy() for name in COLUMNS}
+        names = [*COLUMNS, *(["company"] if "company" in table.column_names else [])]
+        columns = {name: table[name].to_numpy() for name in names}
         if not np.array_equal(table["row"].to_numpy(), np.arange(len(table))):
             raise ValueError("its rows are not those of a store")
         for name, column in columns.items():
@@ -104,7 +110,8 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
     if store is not None and (told["pairs"] != _identity(store) or len(table) != len(store)):
         raise UserError(f"confidence.cross_fit: {file} judges other pairs than those of {store.path}; {ANEW}")
     by_source = tuple(SourceRate(*source) for source in json.loads(told.get("sources", "[]")))
-    made_of, whole = told.get("made_of", ""), json.loads(told.get("whole", "null"))
+    made_of = told.get("made_of", "")
+    whole, near = (json.loads(told.get(name, "null")) for name in ("whole", "near"))
     # The columns are numpy's by now.
     del table
     give_back()
@@ -115,6 +122,7 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
         sources=by_source,
         whole=whole and SourceRate(*whole),
         made_of=made_of,
+        near=near and SourceRate(*near),
     )
 
 
@@ -139,6 +147,21 @@ def read_rates(folder: Path) -> list[SourceRate]:
     return [SourceRate(*rate) for rate in ([whole] if whole else []) + (sources if len(sources) > 1 else [])]
 
 
+def read_near(folder: Path) -> str:
+    """What `folder` tells of near misses, in words; "" where it tells of none."""
+    near = json.loads(_told_without_pairs(folder).get("near", "null"))
+    return near_in_words(SourceRate(*near)) if near else ""
+
+
+def near_in_words(near: SourceRate) -> str:
+    if not near.droppable:
+        return ""
+    return (
+        f"{near.rate:.1%} more ({near.low:.1%} to {near.high:.1%}) are near misses, or rare names of what a picture"
+        " shows: none is dropped for it"
+    )
+
+
 def _told_without_pairs(folder: Path) -> dict[str, str]:
     file = folder / FILE
     if not file.is_file():
@@ -153,7 +176,7 @@ def _told(schema: pa.Schema) -> dict[str, str]:
     # Earlier versions wrote no digests, and no rates of sources.
     later = {
         key: schema.metadata[key.encode()].decode()
-        for key in ("sources", "whole", "columns", "made_of", "sha256")
+        for key in ("sources", "whole", "near", "columns", "made_of", "sha256")
         if key.encode() in schema.metadata
     }
     if not 0 <= float(told["rate"]) <= 1 or int(told["visits"]) < 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +12,16 @@ import torch
 
 from ..data.store import Store, edges
 from .answers import Answers, Floats, answers, null_captions
+from .cooccurrence import Ties
 from .cross_fit import CrossFit, SourceRate
+from .near_misses import near_miss_posterior, subjects
 from .neighbourhoods import Features, Integers, cells
-from .rate import HIT, INTERVAL, RATES, clean_log_odds, competence, quantiles, rate_posteriors
+from .rate import HIT, INTERVAL, RATES, clean_log_odds, competence, quantiles, rate_posteriors, second_witness
 
 LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 PART = 1 << 16  # pairs that are judged at a time
 DRAWS = 10_000  # of the rate of all sources
+VERDICTS = 2  # raised when the same answers would give others
 
 
 def sources(store: Store) -> list[tuple[str, npt.NDArray[np.int64]]]:
@@ -89,7 +93,7 @@ class Docket:
         pairs.
 
         Rates are read from the captions' words, since other pictures would vouch for a caption that is wrong on all of
-        them; which pairs are the wrong ones, from both.
+        them; which pairs are the wrong ones, from both, and from the company that captions keep.
         """
         store, device = self.store, self.device
         of_pairs = np.empty_like(told)
@@ -100,17 +104,34 @@ class Docket:
         around = store.caption_ids, store.image_ids, caption_cell, image_cell, groups
         by_words = competence(found.p < HIT, *around)
         by_both = competence(found.p_with_pictures < HIT, *around)
-        odds, rates = np.zeros(len(store)), []
-        random, drawn = np.random.default_rng([self.seed, 8]), np.zeros(DRAWS)
+        ties = Ties(store.image_ids, store.caption_ids)
+        company = ties.company(np.arange(len(store)))
+        bins, subject = company.bins(), subjects(store.features, store.caption_edges, self.seed, device)
+        odds, by_company = np.zeros(len(store)), np.zeros(len(store))
+        random, rates = np.random.default_rng([self.seed, 8]), []
+        drawn, drawn_near, told_of_near = np.zeros(DRAWS), np.zeros(DRAWS), False
         posteriors = rate_posteriors(found.p, by_words, groups, [rows for _, rows in self.sources])
         for (name, rows), probability in zip(self.sources, posteriors, strict=True):
-            drawn += random.choice(RATES, DRAWS, p=probability) * len(rows) / len(store)
-            source = _rate(name, found.p[rows], quantiles(probability, INTERVAL))
-            odds[rows] = clean_log_odds(found.p_with_pictures, by_both, rows, source.droppable)
+            source, share = _rate(name, found.p[rows], quantiles(probability, INTERVAL)), len(rows) / len(store)
+            drawn += random.choice(RATES, DRAWS, p=probability) * share
             rates.append(source)
+            wrong, near = source.droppable, near_miss_posterior(ties, company, subject, rows, source.rate, self.seed)
+            if near is not None:
+                told_of_near, few = True, _near_misses(len(rows), quantiles(near, INTERVAL))
+                drawn_near += random.choice(RATES, DRAWS, p=near) * share
+                wrong = min(1.0, wrong + few.droppable)
+            by_company[rows] = second_witness(found.p, by_words, rows, wrong, *bins)
+            odds[rows] = clean_log_odds(found.p_with_pictures, by_both, rows, wrong, by_company[rows])
         rate = sum(source.droppable * source.pairs for source in rates) / len(store)
         whole = _rate("all", found.p, np.quantile(drawn, INTERVAL).tolist())
-        return CrossFit(rate, visits, self.fold, found.cosine, found.p, by_words.pair, odds, tuple(rates), whole)
+        near_misses = _near_misses(len(store), np.quantile(drawn_near, INTERVAL).tolist()) if told_of_near else None
+        judged = CrossFit(rate, visits, self.fold, found.cosine, found.p, by_words.pair, odds, tuple(rates), whole)
+        return replace(judged, near=near_misses, company=by_company)
+
+
+def _near_misses(pairs: int, quantiles: list[float]) -> SourceRate:
+    low, rate, high = quantiles
+    return SourceRate("near misses", pairs, rate, low, high)
 
 
 def _rate(name: str, p: Floats, quantiles: list[float]) -> SourceRate:

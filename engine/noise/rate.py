@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 from scipy.stats import norm
 
 from .answers import Floats
@@ -27,6 +28,7 @@ BACKING = 2.0  # pairs' worth of belief in the wider neighbourhood's rate
 STRATA = 5  # of like competence, for the rate
 ODDS_STRATA = 10
 CONVERGED = 1e-9
+ROUNDS, PRIOR = 2, 2.0  # of learning what a second witness tells, and pairs a stratum that fall as all do
 # Bins of p below FOREIGN: one is finer than a hit, so that it tells how far right pairs lie from the others.
 BINS = np.array([0, 0.005, HIT, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, FOREIGN])
 RATES = np.linspace(0, 1, 201)
@@ -162,7 +164,7 @@ def _source(p: Floats, found: Competence, bounds: Floats, rows: Integers, groups
     stratum = np.searchsorted(bounds, found.pair[rows], side="right") - 1
     bins, at = len(BINS) - 1, np.digitize(p, BINS[1:], right=True)
     found_SB = np.bincount(stratum * (bins + 1) + at, minlength=STRATA * (bins + 1)).reshape(STRATA, bins + 1)
-    counts = found_SB.astype(np.float64) / (DISPERSION * _design_effect(stratum, at == bins - 1, at < bins, groups))
+    counts = found_SB.astype(np.float64) / (DISPERSION * design_effect(stratum, at == bins - 1, at < bins, groups))
     mismatched = found.mismatched_above(bounds, rows)
     return _Source(counts[:, :bins], counts[:, bins], counts.sum() * (mismatched[:-1] - mismatched[1:]))
 
@@ -196,21 +198,23 @@ def _mixtures() -> tuple[Floats, Floats]:
     return shares, np.log(part * wrong + (1 - part) * right + 1e-12)
 
 
-def _design_effect(stratum: Integers, failed: Bools, seen: Bools, groups: Integers) -> float:
-    """Variance of how many pairs failed, over what it were without groups; at least 1."""
+def design_effect(stratum: Integers, failed: Bools, seen: Bools, groups: Integers) -> float:
+    """Variance of how many pairs that were `seen` failed, over what it were without groups; at least 1. All [pairs]."""
     of, failed = stratum[seen], failed[seen].astype(np.float64)
-    size = np.maximum(np.bincount(of, minlength=STRATA), 1)
-    rest = failed - (np.bincount(of, failed, STRATA) / size)[of]
+    size = np.maximum(np.bincount(of), 1)
+    rest = failed - (np.bincount(of, failed) / size)[of]
     together = np.bincount(np.unique(groups[seen], return_inverse=True)[1], rest)
     return max(1.0, float((together**2).sum() / max((rest**2).sum(), 1e-9)))
 
 
-def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) -> Floats:
+def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float, witness: Floats | float = 0.0) -> Floats:
     """Log-odds that each of the pairs `rows` is right, float64 [rows].
 
     Pairs of like competence share a mixture: the uniform p of wrong ones, whose weight is known, and the Beta(a, 1) of
-    right ones, whose a is fitted. Where the tower is not competent a large p says little.
+    right ones, whose a is fitted. Where the tower is not competent a large p says little. `witness`, float64 [rows]:
+    log of how much likelier a right pair is than a wrong one by what else is known of it.
     """
+    witness = np.broadcast_to(witness, len(rows))
     odds, competent = np.zeros(len(rows)), found.pair[rows]
     bounds = np.quantile(competent, np.linspace(0, 1, ODDS_STRATA + 1))
     bounds[0], bounds[-1] = -np.inf, np.inf
@@ -222,10 +226,33 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float) ->
         wrong = float(np.clip(rate * (more - less) * len(rows) / len(chosen), 1e-3, 1 - 1e-3))
         log_p, a = np.log(p[rows[chosen]]), 0.5
         for _ in range(100):
-            density = (1 - wrong) * a * np.exp((a - 1) * log_p)
+            density = (1 - wrong) * a * np.exp((a - 1) * log_p + witness[chosen])
             right = density / (density + wrong)
             before, a = a, min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
             if abs(a - before) < CONVERGED:
                 break
-        odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p
+        odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p + witness[chosen]
     return odds
+
+
+def second_witness(
+    p: Floats, found: Competence, rows: Integers, rate: float, bin_N: Integers, stratum: Integers
+) -> Floats:
+    """What the bins of another observation tell of the pairs `rows`, log of right over wrong, float64 [rows].
+
+    Right and wrong pairs are believed to fall into a stratum's bins whatever their p: how the posteriors by p, and then
+    by both, spread over them is how these do (Dawid and Skene 1979, of raters without a truth, cut short). What p knows
+    to be no sign of a wrong pair tells nothing. Bin 0 tells nothing either.
+    """
+    bins, here = len(stratum), bin_N[rows]
+    size = np.bincount(stratum, np.bincount(here, minlength=bins))[stratum]
+    prior = PRIOR * np.bincount(here, minlength=bins) / np.maximum(size, 1)
+    log_ratio = np.zeros(bins)
+    for _ in range(ROUNDS):
+        right = expit(clean_log_odds(p, found, rows, rate, log_ratio[here]))
+        log_share = []
+        for part in (right, 1 - right):
+            mass = np.bincount(here, part, bins) + prior
+            log_share.append(np.log(mass / np.bincount(stratum, mass)[stratum]))
+        log_ratio = np.where(np.arange(bins) > 0, log_share[0] - log_share[1], 0)
+    return np.asarray(log_ratio[here])

@@ -42,8 +42,8 @@ from ..hardware import compute_dtype
 from ..model.efficientclip import check_model, load_model
 from ..model.encode import BATCH, encode_rows
 from ..noise.answers import Answers
-from ..noise.cross_fit import CrossFit, SourceRate, read_cross_fit, write_cross_fit
-from ..noise.docket import Docket
+from ..noise.cross_fit import CrossFit, SourceRate, near_in_words, read_cross_fit, write_cross_fit
+from ..noise.docket import VERDICTS, Docket
 from ..noise.neighbourhoods import folds, near, pair_groups
 from .distributed import process_group
 from .ranks import assembled, told
@@ -178,6 +178,7 @@ def _made_of(config: Config, store: Store, identity: str, runs: Iterable[Path]) 
         "store": identity,
         "pairs": store.manifest["files"]["pairs.parquet"]["xxh3"],
         "answers": list(Answers._fields),
+        "verdicts": VERDICTS,
         "towers": [digests.read_digests(run / "model") for run in runs],
         "max_caption_tokens": config.training.max_caption_tokens,
         "precision": config.training.precision,
@@ -273,6 +274,8 @@ def _tell(folder: Path, found: CrossFit) -> None:
         print(f"{folder}: {_told(found.whole)}")
     for source in found.sources if len(found.sources) > 1 else ():
         print(f"  {source.name}: {_told(source)}")
+    if found.near is not None and (near := near_in_words(found.near)):
+        print(f"  {near}")
     if any(source.open for source in found.sources):
         print("  More visits (confidence.cross_fit_share) or more pairs may tell more.")
 

@@ -188,6 +188,14 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     np.testing.assert_allclose(table["wrong_probability"].to_numpy(), 1 / (1 + np.exp(odds)), rtol=1e-5)
     page = (tmp_path / "both" / "audit.html").read_text(encoding="utf-8")
     assert "cross-fit's verdicts together" in page and "likely wrong: 100%" in page
+    # A caption that fits, and comes alone, is told to be near.
+    company = np.where(np.arange(len(store)) == 7, -2.0, 0.5)
+    fits = np.where(np.arange(len(store)) == 7, 0.01, p)
+    found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, fits, p, odds, company=company)
+    write_cross_fit(tmp_path / "judged", store, found)
+    assert main(["audit", str(run), str(tmp_path / "alone")]) == 0
+    alone = {int(line["row"]): line["reason"] for line in suspects(tmp_path / "alone")}
+    assert alone[7].endswith("nowhere else: a near miss, or a rare name") and "nowhere else" not in alone[3]
     # Where the rate is not known, neither is a pair's chance.
     open_rate = SourceRate("tiny", len(store), 0.4, 0.1, 0.8)
     found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds, (open_rate,))

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import tarfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from efficientclip.data.pictures import decode_square
 from efficientclip.data.store import Store
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.evaluation.run import open_run
-from efficientclip.noise.cross_fit import CrossFit, SourceRate, write_cross_fit
+from efficientclip.noise.cross_fit import CrossFit, SourceRate, near_in_words, write_cross_fit
 from tests.evaluation.conftest import World
 
 
@@ -114,7 +115,11 @@ def test_the_page_tells_how_many_pairs_are_wrong(world: World, tmp_path: Path) -
     sources = (SourceRate("a", 8, 0.3, 0.25, 0.35, 0.95), SourceRate("b", 4, 0.1, 0.0, 0.7, 0.6))
     found = CrossFit(0.2, 7, zero.astype(np.int8), zero, zero, zero, zero, sources, whole)
     write_cross_fit(judged, store, found)
+    assert main(["report", str(world.run)]) == 0 and "near misses" not in page_of(world.run)
+    near = SourceRate("near misses", 12, 0.12, 0.1, 0.14)
+    write_cross_fit(judged, store, replace(found, near=near, company=zero))
     assert main(["report", str(world.run)]) == 0
+    assert f"<p>{near_in_words(near)}.</p>" in page_of(world.run)
     rows = [
         "<tr><th>all</th><td>12</td><td>25.0%</td><td>20.0 to 30.0%</td><td>90.0%</td><td>25.0%</td></tr>",
         "<tr><th>a</th><td>8</td><td>30.0%</td><td>25.0 to 35.0%</td><td>95.0%</td><td>30.0%</td></tr>",

@@ -35,7 +35,8 @@ def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: 
     assert found.whole.low <= found.whole.rate <= found.whole.high
     write_cross_fit(tmp_path, store, found)
     read = read_cross_fit(tmp_path, store)
-    assert read.sources == found.sources and read.whole == found.whole
+    assert read.sources == found.sources and read.whole == found.whole and read.near == found.near
+    assert read.company is not None and np.array_equal(read.company, found.company)
     monkeypatch.setattr("efficientclip.noise.cross_fit.NEGLIGIBLE", 1.1)
     assert judge(docket, groups).rate == 0
     for part in (np.arange(100), np.arange(100, 240)):

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
 from efficientclip.noise.rate import (
     INTERVAL,
@@ -13,6 +14,7 @@ from efficientclip.noise.rate import (
     competence,
     quantiles,
     rate_posteriors,
+    second_witness,
 )
 
 
@@ -157,3 +159,26 @@ def test_captions_from_elsewhere_count_once() -> None:
 
 def separation(upper: Any, lower: Any) -> float:
     return float((np.searchsorted(np.sort(lower), upper)).mean() / len(lower))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_a_second_witness_is_learned_from_the_first(rate: float) -> None:
+    """Without labels, and less sharply than with them; one that knows nothing of wrong pairs is not believed."""
+    p, found, wrong, _ = scored_pairs(rate, seed=7)
+    random, rows = np.random.default_rng(8), np.arange(len(p))
+    stratum = np.array([0, 1, 1, 1])
+    share_of = np.array([[0.5, 0.3, 0.2], [0.05, 0.15, 0.8]])
+    bins = 1 + (random.random(len(p))[:, None] > np.cumsum(share_of[(~wrong).astype(int)], 1)).sum(1)
+    bins[::5] = 0
+    told = second_witness(p, found, rows, rate, bins, stratum)
+    assert not told[::5].any()
+    of_bin = np.array([told[bins == one].mean() for one in (1, 2, 3)])
+    with_labels = np.log(share_of[1] / share_of[0])
+    assert (np.diff(of_bin) > 0).all() and of_bin[0] < -0.9 and of_bin[2] > 0.2
+    assert (np.abs(of_bin) < np.abs(with_labels) + 0.1).all()
+    alone, both = (clean_log_odds(p, found, rows, rate, witness) for witness in (0.0, told))
+    assert separation(both[~wrong], both[wrong]) > separation(alone[~wrong], alone[wrong]) + 0.05
+    # The posterior stays one: as many are believed wrong as are.
+    assert expit(-both).mean() == pytest.approx(rate, abs=0.05)
+    mute = second_witness(p, found, rows, rate, random.integers(1, 4, len(p)), stratum)
+    assert np.abs(mute).max() < 0.15

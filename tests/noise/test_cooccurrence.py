@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from efficientclip.data.store import edges
+from efficientclip.noise import cooccurrence
+from efficientclip.noise.cooccurrence import Company, Ties
+from efficientclip.noise.cross_fit import TOLD_FROM_NONE
+from efficientclip.noise.near_misses import near_miss_posterior, subjects
+from efficientclip.noise.rate import INTERVAL, quantiles
+
+
+@pytest.mark.parametrize("ties_at_once", [7, 1 << 22])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_company_is_what_counting_finds(monkeypatch: pytest.MonkeyPatch, ties_at_once: int, elsewhere: bool) -> None:
+    monkeypatch.setattr(cooccurrence, "TIES", ties_at_once)
+    monkeypatch.setattr(cooccurrence, "MOST_WITNESSES", 12)
+    random = np.random.default_rng(1)
+    # Pairs that stand twice, a caption and a picture with more than 12 ties.
+    images = np.concatenate([random.integers(0, 30, 150), np.full(20, 4), random.integers(0, 30, 20)])
+    captions = np.concatenate([random.integers(0, 25, 150), random.integers(0, 25, 20), np.full(20, 6)])
+    tied = {*zip(images.tolist(), captions.tolist(), strict=True)}
+    pictures = {caption: {i for i, other in tied if other == caption} for caption in range(25)}
+    named = {image: {c for other, c in tied if other == image} for image in range(30)}
+    full = {image for image in named if len(named[image]) > 12}
+    heard = {caption for caption in pictures if 1 < len(pictures[caption]) <= 12}
+    donors = random.integers(0, len(images), len(images)) if elsewhere else np.arange(len(images))
+    found = Ties(images, captions).company(np.arange(len(images)), donors if elsewhere else None)
+    for row, (image, replaced) in enumerate(zip(images, captions, strict=True)):
+        caption, without = captions[donors[row]], images[donors[row]]
+        others = pictures[caption] - {without} if caption in heard else set()
+        if elsewhere and caption in named[image]:
+            continue
+        assert found.others[row] == len(others)
+        if not others:
+            continue
+        witnesses = (named[image] - {caption, replaced}) & heard if image not in full else set()
+        met = [len(others & pictures[witness] - full - {image}) for witness in witnesses]
+        expected = [len(others) * (len(pictures[witness]) - 1) / 30 for witness in witnesses]
+        assert found.witnesses[row] == len(witnesses) and found.met[row] == sum(met)
+        lift = np.log1p(np.array(met) / np.array(expected)).mean() if met else 0
+        assert found.lift[row] == pytest.approx(lift)
+
+
+def test_bins_hold_pairs_of_like_many_others() -> None:
+    random = np.random.default_rng(2)
+    others, witnesses = random.integers(0, 20, 4000), random.integers(0, 4, 4000)
+    others[:50] = 700
+    found = Company(others, witnesses, witnesses, random.random(4000))
+    bins, stratum = found.bins()
+    assert ((bins == 0) >= ~found.known).all() and (bins[(others > 0) & (others < 17) & (witnesses > 0)] > 0).all()
+    for number in np.unique(bins[bins > 0]):
+        within = found.others[bins == number]
+        assert np.unique(np.digitize(within, cooccurrence.OTHERS)).tolist() == [stratum[number]]
+    for number in np.unique(stratum[1:]):
+        of = np.flatnonzero(stratum == number)
+        lifts = [found.lift[bins == one] for one in of]
+        assert all(one.max() <= two.min() for one, two in itertools.pairwise(lifts))
+    # Too few of like company tell nothing.
+    few = Company(np.array([3, 3]), np.array([2, 2]), np.array([0, 1]), np.array([0.0, 1.0]))
+    assert few.bins()[0].tolist() == [0, 0]
+
+
+def shop(near: float, anywhere: float, seed: int, subjects_: int = 400) -> tuple[Any, Any, Any, Any]:
+    """Pictures of 400 subjects in 40 families, six of each, with six names each: (features, images, captions, wrong).
+
+    A share `near` of the captions is another subject's of the family, a share `anywhere` any subject's.
+    """
+    random = np.random.default_rng(seed)
+    subject = np.repeat(np.arange(subjects_), 6)
+    family = random.standard_normal((subjects_ // 10, 32))
+    own = family[np.arange(subjects_) // 10] + 0.3 * random.standard_normal((subjects_, 32))
+    features = own[subject] + 0.1 * random.standard_normal((len(subject), 32))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    images, name = np.repeat(np.arange(len(subject)), 6), np.tile(np.arange(6), len(subject))
+    shown, draw = subject[images], random.random(len(images))
+    cousin = shown // 10 * 10 + (shown % 10 + random.integers(1, 10, len(shown))) % 10
+    other = (shown + random.integers(1, subjects_, len(shown))) % subjects_
+    named = np.where(draw < near, cousin, np.where(draw < near + anywhere, other, shown))
+    return features.astype(np.float16), images, named * 6 + name, named != shown
+
+
+def told_of(made: tuple[Any, Any, Any, Any], wrong: float, seed: int) -> list[float]:
+    features, images, captions, _ = made
+    ties, rows = Ties(images, captions), np.arange(len(images))
+    subject = subjects(features, edges(captions, images, int(captions.max()) + 1), seed)
+    found = near_miss_posterior(ties, ties.company(rows), subject, rows, wrong, seed)
+    assert found is not None and found.sum() == pytest.approx(1) and found.min() >= 0
+    return quantiles(found, INTERVAL)
+
+
+@pytest.mark.parametrize("near", [0.0, 0.1, 0.3])
+@pytest.mark.parametrize("anywhere", [0.0, 0.2])
+def test_near_misses_are_counted_beside_captions_from_anywhere(near: float, anywhere: float) -> None:
+    low, rate, _ = np.mean([told_of(shop(near, anywhere, seed), anywhere, seed) for seed in (11, 12, 13)], 0)
+    # Beside others they may be taken for some of these, never others for them.
+    assert rate - near < 0.03 and (anywhere > 0 or near - rate < 0.08)
+    assert low < (TOLD_FROM_NONE if near == 0 else near)
+
+
+def test_where_captions_stand_alone_nothing_is_told() -> None:
+    random = np.random.default_rng(5)
+    images, captions = np.repeat(np.arange(500), 5), np.arange(2500)
+    ties = Ties(images, captions)
+    company, rows = ties.company(np.arange(2500)), np.arange(2500)
+    assert not company.known.any() and not company.bins()[0].any()
+    subject = random.integers(0, 9, 2500)
+    assert near_miss_posterior(ties, company, subject, rows, 0.1, 0) is None
+
+
+def test_lift_tells_near_misses_from_right_captions() -> None:
+    _, images, captions, wrong = shop(0.3, 0.0, 13)
+    lift = Ties(images, captions).company(np.arange(len(images))).lift
+    assert (lift[~wrong][:, None] > lift[wrong][None, ::7]).mean() > 0.9
