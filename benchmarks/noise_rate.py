@@ -6,7 +6,7 @@
 Cases are KIND-RATE, of the kinds that `benchmarks.planting` describes; a figure is the mean over seeds, with the least
 and the greatest. The judge was developed on seeds 0 to 4: `--first-seed` is 5 by default. Wrong captions are planted
 in the pairs of the demo's store, or of any STORE whose captions are held to be right; its features stay. The labels
-only judge. The centroid of a caption's other pictures needs no training: it shows what redundancy gives away, and
+only judge. Near misses are 0 where none are told. The centroid of a caption's other pictures needs no training: it shows what redundancy gives away, and
 tells nothing where each caption has one picture. F1 is that of the wrong pairs: where both drop as many as are
 estimated, and at the best threshold of each. Cross-fits that are there already are not made again: remove `--folder`
 after a change of the engine.
@@ -42,11 +42,12 @@ CASES = (
 )  # fmt: skip
 KEY = ("hardware", "store", "pairs", "visits", "case", "seeds")
 COLUMNS = (
-    *KEY, "true", "estimated", "low", "high", "held", "skill", "mean p of wrong", "cross-fit AUC", "centroid AUC",
+    *KEY, "true", "estimated", "low", "high", "held", "near", "near low", "near high", "skill", "mean p of wrong", "cross-fit AUC", "centroid AUC",
     "cross-fit F1", "centroid F1", "cross-fit best F1", "centroid best F1",
     "cross-fit noise dropped", "centroid noise dropped", "cross-fit clean dropped", "centroid clean dropped",
     "date", "command",
 )  # fmt: skip
+NEAR = ("near", "near low", "near high")
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
@@ -87,6 +88,8 @@ def figures(store: Store, found: CrossFit) -> dict[str, float]:
         raise SystemExit(f"noise_rate: the cross-fit of {store.path} is of an earlier version; remove --folder")
     row = {"pairs": len(store), "visits": found.visits, "true": true, "estimated": whole.rate, "low": whole.low}
     row |= {"high": whole.high, "held": float(whole.low <= true <= whole.high), "skill": whole.skill}
+    near = found.near if found.near is not None and found.near.droppable else None
+    row |= {"near": near.rate, "near low": near.low, "near high": near.high} if near else dict.fromkeys(NEAR, 0.0)
     if noise.any():
         row["mean p of wrong"] = float(found.p[noise].mean())
     for name, score in (("cross-fit", found.clean_log_odds), ("centroid", centroid_score(store))):

@@ -150,7 +150,7 @@ AT_RANDOM = Pick(
 
 def judged(label: str, case: str, pairs: tuple[float, float] = FULL) -> Row:
     return row(
-        label, "{true:.2f}", TOLD, "{held:.2f}", "{cross-fit AUC:.3f} / {centroid AUC:.3f}",
+        label, "{true:.2f}", TOLD, "{held:.2f}", "{near:.3f}", "{cross-fit AUC:.3f} / {centroid AUC:.3f}",
         "{cross-fit best F1:.3f} / {centroid best F1:.3f}",
         "{cross-fit noise dropped:.3f} / {cross-fit clean dropped:.3f}", noise(case, pairs),
     )  # fmt: skip
@@ -333,8 +333,8 @@ TABLES = {
         [step("20"), step("64")],
     ),
     "noise": Table(
-        ("wrong captions", "planted", "told", "intervals that hold it", "AUC, towers / without training", "best F1",
-         "dropped, wrong / clean"),
+        ("wrong captions", "planted", "told", "intervals that hold it", "near misses told", "AUC, ours / without training",
+         "best F1", "dropped, wrong / clean"),
         [
             judged("drawn at random", "random-0"),
             judged("", "random-0.1"),

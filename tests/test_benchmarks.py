@@ -11,6 +11,7 @@ import sys
 import tarfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import date
 from importlib import import_module
 from importlib.util import find_spec
@@ -508,6 +509,9 @@ def test_the_estimate_is_told_beside_the_truth(tmp_path: Path) -> None:
     assert (row["estimated"], row["low"], row["high"], row["skill"]) == (0.2, 0.05, 0.4, 0.9)
     assert row["held"] == 1 and row["true"] == pytest.approx(0.1, abs=0.04)
     assert row["cross-fit AUC"] == 1 and row["cross-fit best F1"] == 1
+    assert row["near"] == row["near low"] == row["near high"] == 0
+    near = noise_rate.figures(store, replace(found, near=SourceRate("near misses", len(store), 0.3, 0.2, 0.4)))
+    assert (near["near"], near["near low"], near["near high"]) == (0.3, 0.2, 0.4)
 
 
 def test_any_clean_store_is_planted(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from .rate import HIT, INTERVAL, RATES, clean_log_odds, competence, quantiles, r
 LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 PART = 1 << 16  # pairs that are judged at a time
 DRAWS = 10_000  # of the rate of all sources
+BESIDE = 0.2  # of the wrong ones that look like near misses, perhaps
 VERDICTS = 2  # raised when the same answers would give others
 
 
@@ -109,7 +110,7 @@ class Docket:
         bins, subject = company.bins(), subjects(store.features, store.caption_edges, self.seed, device)
         odds, by_company = np.zeros(len(store)), np.zeros(len(store))
         random, rates = np.random.default_rng([self.seed, 8]), []
-        drawn, drawn_near, told_of_near = np.zeros(DRAWS), np.zeros(DRAWS), False
+        drawn, near_misses = np.zeros(DRAWS), []
         posteriors = rate_posteriors(found.p, by_words, groups, [rows for _, rows in self.sources])
         for (name, rows), probability in zip(self.sources, posteriors, strict=True):
             source, share = _rate(name, found.p[rows], quantiles(probability, INTERVAL)), len(rows) / len(store)
@@ -117,21 +118,23 @@ class Docket:
             rates.append(source)
             wrong, near = source.droppable, near_miss_posterior(ties, company, subject, rows, source.rate, self.seed)
             if near is not None:
-                told_of_near, few = True, _near_misses(len(rows), quantiles(near, INTERVAL))
-                drawn_near += random.choice(RATES, DRAWS, p=near) * share
+                low, rate, high = quantiles(near, INTERVAL)
+                few = SourceRate(name, len(rows), rate, max(0.0, low - BESIDE * source.rate), high)
+                near_misses.append(few)
                 wrong = min(1.0, wrong + few.droppable)
             by_company[rows] = second_witness(found.p, by_words, rows, wrong, *bins)
             odds[rows] = clean_log_odds(found.p_with_pictures, by_both, rows, wrong, by_company[rows])
         rate = sum(source.droppable * source.pairs for source in rates) / len(store)
         whole = _rate("all", found.p, np.quantile(drawn, INTERVAL).tolist())
-        near_misses = _near_misses(len(store), np.quantile(drawn_near, INTERVAL).tolist()) if told_of_near else None
         judged = CrossFit(rate, visits, self.fold, found.cosine, found.p, by_words.pair, odds, tuple(rates), whole)
-        return replace(judged, near=near_misses, company=by_company)
+        return replace(judged, near=_together(near_misses, len(store)), company=by_company)
 
 
-def _near_misses(pairs: int, quantiles: list[float]) -> SourceRate:
-    low, rate, high = quantiles
-    return SourceRate("near misses", pairs, rate, low, high)
+def _together(found: Sequence[SourceRate], pairs: int) -> SourceRate | None:
+    """That of all pairs: what one source is wrong about, the others may be wrong about alike."""
+    share = np.array([source.pairs for source in found]) / pairs
+    low, rate, high = (float(share @ [getattr(one, name) for one in found]) for name in ("low", "rate", "high"))
+    return SourceRate("near misses", pairs, rate, low, high) if found else None
 
 
 def _rate(name: str, p: Floats, quantiles: list[float]) -> SourceRate:
