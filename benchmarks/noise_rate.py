@@ -6,10 +6,10 @@
 Cases are KIND-RATE, of the kinds that `benchmarks.planting` describes; a figure is the mean over seeds, with the least
 and the greatest. The judge was developed on seeds 0 to 4: `--first-seed` is 5 by default. Wrong captions are planted
 in the pairs of the demo's store, or of any STORE whose captions are held to be right; its features stay. The labels
-only judge. Near misses are 0 where none are told. The centroid of a caption's other pictures needs no training: it shows what redundancy gives away, and
-tells nothing where each caption has one picture. F1 is that of the wrong pairs: where both drop as many as are
-estimated, and at the best threshold of each. Cross-fits that are there already are not made again: remove `--folder`
-after a change of the engine.
+only judge. Near misses are 0 where none are told. The centroid of a caption's other pictures needs no training: it
+shows what redundancy gives away, and tells nothing where each caption has one picture. F1 is that of the wrong pairs:
+where both drop as many as are estimated, and at the best threshold of each. Cross-fits that are there already are not
+made again: remove `--folder` after a change of the engine.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ CASES = (
     "random-0", "random-0.1", "random-0.3", "random-0.5", "permute-0.3", "category-0.3", "noun-0.3", "near-0.3",
     "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2",
 )  # fmt: skip
+NEAR = ("near", "near low", "near high")
 KEY = ("hardware", "store", "pairs", "visits", "case", "seeds")
 COLUMNS = (
-    *KEY, "true", "estimated", "low", "high", "held", "near", "near low", "near high", "skill", "mean p of wrong", "cross-fit AUC", "centroid AUC",
-    "cross-fit F1", "centroid F1", "cross-fit best F1", "centroid best F1",
+    *KEY, "true", "estimated", "low", "high", "held", *NEAR, "skill", "mean p of wrong", "cross-fit AUC",
+    "centroid AUC", "cross-fit F1", "centroid F1", "cross-fit best F1", "centroid best F1",
     "cross-fit noise dropped", "centroid noise dropped", "cross-fit clean dropped", "centroid clean dropped",
     "date", "command",
 )  # fmt: skip
-NEAR = ("near", "near low", "near high")
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 

@@ -333,8 +333,8 @@ TABLES = {
         [step("20"), step("64")],
     ),
     "noise": Table(
-        ("wrong captions", "planted", "told", "intervals that hold it", "near misses told", "AUC, ours / without training",
-         "best F1", "dropped, wrong / clean"),
+        ("wrong captions", "planted", "told", "intervals that hold it", "near misses told",
+         "AUC, ours / without training", "best F1", "dropped, wrong / clean"),
         [
             judged("drawn at random", "random-0"),
             judged("", "random-0.1"),
