@@ -15,28 +15,35 @@ from efficientclip import cli
 from efficientclip.config import Config, Section, load_config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
 # It tells of what once was.
 NOW = [page for page in PAGES if page.name != "CHANGELOG.md"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_are_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(r"`((?:configs|tests|benchmarks|kernels|csrc|engine|docs)/[\w./*-]+)`", text)
     assert [name for name in named if not [*ROOT.glob(name.rstrip("/"))]] == []
 
 
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_are_named_are_there(page: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text(encoding="utf-8"))
+    gone = [(file, name) for file, name in named if f"\ndef {name}(" not in (ROOT / file).read_text(encoding="utf-8")]
+    assert gone == []
+
+
 COMMAND = re.compile(r"(^ {4}|`)(?:efficientclip |[^`\n#]*--module efficientclip\.)([a-z][^`\n#]*)", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_what_the_command_line_takes(
     page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,7 +74,7 @@ def is_key(annotation: Any, parts: list[str]) -> bool:
     return any(is_key(part, parts) for part in get_args(annotation))
 
 
-@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", NOW, ids=lambda page: str(page.relative_to(ROOT)))
 def test_keys_that_are_named_are_of_the_config(page: Path) -> None:
     code = re.findall(r"^ {4}.*|`[^`\n]+`", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     key = re.compile(rf"(?<![\w./-])(?:{'|'.join(Config.model_fields)})(?:\.\w+)+")
