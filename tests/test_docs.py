@@ -13,6 +13,7 @@ import pytest
 from benchmarks import tables
 from efficientclip import cli
 from efficientclip.config import Config, Section, load_config
+from efficientclip.data import tables as columns
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -90,6 +91,13 @@ def test_configs_that_are_shown_are_whole(tmp_path: Path) -> None:
     for text in shown:
         (tmp_path / "shown.yaml").write_text(dedent(text), encoding="utf-8")
         load_config(tmp_path / "shown.yaml")
+
+
+def test_the_page_on_data_has_the_names_of_columns() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    kinds = (kind for name, kind in vars(columns).items() if name.endswith("_COLUMNS"))
+    said = {re.sub(r"\W", "", word) for word in page.split()}
+    assert {name for kind in kinds for name in kind} <= said
 
 
 def test_make_targets_that_are_named_exist() -> None:
