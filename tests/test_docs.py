@@ -107,6 +107,12 @@ def test_make_targets_that_are_named_exist() -> None:
         assert [name for name in named if name not in targets] == [], page.name
 
 
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").glob("*.svg")), ids=lambda picture: picture.name)
+def test_a_picture_fetches_nothing_and_names_no_folder_of_the_machine_that_drew_it(picture: Path) -> None:
+    drawn = picture.read_text(encoding="utf-8").replace("&#160;", " ")
+    assert re.findall(r"url\((?!#)|href=|<image|<script|/(?:tmp|root|work)/", drawn) == []
+
+
 def test_the_readme_is_short_and_both_tell_the_same() -> None:
     one, other = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
     assert max(one.count("\n"), other.count("\n")) <= 150
