@@ -68,9 +68,9 @@ class Ties:
         self._pictures = np.count_nonzero(self._captions_of)
         self._pictures_of = np.bincount(caption_E)
         self._heard = (self._pictures_of > 1) & (self._pictures_of <= MOST_WITNESSES)
-        self._told = self._captions_of <= MOST_WITNESSES
+        self._degree = np.where(self._captions_of <= MOST_WITNESSES, self._captions_of, 0)
         # What it takes to see whom a caption meets.
-        self._work = np.bincount(caption_E, self._captions_of[image_E])
+        self._work = np.bincount(caption_E, self._degree[image_E])
 
     def hold(self, image_ids: Integers, caption_ids: Integers) -> npt.NDArray[np.bool_]:
         """Which of these are pairs."""
@@ -100,8 +100,10 @@ class Ties:
                 kept = witness != self.caption_ids[on[row]]
                 row, witness, pair = row[kept], witness[kept], pair[kept]
                 theirs = self.image_ids[named[row]]
-                own = self._told[theirs] & self.hold(theirs, witness)
-            at = np.minimum(np.searchsorted(meeting, pair), max(len(meeting) - 1, 0))
+                own = (self._degree[theirs] > 0) & self.hold(theirs, witness)
+            # What none meets stands behind all that are met.
+            meeting, count = np.append(meeting, np.iinfo(np.int64).max), np.append(count, 0)
+            at = np.searchsorted(meeting, pair)
             together = np.where(meeting[at] == pair, count[at], 0) - own
             expected = others[row] * (self._pictures_of[witness] - 1) / self._pictures
             witnesses += np.bincount(row, minlength=n)
@@ -111,7 +113,7 @@ class Ties:
 
     def _meetings(self, image_ids: Integers, caption_ids: Integers) -> tuple[Integers, Integers]:
         """Each caption with each other one of its picture that is heard: its place, and both as one number."""
-        degree = np.where(self._told[image_ids], self._captions_of[image_ids], 0)
+        degree = self._degree[image_ids]
         place = np.repeat(np.arange(len(image_ids)), degree)
         witness = self._captions[ranges(self._starts[image_ids], degree)].astype(np.int64)
         caption = caption_ids[place].astype(np.int64)
@@ -124,7 +126,7 @@ class Ties:
             return []
         rows = rows[np.argsort(caption_ids[rows], kind="stable")]
         captions, begins = np.unique(caption_ids[rows], return_index=True)
-        work = self._work[captions] + np.add.reduceat(self._captions_of[image_ids[rows]], begins)
+        work = self._work[captions] + np.add.reduceat(self._degree[image_ids[rows]], begins)
         return np.split(rows, begins[np.flatnonzero(np.diff(np.cumsum(work) // TIES)) + 1])
 
 

@@ -116,3 +116,20 @@ def test_lift_tells_near_misses_from_right_captions() -> None:
     _, images, captions, wrong = shop(0.3, 0.0, 13)
     lift = Ties(images, captions).company(np.arange(len(images))).lift
     assert (lift[~wrong][:, None] > lift[wrong][None, ::7]).mean() > 0.9
+
+
+def test_captions_without_company_are_tried_on_other_pictures() -> None:
+    images, captions = np.array([0, 0, 1, 1, 2, 3]), np.array([0, 1, 0, 1, 2, 2])
+    found = Ties(images, captions).company(np.array([0]), np.array([4]))
+    assert (found.others.tolist(), found.witnesses.tolist(), found.met.tolist()) == ([1], [1], [0])
+
+
+def test_a_picture_with_too_many_captions_costs_no_more_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass goes over all pairs."""
+    monkeypatch.setattr(cooccurrence, "MOST_WITNESSES", 12)
+    monkeypatch.setattr(cooccurrence, "TIES", 200)
+    images, captions = np.append(np.zeros(100, int), np.arange(1, 101)), np.tile(np.arange(100), 2)
+    ties, passes = Ties(images, captions), []
+    monkeypatch.setattr(ties, "_parts", lambda *given: passes.extend(parts := Ties._parts(ties, *given)) or parts)
+    ties.company(np.arange(200))
+    assert len(passes) < 3
