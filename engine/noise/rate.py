@@ -224,14 +224,14 @@ def clean_log_odds(p: Floats, found: Competence, rows: Integers, rate: float, wi
         if len(chosen) == 0:
             continue
         wrong = float(np.clip(rate * (more - less) * len(rows) / len(chosen), 1e-3, 1 - 1e-3))
-        log_p, a = np.log(p[rows[chosen]]), 0.5
+        log_p, told, a = np.log(p[rows[chosen]]), witness[chosen], 0.5
         for _ in range(100):
-            density = (1 - wrong) * a * np.exp((a - 1) * log_p + witness[chosen])
+            density = (1 - wrong) * a * np.exp((a - 1) * log_p + told)
             right = density / (density + wrong)
             before, a = a, min(right.sum() / max(-(right * log_p).sum(), 1e-9), 1.0)
             if abs(a - before) < CONVERGED:
                 break
-        odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p + witness[chosen]
+        odds[chosen] = np.log1p(-wrong) - np.log(wrong) + np.log(a) + (a - 1) * log_p + told
     return odds
 
 
@@ -245,8 +245,10 @@ def second_witness(
     to be no sign of a wrong pair tells nothing. Bin 0 tells nothing either.
     """
     bins, here = len(stratum), bin_N[rows]
-    size = np.bincount(stratum, np.bincount(here, minlength=bins))[stratum]
-    prior = PRIOR * np.bincount(here, minlength=bins) / np.maximum(size, 1)
+    count = np.bincount(here, minlength=bins)
+    prior = PRIOR * count / np.maximum(np.bincount(stratum, count)[stratum], 1)
+    # A bin without any of these pairs has a logarithm, too.
+    prior = np.maximum(prior, np.finfo(float).tiny)
     log_ratio = np.zeros(bins)
     for _ in range(ROUNDS):
         right = expit(clean_log_odds(p, found, rows, rate, log_ratio[here]))
