@@ -14,7 +14,7 @@ from ..data.store import Store, edges
 from .answers import Answers, Floats, answers, null_captions
 from .cooccurrence import Ties
 from .cross_fit import CrossFit, SourceRate
-from .near_misses import near_miss_posterior, subjects
+from .near_misses import near_miss_interval, subjects
 from .neighbourhoods import Features, Integers, cells
 from .rate import HIT, INTERVAL, RATES, clean_log_odds, competence, quantiles, rate_posteriors, second_witness
 
@@ -22,7 +22,7 @@ LEAST_SOURCE = 2000  # pairs; smaller sources are taken together
 PART = 1 << 16  # pairs that are judged at a time
 DRAWS = 10_000  # of the rate of all sources
 BESIDE = 0.2  # of the wrong ones that look like near misses, perhaps
-VERDICTS = 2  # raised when the same answers would give others
+VERDICTS = 3  # raised when the same answers would give others
 
 
 def sources(store: Store) -> list[tuple[str, npt.NDArray[np.int64]]]:
@@ -116,9 +116,12 @@ class Docket:
             source, share = _rate(name, found.p[rows], quantiles(probability, INTERVAL)), len(rows) / len(store)
             drawn += random.choice(RATES, DRAWS, p=probability) * share
             rates.append(source)
-            wrong, near = source.droppable, near_miss_posterior(ties, company, subject, rows, source.rate, self.seed)
+            wrong, near = source.droppable, None
+            # Beside a rate that is not known, wrong pairs would be taken for near misses.
+            if not source.open:
+                near = near_miss_interval(ties, company, subject, rows, source.rate, self.seed)
             if near is not None:
-                low, rate, high = quantiles(near, INTERVAL)
+                low, rate, high = near
                 few = SourceRate(name, len(rows), rate, max(0.0, low - BESIDE * source.rate), high)
                 near_misses.append(few)
                 wrong = min(1.0, wrong + few.droppable)

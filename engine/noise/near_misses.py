@@ -17,7 +17,7 @@ from ..data.store import Edges
 from .answers import Floats, sums
 from .cooccurrence import Company, Ties
 from .neighbourhoods import DIRECTIONS, ROWS, Features, Integers, best_device, cells
-from .rate import DISPERSION, RATES, design_effect
+from .rate import DISPERSION, INTERVAL, RATES, design_effect, quantiles
 
 DRAWN, TRIES = 1 << 17, 8  # pairs whose picture another caption is tried on, and how often where it has that one
 SUBJECT = 12  # captions of pictures that look alike
@@ -38,16 +38,16 @@ class _Strata(NamedTuple):
     settled: Floats
 
 
-def near_miss_posterior(
+def near_miss_interval(
     ties: Ties, company: Company, subject: Integers, rows: Integers, wrong: float, seed: int
-) -> Floats | None:
-    """Probability of each of RATES to be the share of near misses among the pairs `rows`, of a source, beside a share
-    of `wrong` whose captions are from anywhere in it, or more: rare captions come alone more often than those that are
-    tried. None where too few pairs could be in company.
+) -> list[float] | None:
+    """Low end, rate and high end, as INTERVAL has them, of near misses among the pairs `rows`, of a source, beside a
+    share of `wrong` whose captions are from anywhere in it, or more: rare captions come alone more often than those
+    that are tried. None where too few pairs could be in company.
 
-    company: of all pairs; subject: of each caption, as `subjects` tells. A right caption meets no other one on all of
-    the d other pictures on which it has company with probability q^d, where q is the best for pictures with like many
-    captions.
+    company: of all pairs; subject: of each caption, as `subjects` tells. Captions of pictures that look alike may fit,
+    and then keep company, so that too many near misses are told: the low end is for those that come alone as captions
+    from anywhere do.
     """
     n, random = len(rows), np.random.default_rng([seed, 9])
     settled = np.bincount(ties.caption_ids, company.met > 0)[ties.caption_ids].astype(np.int64) - (company.met > 0)
@@ -61,7 +61,18 @@ def near_miss_posterior(
         # Those that had no other one are taken to be like these.
         weight = n / max(int(np.count_nonzero(drawn)), 1)
         tried.append(_strata(ties.company(some[drawn], pair[drawn]), settled[pair[drawn]], weight))
-    anywhere, near = tried
+    stratum, alone = _stratum(company.of(rows), settled[rows]), company.met[rows] == 0
+    dispersion = DISPERSION * design_effect(stratum, alone, stratum >= 0, ties.caption_ids[rows])
+    least, told = (quantiles(_posterior(found, tried[0], one, wrong, dispersion), INTERVAL) for one in tried)
+    return [min(least[0], told[0]), *told[1:]]
+
+
+def _posterior(found: _Strata, anywhere: _Strata, near: _Strata, wrong: float, dispersion: float) -> Floats:
+    """Probability of each of RATES to be the share of near misses, which come alone as `near` do.
+
+    A right caption meets no other one on all of the d other pictures on which it has company with probability q^d,
+    where q is the best for pictures with like many captions.
+    """
     wrong_W11 = np.minimum(wrong * MORE, 1)[:, None, None]
     near_WR1 = np.minimum(RATES[:, None], 1 - wrong_W11)
     log_likelihood_WR = np.zeros((len(MORE), len(RATES)))
@@ -78,9 +89,7 @@ def near_miss_posterior(
             told += found.alone[at] * np.log(alone_WRQ)
             told += (found.pairs[at] - found.alone[at]) * np.log1p(-alone_WRQ)
         log_likelihood_WR += told.max(2)
-    log_likelihood = log_likelihood_WR.max(0)
-    stratum, alone = _stratum(company.of(rows), settled[rows]), company.met[rows] == 0
-    log_likelihood /= DISPERSION * design_effect(stratum, alone, stratum >= 0, ties.caption_ids[rows])
+    log_likelihood = log_likelihood_WR.max(0) / dispersion
     probability = np.exp(log_likelihood - log_likelihood.max())
     return np.asarray(probability / probability.sum())
 

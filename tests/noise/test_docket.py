@@ -47,12 +47,14 @@ def test_captions_are_compared_within_their_source(tmp_path: Path, monkeypatch: 
         np.testing.assert_allclose(found.p[rows], alone.p, atol=1e-4)
 
 
-def test_a_rate_that_towers_cannot_tell_drops_nothing(tmp_path: Path) -> None:
-    """Towers that know nothing: any rate fits, and none is a ground."""
+def test_a_rate_that_towers_cannot_tell_drops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Towers that know nothing: any rate fits, and none is a ground, nor is one of near misses told beside it."""
+    monkeypatch.setattr("efficientclip.noise.docket.near_miss_interval", lambda *_: [0.2, 0.25, 0.3])
     docket, groups = doubted(Store(tiny.pair_store(tmp_path / "store")), np.random.default_rng(3))
     found = judge(docket, groups)
     assert found.whole is not None and found.whole.high - found.whole.low > UNTOLD
     assert found.sources[0].open and found.sources[0].droppable == 0 and found.rate == 0
+    assert found.near is None
     assert 0.5 <= found.sources[0].skill < 0.65
 
 
