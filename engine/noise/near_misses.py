@@ -8,13 +8,14 @@ Rare names of what a picture shows come alone, too: so these pairs are told, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..data.store import Edges
-from .answers import Floats, sums
+from .answers import MOST_WITNESSES, Floats, sums
 from .cooccurrence import Company, Ties
 from .neighbourhoods import DIRECTIONS, ROWS, Features, Integers, best_device, cells
 from .rate import DISPERSION, INTERVAL, RATES, design_effect, quantiles
@@ -39,15 +40,15 @@ class _Strata(NamedTuple):
 
 
 def near_miss_interval(
-    ties: Ties, company: Company, subject: Integers, rows: Integers, wrong: float, seed: int
+    ties: Ties, company: Company, subject_of: Callable[[], Integers], rows: Integers, wrong: float, seed: int
 ) -> list[float] | None:
     """Low end, rate and high end, as INTERVAL has them, of near misses among the pairs `rows`, of a source, beside a
     share of `wrong` whose captions are from anywhere in it, or more: rare captions come alone more often than those
     that are tried. None where too few pairs could be in company.
 
-    company: of all pairs; subject: of each caption, as `subjects` tells. Captions of pictures that look alike may fit,
-    and then keep company, so that too many near misses are told: the low end is for those that come alone as captions
-    from anywhere do.
+    company: of all pairs; subject_of: of each caption, as `subjects` tells, asked only if needed. Captions of pictures
+    that look alike may fit, and then keep company, so that too many near misses are told: the low end is for those that
+    come alone as captions from anywhere do.
     """
     n, random = len(rows), np.random.default_rng([seed, 9])
     settled = np.bincount(ties.caption_ids, company.met > 0)[ties.caption_ids].astype(np.int64) - (company.met > 0)
@@ -55,6 +56,7 @@ def near_miss_interval(
     if found.pairs.sum() < COVERED * n:
         return None
     some = random.choice(rows, min(n, DRAWN), replace=False, shuffle=False)
+    subject = subject_of()
     for key in (np.zeros_like(subject), subject):
         pair = _others(ties, key, rows, some, random)
         drawn = pair >= 0
@@ -95,7 +97,7 @@ def _posterior(found: _Strata, anywhere: _Strata, near: _Strata, wrong: float, d
 
 
 def subjects(features: Features, pictures_of: Edges, seed: int, device: torch.device | None = None) -> Integers:
-    """Of each caption a number, int32 [captions]; those with the same have pictures that look alike.
+    """Of each caption a number, int32 [captions]; those with the same have pictures that look alike, or too many.
 
     features: [pictures, width], may be a mapped file; pictures_of: caption -> pictures.
     """
@@ -107,7 +109,8 @@ def subjects(features: Features, pictures_of: Edges, seed: int, device: torch.de
     mean = np.empty((captions, axes.shape[1]), np.float16)
     for begin in range(0, captions, ROWS):
         end = min(begin + ROWS, captions)
-        total = sums(features, tied, starts[begin:end], np.diff(starts[begin : end + 1]), device)
+        degree = np.diff(starts[begin : end + 1])
+        total = sums(features, tied, starts[begin:end], np.where(degree <= MOST_WITNESSES, degree, 0), device)
         mean[begin:end] = torch.nn.functional.normalize(total @ axes, dim=1).cpu().numpy()
     return cells([mean], seed, device, size=SUBJECT)
 

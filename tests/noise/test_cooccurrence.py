@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from efficientclip.data.store import edges
-from efficientclip.noise import cooccurrence
+from efficientclip.noise import cooccurrence, near_misses
+from efficientclip.noise.answers import sums
 from efficientclip.noise.cooccurrence import Company, Ties
 from efficientclip.noise.cross_fit import TOLD_FROM_NONE, SourceRate
 from efficientclip.noise.near_misses import near_miss_interval, subjects
@@ -87,7 +88,7 @@ def told_of(made: tuple[Any, Any, Any, Any], wrong: float, seed: int) -> list[fl
     features, images, captions, _ = made
     ties, rows = Ties(images, captions), np.arange(len(images))
     subject = subjects(features, edges(captions, images, int(captions.max()) + 1), seed)
-    found = near_miss_interval(ties, ties.company(rows), subject, rows, wrong, seed)
+    found = near_miss_interval(ties, ties.company(rows), lambda: subject, rows, wrong, seed)
     assert found is not None and 0 <= found[0] <= found[1] <= found[2] <= 1
     return found
 
@@ -125,13 +126,11 @@ def test_right_captions_that_a_picture_has_not_are_taken_for_no_near_misses(near
 
 
 def test_where_captions_stand_alone_nothing_is_told() -> None:
-    random = np.random.default_rng(5)
     images, captions = np.repeat(np.arange(500), 5), np.arange(2500)
     ties = Ties(images, captions)
     company, rows = ties.company(np.arange(2500)), np.arange(2500)
     assert not company.known.any() and not company.bins()[0].any()
-    subject = random.integers(0, 9, 2500)
-    assert near_miss_interval(ties, company, subject, rows, 0.1, 0) is None
+    assert near_miss_interval(ties, company, lambda: pytest.fail("asks for subjects"), rows, 0.1, 0) is None
 
 
 def test_lift_tells_near_misses_from_right_captions() -> None:
@@ -155,3 +154,13 @@ def test_a_picture_with_too_many_captions_costs_no_more_passes(monkeypatch: pyte
     monkeypatch.setattr(ties, "_parts", lambda *given: passes.extend(parts := Ties._parts(ties, *given)) or parts)
     ties.company(np.arange(200))
     assert len(passes) < 3
+
+
+def test_a_caption_on_all_pictures_is_of_no_subject_and_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_misses, "MOST_WITNESSES", 12)
+    summed = []
+    monkeypatch.setattr(near_misses, "sums", lambda *given: summed.append(given[3]) or sums(*given))
+    features = np.repeat(np.eye(32, dtype=np.float16), 10, 0)
+    captions, images = np.append(np.arange(320) // 10, np.full(320, 32)), np.tile(np.arange(320), 2)
+    assert near_misses.subjects(features, edges(captions, images, 33), 0).shape == (33,)
+    assert summed[0].tolist() == [10] * 32 + [0]
