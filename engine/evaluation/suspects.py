@@ -68,7 +68,7 @@ def _line(row: int, pair: dict[str, Any], kept: bool, evidence: Evidence) -> lis
         probability = "" if np.isnan(chance) else f"{chance:.3f}"
         reason = f"{evidence.p[row]:.1%} of its source's other captions fit the picture as well"
         if evidence.company is not None and evidence.company[row] < ALONE:
-            reason += "; it stands with the picture's other captions nowhere else"
+            reason += "; it stands with the picture's other captions seldom or nowhere else"
             reason += ": a near miss, or a rare name" if evidence.p[row] < HIT else ""
     told = "kept" if kept else "dropped"
     return [row, pair["key"], pair["caption"], pair["source"], probability, f"{evidence.score[row]:.3f}", told, reason]

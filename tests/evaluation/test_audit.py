@@ -195,7 +195,7 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     write_cross_fit(tmp_path / "judged", store, found)
     assert main(["audit", str(run), str(tmp_path / "alone")]) == 0
     alone = {int(line["row"]): line["reason"] for line in suspects(tmp_path / "alone")}
-    assert alone[7].endswith("nowhere else: a near miss, or a rare name") and "nowhere else" not in alone[3]
+    assert alone[7].endswith("seldom or nowhere else: a near miss, or a rare name") and "nowhere else" not in alone[3]
     # Where the rate is not known, neither is a pair's chance.
     open_rate = SourceRate("tiny", len(store), 0.4, 0.1, 0.8)
     found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds, (open_rate,))
