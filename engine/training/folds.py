@@ -81,6 +81,9 @@ def cross_fit(config: Config) -> int:
         standing = _standing(folder, store, made_of) if rank == 0 else None
         if told(standing is not None):
             if standing is not None:
+                # It may have been cut short right after the verdicts were written.
+                if (judging / MADE_OF).is_file():
+                    end(judging)
                 (folder / GROUPS).unlink()
                 _tell(folder, standing)
             return 0

@@ -113,6 +113,9 @@ def test_a_finished_cross_fit_leaves_no_parts(folder: Path) -> None:
 def test_a_finished_cross_fit_judges_nothing_again(folder: Path) -> None:
     before, judged = written(folder), folder / "judged" / "cross_fit.parquet"
     changed = judged.stat().st_mtime_ns
+    # Killed while it removed the parts.
+    begin(judged.parent / "judging", {"store": "a"})
+    (judged.parent / "judging" / "captions-0.bin").touch()
     run(1, str(folder / "config.yaml"), script=folder / "script.py")
     assert written(folder) == before and judged.stat().st_mtime_ns == changed
     assert {path.name for path in judged.parent.iterdir()} == {path.name for path in (folder / "whole").iterdir()}
