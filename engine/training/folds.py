@@ -7,7 +7,7 @@ CROSS_FIT/groups.npz         the group of each pair, and the store that they are
               captions-0.bin, captions-1.bin    fp16 [captions, width], by fold 0's and 1's tower
               answers.bin    float64 [pairs, 3]: p twice and cosine, in the docket's order
           model/             the mean of the two towers: the joint run's start
-          cross_fit.parquet  a row a pair: fold, score, p, competence, clean_log_odds; the rates in its metadata
+          cross_fit.parquet  a row a pair: fold, score, p, competence, clean_log_odds, company; rates in its metadata
 
 All ranks train together; then each encodes and judges parts of its own; rank 0 sums up when the others have left.
 """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from efficientclip.data.store import Store
 from efficientclip.errors import UserError
 from efficientclip.noise.answers import Answers, answers, null_captions
 from efficientclip.noise.confidence import ConfidenceTable
-from efficientclip.noise.cross_fit import UNTOLD, CrossFit, SourceRate, read_cross_fit, write_cross_fit
+from efficientclip.noise.cross_fit import UNTOLD, CrossFit, SourceRate, read_cross_fit, read_near, write_cross_fit
 from efficientclip.noise.docket import Docket, sources
 from efficientclip.noise.neighbourhoods import folds, near, pair_groups
 from tests import tiny
@@ -63,6 +64,20 @@ def test_a_rate_is_a_ground_where_it_is_told_and_not_negligible() -> None:
     assert SourceRate("a", 9, 0.02, 0.01, 0.03).droppable == 0
     assert SourceRate("a", 9, 0.3, 0.1, 0.5).droppable == 0
     assert SourceRate("a", 9, 0.07, 0.01, 0.14).droppable == 0
+
+
+def test_what_earlier_versions_wrote_is_read(tmp_path: Path) -> None:
+    """Without near misses and company, with a digest of what there was."""
+    store, ones = Store(tiny.pair_store(tmp_path / "store")), np.ones(240)
+    whole = SourceRate("all", 240, 0.3, 0.28, 0.32, 0.9)
+    write_cross_fit(tmp_path, store, CrossFit(0.3, 7, ones.astype(np.int8), ones, ones, ones, ones, whole=whole))
+    table = pq.read_table(tmp_path / "cross_fit.parquet")
+    told = {key: one for key, one in table.schema.metadata.items() if key not in (b"near", b"sha256", b"ARROW:schema")}
+    assert len(told) == len(table.schema.metadata) - 2 and "company" not in table.column_names
+    digest = hashlib.sha256(b"".join(len(one).to_bytes(8, "little") + one for one in told.values())).hexdigest()
+    pq.write_table(table.replace_schema_metadata(told | {b"sha256": digest}), tmp_path / "cross_fit.parquet")
+    found = read_cross_fit(tmp_path, store)
+    assert found.near is None and found.company is None and found.whole == whole and read_near(tmp_path) == ""
 
 
 def unit(random: np.random.Generator, rows: int, width: int) -> Any:
