@@ -84,11 +84,16 @@ def adopt_rank(environment: Environment = os.environ) -> None:
 
 def stand_alone(environment: Environment = os.environ) -> None:
     """The same variables for the only rank of its world."""
+    environment.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
+    environment["MASTER_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    """One of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"})
-    environment["MASTER_PORT"] = str(port)
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _launcher(environment: Environment) -> Launcher | None:

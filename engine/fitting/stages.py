@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from .. import stopping
 from ..errors import UserError
 from ..files.atomic import write_atomically
+from ..launchers import free_port
 
 POLL_SECONDS, TAIL = 0.2, 1 << 14
 # A checkpoint, and the end of ranks.
@@ -140,7 +141,9 @@ def command(stage: Stage) -> list[str]:
     if launcher is None:
         raise UserError(f"deepspeed: no launcher beside {sys.executable}, nor on PATH; pip install deepspeed")
     module = f"efficientclip.{stage.words[0].replace('-', '_')}"
-    return [launcher, "--quiet", "--num_accelerators", str(stage.ranks), "--module", module, *stage.words[1:]]
+    # The launcher's own is the same for every training on this machine.
+    own = "--quiet", "--num_accelerators", str(stage.ranks), "--master_port", str(free_port())
+    return [launcher, *own, "--module", module, *stage.words[1:]]
 
 
 def environment(stage: Stage) -> dict[str, str]:

@@ -81,6 +81,9 @@ def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         "efficientclip.cross_fit",
         "c.yaml",
     ]
+    # Two fits on one machine do not meet at one port.
+    ports = {command(Stage("", ["train", "c.yaml"], ranks=1))[5] for _ in range(2)}
+    assert len(ports) == 2 and "29500" not in ports
     assert command(Stage("", ["report", "r"]))[1:] == ["-m", "efficientclip", "report", "r"]
 
 
