@@ -242,15 +242,13 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
             image_run = load_model(Path(image.pretrained))
         elif image.pretrained is not None:
             image_backbone, image_projection = load_image_tower("model.image_tower", image)
-            image_config = image_backbone.config
+            image_config = backbone_config(image_backbone, image)
         else:
-            image_config = architecture(image.architecture or {})
+            image_config = {**architecture(image.architecture or {}).to_dict(), "image_size": image.size}
     model = EfficientCLIP(
         EfficientCLIPConfig(
             text=None if text_config is None else text_config.to_dict(),
-            image=None
-            if image_config is None
-            else {**image_config.to_dict(), "image_size": image.size if image else 0},
+            image=image_config,
             width=config.width,
             pooling=text.pooling if text else "cls",
             logit_scale=config.logit_scale,
@@ -292,6 +290,12 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
             if theirs is not None and ours is not None:
                 _copy(theirs, ours, f"model.start_from {config.start_from}: its {side} tower")
     return model
+
+
+def backbone_config(backbone: PreTrainedModel, tower: settings.ImageTower) -> dict[str, Any]:
+    """What a pretrained image backbone is made again from: pictures are of its own size, which its positions are made
+    for, even where it takes others (DINOv2)."""
+    return {"image_size": tower.size, **backbone.config.to_dict()}
 
 
 def load_model(run: Path) -> EfficientCLIP:

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.activations import ACT2FN
 
 from .. import config as settings
 from ..errors import UserError, reading
@@ -28,6 +29,7 @@ from .towers import without_dropout, without_pooler
 CLIP_TYPES = ("clip", "clip_text_model")
 # Their position embeddings hold for one size of picture.
 FIXED_SIZE = ("clip_vision_model", "chinese_clip_vision_model", "vit")
+USUAL_SIZE = 224
 ANEW = "copy or download it anew"
 ALONE = "give a BERT or RoBERTa alone, saved in a folder of its own"
 Loaded = tuple[PreTrainedModel, torch.Tensor | None]
@@ -50,7 +52,7 @@ def load_text_tower(field: str, tower: settings.Tower) -> Loaded:
         raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no text tower")
     without_dropout(half)
     # No text is read at its pooler, which few checkpoints have.
-    model = _load(field, tower, config, unused="pooler", attn_implementation=packed.NAME, **without_pooler(config))
+    model, _ = _load(field, tower, config, unused="pooler", attn_implementation=packed.NAME, **without_pooler(config))
     return _half(model, "text_model", "text_projection")
 
 
@@ -73,10 +75,51 @@ def load_image_tower(field: str, tower: settings.ImageTower) -> Loaded:
     size = getattr(half, "image_size", tower.size)
     if half.model_type in FIXED_SIZE and size not in (tower.size, [tower.size] * 2, (tower.size,) * 2):
         raise UserError(f"{field}.size: {tower.size}, but {tower.pretrained} takes pictures of {size} pixels")
-    model, projection = _half(_load(field, tower, config), "vision_model", "visual_projection")
-    if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
-        raise UserError(f"{field}.pretrained: {tower.pretrained} is a {config.model_type}, no image tower")
+    # Classifiers' and DINO's ViTs are saved without the pooler that transformers gives them.
+    pooler = "pooler.dense" if hasattr(half, "pooler_act") else None
+    model, lacks_pooler = _load(field, tower, config, unused=pooler)
+    if lacks_pooler:
+        _pool_at_cls(model)
+    model, projection = _half(model, "vision_model", "visual_projection")
+    _require_eyes(f"{field}.pretrained: {tower.pretrained}", model)
     return model, projection
+
+
+def image_width(named: str, config: PreTrainedConfig) -> tuple[int, bool]:
+    """How wide the features of an image model are, and whether they lie in a space of its own: if not, they are its
+    pooled output. UserError beginning with `named` where it has neither."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", None) or USUAL_SIZE
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    with torch.device("meta"):
+        projecting: Any = CLIPVisionModelWithProjection
+        whole = projecting(config) if _projects(config) else AutoModel.from_config(config)
+        model, projection = _half(whole.eval(), "vision_model", "visual_projection")
+        _require_eyes(named, model)
+        if projection is not None:
+            return len(projection), True
+        answers: Any = getattr(model, "get_image_features", model)
+        output = answers(pixel_values=torch.zeros(1, 3, height, width))
+    features = getattr(output, "pooler_output", None if answers is model else output)
+    if features is None:
+        raise UserError(
+            f"{named} is a {config.model_type}, which has no pooled output; choose a tower that has: a ViT, DINOv2 or"
+            " ConvNeXT for instance"
+        )
+    return features.flatten(1).shape[1], answers is not model
+
+
+def _require_eyes(named: str, model: PreTrainedModel) -> None:
+    if model.main_input_name != "pixel_values" and not hasattr(model, "get_image_features"):
+        raise UserError(f"{named} is a {model.config.model_type}, no image tower")
+
+
+@torch.no_grad()
+def _pool_at_cls(model: Any) -> None:
+    """Have the pooler hand on the state at [CLS] as it is."""
+    nn.init.eye_(model.pooler.dense.weight)
+    nn.init.zeros_(model.pooler.dense.bias)
+    model.config.pooler_act = "linear"
+    model.pooler.activation = ACT2FN["linear"]
 
 
 def load_clip_text(field: str, name: str, revision: str | None) -> CLIPTextModelWithProjection:
@@ -124,20 +167,25 @@ def _config(field: str, tower: settings.Tower) -> PreTrainedConfig:
 
 def _load(
     field: str, tower: settings.Tower, config: PreTrainedConfig, *, unused: str | None = None, **arguments: Any
-) -> PreTrainedModel:
-    # AutoModel would leave the projection of this one behind.
-    whole = CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
-    model_class: Any = CLIPVisionModelWithProjection if whole else AutoModel
+) -> tuple[PreTrainedModel, bool]:
+    """The model, and whether its checkpoint lacks weights with `unused` in their names."""
+    model_class: Any = CLIPVisionModelWithProjection if _projects(config) else AutoModel
     with _loading(f"{field}.pretrained", tower.pretrained or ""):
         arguments |= {"config": config, "revision": tower.revision or "main", "dtype": torch.float32}
         model, loading = model_class.from_pretrained(tower.pretrained, output_loading_info=True, **arguments)
-    if missing := sorted(key for key in loading["missing_keys"] if unused is None or unused not in key):
+    absent = {key for key in loading["missing_keys"] if unused is not None and unused in key}
+    if missing := sorted(loading["missing_keys"] - absent):
         raise UserError(
             f"{field}.pretrained: {tower.pretrained} lacks {len(missing)} weights, {missing[0]} for one; {ANEW}"
         )
     loaded: PreTrainedModel = model
     require_finite(model, f"{field}.pretrained: {tower.pretrained}", ANEW)
-    return loaded
+    return loaded, bool(absent)
+
+
+def _projects(config: PreTrainedConfig) -> bool:
+    """Whether it is of a CLIP's pictures' half, whose projection AutoModel would leave behind."""
+    return CLIPVisionModelWithProjection.__name__ in (config.architectures or ())
 
 
 @contextmanager

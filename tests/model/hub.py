@@ -19,6 +19,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
     PreTrainedModel,
     RobertaConfig,
     RobertaModel,
@@ -95,6 +97,11 @@ def taiyi(folder: Path) -> BertForSequenceClassification:
 def altclip(folder: Path) -> AltCLIPModel:
     text = {**BERT, "project_dim": 24, "pad_token_id": 1}
     return save(AltCLIPModel(AltCLIPConfig(text_config=text, vision_config=VISION, projection_dim=tiny.WIDTH)), folder)
+
+
+def dinov2(folder: Path) -> Dinov2Model:
+    """Its positions are of larger pictures than it is shown."""
+    return save(Dinov2Model(Dinov2Config(**VISION | {"image_size": 2 * PIXELS})), folder)
 
 
 def siglip(folder: Path) -> SiglipModel:

@@ -11,6 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    CLIPVisionModel,
+    ResNetConfig,
+    ResNetModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTModel,
+)
 
 from efficientclip.config import Model, load_config
 from efficientclip.data.batches import Segments
@@ -18,6 +28,7 @@ from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.errors import UserError
 from efficientclip.files import digests
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
+from efficientclip.model.pretrained import image_width
 from efficientclip.training.runs import check_positions
 from tests import tiny
 from tests.model import hub
@@ -92,6 +103,60 @@ def test_clips_image_tower_keeps_its_features(tmp_path: Path, saved: Callable[[P
     with torch.no_grad():
         features = source.visual_projection(source.vision_model(pixels).pooler_output)
     torch.testing.assert_close(model.get_image_features(pixels), F.normalize(features, dim=-1), rtol=0, atol=2e-6)
+
+
+def test_a_vit_without_its_pooler_is_read_at_cls(tmp_path: Path) -> None:
+    source = hub.save(ViTModel(ViTConfig(**hub.VISION), add_pooling_layer=False), tmp_path / "model")
+    model = build("image", tmp_path / "model", size=hub.PIXELS)
+    pixels = torch.randn(3, 3, hub.PIXELS, hub.PIXELS)
+    with torch.no_grad():
+        states_ML = source(pixels).last_hidden_state[:, 0]
+    assert model.image is not None
+    torch.testing.assert_close(model.image.pooled(pixels), states_ML)
+    model.save_pretrained(tmp_path / "run" / "model")
+    again = load_model(tmp_path / "run")
+    torch.testing.assert_close(again.get_image_features(pixels), model.get_image_features(pixels))
+    # Any other weight that lacks is missed still.
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights["layernorm.bias"]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 weights, layernorm\.bias"):
+        build("image", tmp_path / "model", size=hub.PIXELS)
+
+
+def test_a_tower_of_another_size_than_it_is_shown_opens_again(tmp_path: Path) -> None:
+    hub.dinov2(tmp_path / "model")
+    model = build("image", tmp_path / "model", size=hub.PIXELS)
+    model.save_pretrained(tmp_path / "run" / "model")
+    pixels = torch.randn(3, 3, hub.PIXELS, hub.PIXELS)
+    features_MD = load_model(tmp_path / "run").get_image_features(pixels)
+    torch.testing.assert_close(features_MD, model.get_image_features(pixels))
+
+
+@pytest.mark.parametrize(
+    ("saved", "width"),
+    [
+        (hub.clip, (tiny.WIDTH, True)),
+        (hub.clip_vision, (tiny.WIDTH, True)),
+        (hub.siglip, (32, True)),
+        (lambda folder: hub.save(CLIPVisionModel(hub.clip_config().vision_config), folder), (32, False)),
+        (hub.dinov2, (32, False)),
+        (lambda folder: hub.save(ResNetModel(ResNetConfig(hidden_sizes=[8, 16, 24, 40])), folder), (40, False)),
+    ],
+)
+def test_the_width_of_an_image_tower_is_known_without_its_weights(
+    tmp_path: Path, saved: Callable[[Path], Any], width: tuple[int, bool]
+) -> None:
+    saved(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert image_width("tower:", AutoConfig.from_pretrained(tmp_path)) == width
+
+
+def test_what_pools_nothing_has_no_width() -> None:
+    with pytest.raises(UserError, match=r"^tower: is a vit_mae, which has no pooled output; choose"):
+        image_width("tower:", ViTMAEConfig(**hub.VISION))
+    with pytest.raises(UserError, match=r"^tower: is a bert, no image tower$"):
+        image_width("tower:", BertConfig(**hub.BERT))
 
 
 def test_every_parameter_gets_a_gradient(tmp_path: Path) -> None:
