@@ -7,15 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import __version__, fit, profile, stopping
+from .columns import add_columns, as_words, columns_of
 from .errors import UserError, reported, tell
 from .files.places import Location, location
 from .launchers import adopt_rank
-
-if TYPE_CHECKING:
-    from .data.tables import Columns
 
 PICTURES = (
     ".tar files, X_imgs.tsv beside X_texts.jsonl, COCO or AI Challenger captions (.json), a .csv, .tsv or .parquet of"
@@ -58,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     fitting = command(_fit, "fit", "from pairs to a model, its report and what it found wrong, by one command")
     fit.add_options(fitting)
-    _add_columns(fitting, "SOURCE")
+    add_columns(fitting, "SOURCE")
 
     demo = command(_demo, "demo", "real data of package registries, every training, and the report")
     demo.add_argument("directory", type=Path, metavar="DIR", help="folder for data/, stores/ and runs/")
@@ -79,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{PICTURES}, parallel text zh<TAB>en (.tsv), or plain text (.txt); without it, the config's data.sources",
     )
     prepare.add_argument("store", type=Path, metavar="STORE", help="folder to write")
-    _add_columns(prepare, "SOURCE")
+    add_columns(prepare, "SOURCE")
     _add_replace(prepare, "a store of something else that is there goes once the new one is whole")
     prepare.add_argument("--config", type=Path, required=True, help="names the frozen tower and the tokenizer")
     prepare.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
@@ -93,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     head = command(_fit_head, "fit-head", "give a frozen image tower a space that the text tower's teacher knows")
     head.add_argument("config", type=Path, metavar="CONFIG", help="of an image run, whose tower is pretrained")
     head.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the config")
+    add_columns(head, "data.sources")
 
     cross_fit = command(_cross_fit, "cross-fit", "estimate which pairs are wrong, by two towers on half of them each")
     cross_fit.add_argument("config", type=Path, metavar="CONFIG", help="of the run with confidence.cross_fit")
@@ -133,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DATA",
         help=f"a store, {PICTURES}",
     )
-    _add_columns(evaluate, "DATA")
+    add_columns(evaluate, "DATA")
     evaluate.add_argument(
         "--classes",
         type=Path,
@@ -153,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--data", type=location, help="a store or pictures to search (default: what the run trained on)"
     )
-    _add_columns(search, "--data")
+    add_columns(search, "--data")
     search.add_argument("--top", type=int, default=10, help="number of pictures (default: 10)")
     search.add_argument("--output", type=Path, metavar="FILE.png", help="picture to write (default: RUN/search.png)")
     _add_replace(search)
@@ -168,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("out", type=Path, metavar="OUT", help="a .parquet to write; a folder for npy and faiss")
     encode.add_argument("--format", choices=["parquet", "npy", "faiss"], default="parquet", help="(default: parquet)")
-    _add_columns(encode, "SOURCE")
+    add_columns(encode, "SOURCE")
     _add_replace(encode, "write over a file that another program made, or over features that are there")
 
     report = command(_report, "report", "write the run's report: one page that opens from disk")
@@ -232,29 +231,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, metavar="PATH", help="where the store that it trained on lies now")
 
 
-def _add_columns(parser: argparse.ArgumentParser, source: str) -> None:
-    parser.add_argument("--images", type=location, metavar="DIR", help=f"where the picture paths in {source} start")
-    for name, held in (
-        ("image", "picture paths, or pictures"),
-        ("caption", "captions, or labels"),
-        ("key", "what each row is called, for instance a product's number"),
-    ):
-        parser.add_argument(f"--{name}-column", metavar="NAME", help=f"of {source}, if it is a table: {held}")
-
-
-def _columns(given: argparse.Namespace) -> Columns:
-    from .data.tables import Columns
-
-    return Columns(given.image_column, given.caption_column, given.key_column)
-
-
 def _add_replace(parser: argparse.ArgumentParser, help: str = "write over a file that another program made") -> None:
     parser.add_argument("--replace", action="store_true", help=help)
 
 
 def _fit(given: argparse.Namespace) -> None:
     _silence_model_files()
-    fit.run(given, _columns(given))
+    fit.run(given, columns_of(given))
 
 
 def _demo(given: argparse.Namespace) -> None:
@@ -310,7 +293,7 @@ def _make_store(given: argparse.Namespace) -> None:
     from .training.ranks import signs_of, words, world_of_environment
 
     ranks = Ranks(words("prepare"), stopping.rank_of_environment(), world_of_environment(), signs_of)
-    source, columns = given.source or named, _columns(given)
+    source, columns = given.source or named, columns_of(given)
     made = prepare(source, given.store, config, given.images, columns, replace=given.replace, ranks=ranks)
     if ranks.rank == 0:
         _tell_of_store(given.store, made, config.training.max_caption_tokens)
@@ -349,7 +332,7 @@ def _fit_head(given: argparse.Namespace) -> None:
     load_config(given.config, given.overrides)
     from .fit_head import main
 
-    main([str(given.config), *given.overrides])
+    main([str(given.config), *given.overrides, *as_words(given.images, columns_of(given))])
 
 
 def _cross_fit(given: argparse.Namespace) -> None:
@@ -400,7 +383,7 @@ def _evaluate(given: argparse.Namespace) -> None:
         raise UserError("--text-test: needs --text-train")
     if given.queries is not None and (given.queries < 1 or given.data is None or given.classes is not None):
         raise UserError(f"--queries {given.queries}: give 1 or more, for the retrieval between pictures and texts")
-    if given.data is None and (given.classes or given.images or _columns(given).given):
+    if given.data is None and (given.classes or given.images or columns_of(given).given):
         raise UserError("--classes, --images and --image-column and its like: need DATA, not --text-train")
     if given.json is not None:
         from .files.ownership import claim_file
@@ -423,10 +406,12 @@ def _evaluate(given: argparse.Namespace) -> None:
     elif given.classes is not None:
         from .evaluation.zero_shot import class_table, classify
 
-        report = classify(given.run, given.data, given.classes, given.images, given.store, _columns(given))
+        report = classify(given.run, given.data, given.classes, given.images, given.store, columns_of(given))
         table = class_table(report, title)
     else:
-        report = evaluate(given.run, given.data, given.images, given.store, _columns(given), given.queries, given.seed)
+        report = evaluate(
+            given.run, given.data, given.images, given.store, columns_of(given), given.queries, given.seed
+        )
         table = recall_table(report, title)
     Console().print(table)
     if given.json is not None:
@@ -444,7 +429,7 @@ def _search(given: argparse.Namespace) -> None:
 
     file = given.output or given.run / "search.png"
     target = claim_file(file, "picture", replace=given.replace, instead="name a picture elsewhere by --output FILE.png")
-    matches = search(given.run, given.query, given.data, given.top, given.store, given.images, _columns(given))
+    matches = search(given.run, given.query, given.data, given.top, given.store, given.images, columns_of(given))
     Console().print(match_table(matches, given.query))
     draw_matches(matches, given.query, target)
     print(file)
@@ -456,7 +441,7 @@ def _encode(given: argparse.Namespace) -> None:
     from .evaluation.run import left_out
 
     made = encode(
-        given.model, given.source, given.out, given.format, given.images, _columns(given), replace=given.replace
+        given.model, given.source, given.out, given.format, given.images, columns_of(given), replace=given.replace
     )
     print(f"{given.out}: features of {made['image']:,} images and {made['text']:,} texts{left_out(made)}")
 

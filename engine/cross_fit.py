@@ -5,6 +5,7 @@ Exit codes are those of `train`.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import TYPE_CHECKING, NoReturn
 
 from .training.entry import launched
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     launched(_cross_fit, "cross-fit", __doc__, arguments)
 
 
-def _cross_fit(config: Config) -> int:
+def _cross_fit(config: Config, _: Namespace) -> int:
     from .training.folds import cross_fit
 
     return cross_fit(config)

@@ -2,6 +2,7 @@
 
 In DIR:
 
+head             of an image tower that has no space: one of these pictures
 store            what the frozen tower makes of the source
 work/OF          of this source and these settings: the parts that train and measure, cross-fit, run
 run              the run of these settings

@@ -6,6 +6,7 @@ SIGTERM, 130 for Ctrl-C, 129 for SIGHUP) when a signal ended it after a checkpoi
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import TYPE_CHECKING, NoReturn
 
 from .training.entry import launched
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     launched(_train, "train", __doc__, arguments)
 
 
-def _train(config: Config) -> int:
+def _train(config: Config, _: Namespace) -> int:
     from .training.runs import train
 
     return train(config)

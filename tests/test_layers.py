@@ -7,8 +7,8 @@ import pytest
 from tests.imports import graph, modules
 
 LAYERS = (
-    "kernels", "errors", "stopping", "files", "values", "config", "launchers", "hardware", "data", "model", "prepare",
-    "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify",
+    "kernels", "errors", "stopping", "files", "values", "config", "launchers", "hardware", "data", "columns", "model",
+    "prepare", "objectives", "noise", "training", "evaluation", "planning", "demo", "export", "recipes", "verify",
     "fitting", "train", "fit_head", "cross_fit", "profile", "fit", "cli",
 )  # fmt: skip
 

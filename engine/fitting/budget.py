@@ -8,6 +8,7 @@ from copy import deepcopy
 
 from ..errors import UserError
 from ..planning.plan import JUDGE_SECONDS, MERGE_SECONDS
+from .head import PICTURES as HEAD_PICTURES
 from .towers import Tree
 from .trial import Rates
 
@@ -58,9 +59,9 @@ def visits_of(pairs: int, epochs: float | None) -> int:
     return max(min(LEAST_VISITS, MOST_EPOCHS * pairs), round(EPOCHS * pairs))
 
 
-def visits_within(seconds: float, rates: Rates, pairs: int, pictures: int, ranks: int) -> int:
+def visits_within(seconds: float, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False) -> int:
     """As many as end in `seconds`, both fold towers' with them; UserError where none would."""
-    fixed = sum(told(rates, pairs, pictures, 0, 0.0, ranks=ranks).values())
+    fixed = sum(told(rates, pairs, pictures, 0, 0.0, ranks=ranks, head=head).values())
     left = (seconds - fixed) * rates.pairs / (1 + FOLD_SHARE)
     if left < pairs:
         need = fixed + pairs * (1 + FOLD_SHARE) / rates.pairs
@@ -71,10 +72,13 @@ def visits_within(seconds: float, rates: Rates, pairs: int, pictures: int, ranks
     return round(left)
 
 
-def told(rates: Rates, pairs: int, pictures: int, visits: int, fold_share: float, *, ranks: int) -> dict[str, float]:
-    """Seconds of each stage."""
+def told(
+    rates: Rates, pairs: int, pictures: int, visits: int, fold_share: float, *, ranks: int, head: bool = False
+) -> dict[str, float]:
+    """Seconds of each stage; `head`: with that of an image tower which lacks one."""
     alone, launched = ALONE * rates.start, LAUNCHED * rates.start
-    return {
+    first = {"head": alone + min(pictures, HEAD_PICTURES) / rates.pictures} if head else {}
+    return first | {
         "prepare": alone + pictures / rates.pictures + pairs * MERGE_SECONDS,
         "split": 1.0 + pairs * MERGE_SECONDS,
         "cross-fit": launched + TRAINING_ENDS + fold_share * visits / rates.pairs + pairs * JUDGE_SECONDS / ranks,

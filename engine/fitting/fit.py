@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from yaml import safe_dump
 
-from ..config import Config, load_config
+from ..columns import as_words
+from ..config import Config, ImageTower, load_config
 from ..data.store import Store, TextStore, read_manifest
 from ..data.tables import SUFFIXES, Columns
 from ..errors import UserError
@@ -32,6 +33,7 @@ from ..noise.cross_fit import read_near, read_rates
 from .budget import held_out, sized, told, visits_of, visits_within
 from .cleaned import write_cleaned
 from .demo import tower_stages
+from .head import Head
 from .look import Found, look
 from .split import TRAIN, split
 from .stages import Stage, Stages, devices, on_cpu, span
@@ -87,22 +89,41 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     if wish.texts is not None:
         tree["mlm"] = {"texts": str(out / "texts"), "texts_per_batch": round(TEXTS * tree["training"]["batch_size"])}
     draft = _written(out / "draft.yaml", tree, wish.overrides)
-    _require_same(out / "store", wish, load_config(draft))
+    config = load_config(draft)
+    tower, head = config.model.image_tower, None
+    if towers.headless and tower is not None:
+        asked = config.model.start_from is not None or any(word.startswith("model.width=") for word in wish.overrides)
+        head = Head.of(out / "head", config, tower, asked=asked)
+        tower = head.on_tower
+    _require_same(out / "store", wish, tower)
     by = ["--config", str(draft)]
     if wish.texts is not None:
         everywhere.run_anyway(Stage("texts", ["prepare", str(wish.texts), str(out / "texts"), "--replace", *by]))
     rates = _rates(wish, out, draft, ranks)
-    seconds = None
+    seconds: dict[str, float] = {}
     if found.pairs is not None and found.pictures is not None:
-        seconds = _told_before(wish, tree, rates, found.pairs, found.pictures, ranks, console)["prepare"]
-    options = [] if wish.images is None else ["--images", str(wish.images)]
-    options += [word for option in wish.columns.given for word in option.split(" ", 1)]
+        seconds = _told_before(wish, towers, rates, found.pairs, found.pictures, ranks, console)
+    options = as_words(wish.images, wish.columns)
+    if head is not None:
+        width = head.stands or head.width(found.pictures)
+        if head.stands is None:
+            made_by = _written(out / "head.yaml", head.tree(wish.source, width), ())
+            everywhere.run_anyway(Stage("head", ["fit-head", str(made_by), *options], seconds.get("head")))
+        elif (wider := head.width(found.pictures)) > width:
+            console.print(
+                f"head: of {width} dimensions, made of the pictures that there were first, where there are enough for"
+                f" {wider} now; it stays, since another one changes all features: another --out makes it of all",
+                highlight=False,
+            )
+        tree["model"]["width"] = width
+        tree["model"]["image_tower"]["pretrained"] = str(head.folder)
+        _written(draft, tree, wish.overrides)
     words = ["prepare", str(wish.source), str(out / "store"), "--replace", *options, *by]
-    everywhere.run_anyway(Stage("prepare", words, seconds, 0 if on_cpu() else ranks))
+    everywhere.run_anyway(Stage("prepare", words, seconds.get("prepare"), 0 if on_cpu() else ranks))
     store = Store(out / "store")
-    if seconds is None:
-        _told_before(wish, tree, rates, len(store), store.manifest["images"], ranks, console)
-    made = tree if _as_given(wish) else sized(tree, len(store), _visits(wish, out, tree, store, rates, ranks))
+    if not seconds:
+        _told_before(wish, towers, rates, len(store), store.manifest["images"], ranks, console)
+    made = tree if _as_given(wish) else sized(tree, len(store), _visits(wish, out, towers, store, rates, ranks))
     work = out / "work" / _digest(store, made, wish)
     parts = _parts(store, work, wish, made, console)
     run = work / "run" / out.name
@@ -165,14 +186,15 @@ def _written(file: Path, tree: Tree, overrides: Sequence[str]) -> Path:
     return file
 
 
-def _visits(wish: Wish, out: Path, tree: Tree, store: Store, rates: Rates, ranks: int) -> int:
+def _visits(wish: Wish, out: Path, towers: Towers, store: Store, rates: Rates, ranks: int) -> int:
     """The budget; that of an earlier call which asked for the same stays, however fast the machine is today."""
     if wish.seconds is None:
         return visits_of(len(store), wish.epochs)
     asked = [wish.seconds, len(store)]
     kept = _remembered(out, "budget", asked)
     if kept is None:
-        kept = visits_within(wish.seconds, rates, len(store), store.manifest["images"], ranks)
+        images = store.manifest["images"]
+        kept = visits_within(wish.seconds, rates, len(store), images, ranks, head=towers.headless)
         _remember(out, "budget", asked, kept)
     return int(kept)
 
@@ -263,36 +285,38 @@ def _cleaned(wish: Wish, out: Path, parts: dict[str, Path], here: Stages) -> Pat
     return made[0]
 
 
-def _require_same(store: Path, wish: Wish, config: Config) -> None:
+def _require_same(store: Path, wish: Wish, tower: ImageTower | None) -> None:
     """UserError where the store that stands, hours of work perhaps, is of another source or tower."""
-    if not (store / "manifest.json").is_file() or config.model.image_tower is None:
+    if not (store / "manifest.json").is_file() or tower is None:
         return
     manifest, another = read_manifest(store), "name another --out, or remove that folder"
     if manifest.get("source") != resolved(wish.source):
         raise UserError(f"--out {wish.out}: holds what was made of {manifest.get('source')}; {another}")
-    tower = image_tower_name(config.model.image_tower)
-    if (difference := tower_difference(manifest["tower"], tower)) is not None:
+    if (difference := tower_difference(manifest["tower"], image_tower_name(tower))) is not None:
         raise UserError(f"--out {wish.out}: its pictures went through {manifest['tower']}, now {difference}; {another}")
 
 
-def _seconds(made: Tree, rates: Rates, pairs: int, pictures: int, ranks: int) -> dict[str, float]:
+def _seconds(
+    made: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False
+) -> dict[str, float]:
     """Of each stage that a config's tree asks for."""
     ecl, visits = made["confidence"], made["training"]["pair_visits"]
-    found = told(rates, pairs, pictures, visits, ecl.get("cross_fit_share", 0.0), ranks=ranks)
+    found = told(rates, pairs, pictures, visits, ecl.get("cross_fit_share", 0.0), ranks=ranks, head=head)
     return found if ecl.get("selection") == "calibrated" else {k: v for k, v in found.items() if k != "cross-fit"}
 
 
 def _told_before(
-    wish: Wish, tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console
+    wish: Wish, towers: Towers, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console
 ) -> dict[str, float]:
     """Seconds of each stage, told."""
+    tree, head = towers.tree, towers.headless
     if _as_given(wish):
         made = tree
     elif wish.seconds is not None:
-        made = sized(tree, pairs, visits_within(wish.seconds, rates, pairs, pictures, ranks))
+        made = sized(tree, pairs, visits_within(wish.seconds, rates, pairs, pictures, ranks, head=head))
     else:
         made = sized(tree, pairs, visits_of(pairs, wish.epochs))
-    seconds = _seconds(made, rates, pairs, pictures, ranks)
+    seconds = _seconds(made, rates, pairs, pictures, ranks, head=head)
     table = Table("stage", "about")
     for name, length in seconds.items():
         table.add_row(name, span(length))

@@ -18,6 +18,7 @@ from .. import __version__
 from ..config import ImageTower, load_config
 from ..errors import UserError
 from ..model.efficientclip import is_ours
+from ..model.pretrained import image_width
 from ..recipes import recipe
 from ..training.run_folder import run_config
 
@@ -30,26 +31,29 @@ Tree = dict[str, Any]
 @dataclass(frozen=True)
 class Towers:
     """`tree` is a config's, without what belongs to one source of data; `start` is the folder of the towers that come
-    with this package, where those are taken."""
+    with this package, where those are taken. `headless`: the image tower has no space of its own, and model.width
+    is that of its pooled output, or of a text run's space."""
 
     tree: Tree
     image: str
     text: str
     start: Path | None = None
+    headless: bool = False
 
 
 def choose(image: str | None, text: str | None) -> Towers:
     """The towers that are named, or else the usual ones of the hub where that, or its cache, is in reach, or else those
-    that come with this package. UserError where one cannot be had, or has no space that a text tower could learn."""
+    that come with this package. UserError where one cannot be had, or is of another kind."""
     if image is None and text is None and not (_in_reach(IMAGE) and _in_reach(TEXT)):
         return embedded()
     tree: Tree = safe_load(recipe("efficientclip"))
     model = tree["model"]
-    model["image_tower"], model["width"] = _image_tower(image or IMAGE)
+    model["image_tower"], model["width"], projects = _image_tower(image or IMAGE)
     text = text or TEXT
     if is_ours(Path(text)):
         held = run_config(Path(text))
         model |= {"text_tower": held.model.model_dump(mode="json", exclude_none=True)["text_tower"], "start_from": text}
+        model["width"] = model["width"] if projects else held.model.width
         tree["data"]["tokenizer"] = str(Path(text) / "tokenizer")
     else:
         _described("--text-tower", text)
@@ -58,7 +62,7 @@ def choose(image: str | None, text: str | None) -> Towers:
     tree["optimizer"].pop("name")
     tree.pop("deepspeed")
     tree["mlm"] = {}
-    return Towers(tree, image or IMAGE, text)
+    return Towers(tree, image or IMAGE, text, headless=not projects)
 
 
 def embedded() -> Towers:
@@ -83,22 +87,19 @@ def of_config(file: Path, overrides: Sequence[str]) -> Towers:
     return Towers(config.model_dump(mode="json", exclude_none=True), "of the config", "of the config")
 
 
-def _image_tower(name: str) -> tuple[Tree, int]:
-    """The config's section, and the width of the space."""
+def _image_tower(name: str) -> tuple[Tree, int, bool]:
+    """The config's section, how wide its features are, and whether they lie in a space of its own."""
     if is_ours(Path(name)):
         held = run_config(Path(name))
         if held.model.image_tower is None:
             raise UserError(f"--image-tower {name}: is a run without an image tower; give an image run's folder")
-        return held.model.image_tower.model_dump(mode="json", exclude={"pretrained", "architecture", "revision"}) | {
-            "pretrained": name
-        }, held.model.width
-    described = _described("--image-tower", name)
-    width = getattr(described, "projection_dim", None)
-    if not isinstance(width, int):
-        raise UserError(
-            f"--image-tower {name}: a {described.model_type} without projection, so without a space for texts; give it"
-            " one by `efficientclip fit-head` (the recipe demo-head shows how), and name the run that this leaves"
+        return (
+            held.model.image_tower.model_dump(mode="json", exclude={"pretrained", "architecture", "revision"})
+            | {"pretrained": name},
+            held.model.width,
+            True,
         )
+    width, projects = image_width(f"--image-tower {name}:", _described("--image-tower", name))
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(name)
         size = pixels.get("crop_size") or pixels["size"]
@@ -109,7 +110,7 @@ def _image_tower(name: str) -> tuple[Tree, int]:
             f"--image-tower {name}: its preprocessor_config.json does not tell size, mean and std of pictures"
             f" ({error}); put it beside the weights, or write a config and give --config"
         ) from error
-    return tower.model_dump(mode="json", exclude_none=True), width
+    return tower.model_dump(mode="json", exclude_none=True), width, projects
 
 
 def _described(option: str, name: str) -> Any:

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 
 def launched(
-    run: Callable[[Config], int], command: str, description: str | None, arguments: list[str] | None
+    run: Callable[[Config, argparse.Namespace], int],
+    command: str,
+    description: str | None,
+    arguments: list[str] | None,
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda _: None,
 ) -> NoReturn:
-    """`run` the config that the command line names, on one of the launcher's ranks; ends the process with its code."""
+    """`run` the config that the command line names, given that, on one of the launcher's ranks; ends the process with
+    its code. `add_options` adds what the command takes beside it."""
     code = reported(adopt_rank)
     if code:
         sys.exit(code)
@@ -29,7 +34,8 @@ def launched(
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
+    add_options(parser)
+    given = parser.parse_intermixed_args(arguments)
     # Its warnings at connections that end with their ranks are stack traces.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from ..config import load_config
@@ -39,7 +45,7 @@ def launched(
     def work() -> int:
         config = load_config(given.config, given.overrides)
         _require_own_folder(given.config, config)
-        return run(config)
+        return run(config, given)
 
     end_process(together(work))
 

@@ -26,9 +26,11 @@ from ..config import Config, ImageTower
 from ..data.cache import Cache
 from ..data.images import ImageLoader
 from ..data.sources import Source
+from ..data.tables import USUAL, Columns
 from ..errors import UserError, tell
+from ..files.places import Location
 from ..hardware import compute_dtype, record_hardware
-from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, load_model
+from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, backbone_config, load_model
 from ..model.frozen import image_tower_name, teacher_name
 from ..model.pretrained import load_image_tower
 from ..model.teacher import Teacher
@@ -42,11 +44,12 @@ Floats = npt.NDArray[np.float64]
 NEVER = -1
 
 
-def fit_head(config: Config) -> int:
+def fit_head(config: Config, images: Location | None = None, columns: Columns = USUAL) -> int:
     """Fit the head and write it with its tower to `config.run`; the exit code.
 
-    Up to training.pair_visits pictures of data.sources are looked at, training.batch_size at a time. Without
-    model.teacher the space is not turned. UserError where there are fewer pictures than dimensions.
+    Up to training.pair_visits pictures of data.sources are looked at, training.batch_size at a time; where these are
+    tables, `images` and `columns` tell of them. Without model.teacher the space is not turned. UserError where there
+    are fewer pictures than dimensions.
     """
     tower = config.model.image_tower
     if tower is None or tower.pretrained is None or config.training.tower != "image":
@@ -55,7 +58,7 @@ def fit_head(config: Config) -> int:
         if dist.get_world_size() > 1:
             raise UserError("fit-head: runs on one rank; start it without a launcher")
         cache = Cache.of(config.data)
-        sources = opened_sources(config, cache)
+        sources = opened_sources(config, cache, images, columns)
         identity = {
             **dict.fromkeys(("store", "tower", "tokenizer")),
             "pictures": listed(sources),
@@ -89,8 +92,8 @@ def _fitted(config: Config, tower: ImageTower, teacher: Teacher | None, sources:
     loaded = load_image_tower("model.image_tower", tower)[0] if image is None else image.backbone
     # Of a model of two towers, the pictures' half.
     backbone: PreTrainedModel = getattr(loaded, "vision_model", loaded)
-    described = {**backbone.config.to_dict(), "image_size": tower.size, "fitted": config.head.layers}
-    model = EfficientCLIP(EfficientCLIPConfig(image=described, width=config.model.width), image_backbone=backbone)
+    image_config = {**backbone_config(backbone, tower), "fitted": config.head.layers}
+    model = EfficientCLIP(EfficientCLIPConfig(image=image_config, width=config.model.width), image_backbone=backbone)
     model.compute = compute_dtype(config.training.precision)
     torch.nn.Module.to(model, "cuda" if torch.cuda.is_available() else "cpu").eval()
     pooled_NF, names = _pooled(config, tower, model, sources)
@@ -140,7 +143,8 @@ def _pooled(
         paths = ", ".join(str(source.path) for source in sources) or "no source"
         told = " with `captions_en`, which model.teacher reads," if named else ""
         raise UserError(
-            f"data.sources: {found} pictures{told} in {paths}; a head of model.width={config.model.width} needs more"
+            f"data.sources: {found} pictures{told} in {paths}; a head of model.width={config.model.width} needs more:"
+            " lower it"
         )
     return np.concatenate(parts), names
 

@@ -24,6 +24,7 @@ from ..data.pairs import CaptionPairs, MaskedTexts, PairSource
 from ..data.pixels import PicturePairs, load_pictures
 from ..data.sources import Source, open_source
 from ..data.store import Store, TextStore, edges
+from ..data.tables import USUAL, Columns
 from ..data.tokenizer import fingerprint, load_tokenizer
 from ..errors import UserError
 from ..files.digests import digest_of
@@ -251,9 +252,12 @@ def picture_reports(config: Config, tower: ImageTower, teacher: Teacher, cache: 
     return validate
 
 
-def opened_sources(config: Config, cache: Cache | None) -> list[Source]:
+def opened_sources(
+    config: Config, cache: Cache | None, images: Location | None = None, columns: Columns = USUAL
+) -> list[Source]:
+    """Those of data.sources; `images` and `columns` as `open_source` takes them."""
     given = (source.path for source in config.data.sources.values())
-    return [open_source(path, cache=cache) for path in given if path is not None]
+    return [open_source(path, images, columns, cache) for path in given if path is not None]
 
 
 def listed(sources: Sequence[Source]) -> list[list[Any]]:

@@ -12,11 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import BertConfig, BertModel, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    BertConfig,
+    BertModel,
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from efficientclip.cli import main
+from efficientclip.config import load_config
 from efficientclip.data.store import Store
+from efficientclip.errors import UserError
 from tests import tiny
+from tests.model import hub
 
 COLOURS = "红蓝绿黄"
 PAIRS = 48
@@ -103,10 +113,43 @@ def test_a_table_becomes_a_model_by_one_command(shop: Path, fit: Callable[..., t
     assert code == 2 and "--out made: its pictures went through image@" in said
 
 
+def test_a_tower_without_a_space_gets_one_that_stays(
+    shop: Path, fit: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.dinov2(shop / "dinov2")
+    square = {"height": hub.PIXELS, "width": hub.PIXELS}
+    BitImageProcessorPil(size={"shortest_edge": hub.PIXELS}, crop_size=square).save_pretrained(shop / "dinov2")
+    rows, out = (shop / "products.csv").read_text(encoding="utf-8").splitlines(keepends=True), shop / "far"
+    asked = "--out", "far", "--image-tower", "dinov2", "training.precision=fp32", "--ranks", "1"
+
+    def split(*_: object) -> None:
+        raise UserError("the store stands")
+
+    monkeypatch.setattr("efficientclip.fitting.fit._parts", split)
+    try:
+        (shop / "products.csv").write_text("".join(rows[:33]), encoding="utf-8")
+        code, said = fit(*asked)
+    finally:
+        (shop / "products.csv").write_text("".join(rows), encoding="utf-8")
+    assert (code, said.endswith("error: the store stands")) == (2, True), said
+    # In the table of what it will take, and done.
+    assert re.search(r"head │ \d+ s │ │ prepare", said) and re.search(
+        r" head: \d+ s; \S+: a head of 16 dimensions", said
+    )
+    assert Store(out / "store").width == 16 and len(Store(out / "store")) == 32
+    model = load_config(out / "draft.yaml").model
+    assert model.width == 16 and model.image_tower is not None and model.image_tower.pretrained == str(out / "head")
+    before = (out / "head" / "model" / "model.safetensors").stat().st_mtime_ns
+    code, said = fit(*asked)
+    assert "head: of 16 dimensions, made of the pictures that there were first, where there are enough for 24" in said
+    assert len(Store(out / "store")) == PAIRS
+    assert (out / "head" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--image-tower", "text"], r"--image-tower text: a bert without projection"),
+        (["--image-tower", "text"], r"--image-tower text: is a bert, no image tower"),
         (["--text-tower", "nowhere"], r"--text-tower nowhere: no model folder, run or reachable hub id"),
         (["--verdicts", "marked.csv"], r"--verdicts marked.csv: no such file"),
         (["--budget", "soon"], r"--budget 'soon': write it as 15m"),
