@@ -59,30 +59,49 @@ def visits_of(pairs: int, epochs: float | None) -> int:
     return max(min(LEAST_VISITS, MOST_EPOCHS * pairs), round(EPOCHS * pairs))
 
 
-def visits_within(seconds: float, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False) -> int:
-    """As many as end in `seconds`, both fold towers' with them; UserError where none would."""
-    fixed = sum(told(rates, pairs, pictures, 0, 0.0, ranks=ranks, head=head).values())
-    left = (seconds - fixed) * rates.pairs / (1 + FOLD_SHARE)
-    if left < pairs:
-        need = fixed + pairs * (1 + FOLD_SHARE) / rates.pairs
+def visits_within(
+    seconds: float, tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False
+) -> int:
+    """As many of `tree`'s run as end in `seconds`, both fold towers' with them; UserError where one pass would not."""
+
+    def needed(visits: int) -> float:
+        return sum(told(sized(tree, pairs, visits), rates, pairs, pictures, ranks, head=head).values())
+
+    if (need := needed(pairs)) > seconds:
         raise UserError(
             f"--budget: {seconds / 60:.0f} minutes are too few for one pass over {pairs:,} pairs on this machine; give"
             f" {math.ceil(need / 60)} minutes or more"
         )
-    return round(left)
+    least, most = pairs, 2 * pairs
+    while needed(most) <= seconds:
+        least, most = most, 2 * most
+    while most - least > 1:
+        middle = (least + most) // 2
+        least, most = (middle, most) if needed(middle) <= seconds else (least, middle)
+    return least
 
 
-def told(
-    rates: Rates, pairs: int, pictures: int, visits: int, fold_share: float, *, ranks: int, head: bool = False
-) -> dict[str, float]:
-    """Seconds of each stage; `head`: with that of an image tower which lacks one."""
+def told(tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False) -> dict[str, float]:
+    """Seconds of each stage that `tree` asks for; `head`: with that of an image tower which lacks one."""
     alone, launched = ALONE * rates.start, LAUNCHED * rates.start
-    first = {"head": alone + min(pictures, HEAD_PICTURES) / rates.pictures} if head else {}
-    return first | {
+    training, ecl = tree["training"], tree["confidence"]
+    visits, folds = training["pair_visits"], ecl.get("cross_fit_share", 0.0) * training["pair_visits"]
+
+    def steps(visits: float, batch: int, texts: int = 0) -> float:
+        return visits * (1 + texts / batch * rates.text) / rates.pairs + math.ceil(visits / batch) * rates.step
+
+    found = {"head": alone + min(pictures, HEAD_PICTURES) / rates.pictures} if head else {}
+    found |= {
         "prepare": alone + pictures / rates.pictures + pairs * MERGE_SECONDS,
         "split": 1.0 + pairs * MERGE_SECONDS,
-        "cross-fit": launched + TRAINING_ENDS + fold_share * visits / rates.pairs + pairs * JUDGE_SECONDS / ranks,
-        "train": launched + TRAINING_ENDS + visits / rates.pairs,
+    }
+    if ecl.get("selection") == "calibrated":
+        fold_steps = steps(folds, ecl.get("cross_fit_batch_size") or training["batch_size"])
+        found["cross-fit"] = launched + TRAINING_ENDS + fold_steps + pairs * JUDGE_SECONDS / ranks
+    return found | {
+        "train": launched
+        + TRAINING_ENDS
+        + steps(visits, training["batch_size"], tree["mlm"].get("texts_per_batch", 0)),
         "report": alone + PAGE,
         "audit": alone + PAGE,
         "export": alone,

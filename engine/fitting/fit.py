@@ -99,7 +99,7 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     by = ["--config", str(draft)]
     if wish.texts is not None:
         everywhere.run_anyway(Stage("texts", ["prepare", str(wish.texts), str(out / "texts"), "--replace", *by]))
-    rates = _rates(wish, out, draft, ranks)
+    rates = _rates(wish, out, draft, found.pairs, ranks)
     seconds: dict[str, float] = {}
     if found.pairs is not None and found.pictures is not None:
         seconds = _told_before(wish, towers, rates, found.pairs, found.pictures, ranks, console)
@@ -194,17 +194,17 @@ def _visits(wish: Wish, out: Path, towers: Towers, store: Store, rates: Rates, r
     kept = _remembered(out, "budget", asked)
     if kept is None:
         images = store.manifest["images"]
-        kept = visits_within(wish.seconds, rates, len(store), images, ranks, head=towers.headless)
+        kept = visits_within(wish.seconds, towers.tree, rates, len(store), images, ranks, head=towers.headless)
         _remember(out, "budget", asked, kept)
     return int(kept)
 
 
-def _rates(wish: Wish, out: Path, draft: Path, ranks: int) -> Rates:
+def _rates(wish: Wish, out: Path, draft: Path, pairs: int | None, ranks: int) -> Rates:
     """Measured once for each config and source; a repeated call does not wait for it."""
     asked = [draft.read_text(encoding="utf-8"), str(wish.source), str(wish.images), ranks]
     kept = _remembered(out, "rates", asked)
     if kept is None:
-        kept = asdict(measure(draft, wish.source, wish.images, wish.columns, ranks))
+        kept = asdict(measure(draft, wish.source, wish.images, wish.columns, pairs, ranks))
         _remember(out, "rates", asked, kept)
     return Rates(**kept)
 
@@ -254,7 +254,7 @@ def _stages(
 ) -> tuple[list[Stage], list[Stage]]:
     """What trains, once the store stands, and what is shown of that in `out`."""
     of = str(out / "config.yaml")
-    seconds = _seconds(config.model_dump(), rates, len(store), store.manifest["images"], ranks)
+    seconds = told(config.model_dump(), rates, len(store), store.manifest["images"], ranks)
     run, measured = str(config.run), parts.get(TEST, parts[TRAIN])
     name = "held out" if TEST in parts else "trained on"
     trained = [Stage("train", ["train", of], seconds["train"], ranks, [config.run / "model"])]
@@ -296,15 +296,6 @@ def _require_same(store: Path, wish: Wish, tower: ImageTower | None) -> None:
         raise UserError(f"--out {wish.out}: its pictures went through {manifest['tower']}, now {difference}; {another}")
 
 
-def _seconds(
-    made: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, head: bool = False
-) -> dict[str, float]:
-    """Of each stage that a config's tree asks for."""
-    ecl, visits = made["confidence"], made["training"]["pair_visits"]
-    found = told(rates, pairs, pictures, visits, ecl.get("cross_fit_share", 0.0), ranks=ranks, head=head)
-    return found if ecl.get("selection") == "calibrated" else {k: v for k, v in found.items() if k != "cross-fit"}
-
-
 def _told_before(
     wish: Wish, towers: Towers, rates: Rates, pairs: int, pictures: int, ranks: int, console: Console
 ) -> dict[str, float]:
@@ -313,10 +304,10 @@ def _told_before(
     if _as_given(wish):
         made = tree
     elif wish.seconds is not None:
-        made = sized(tree, pairs, visits_within(wish.seconds, rates, pairs, pictures, ranks, head=head))
+        made = sized(tree, pairs, visits_within(wish.seconds, tree, rates, pairs, pictures, ranks, head=head))
     else:
         made = sized(tree, pairs, visits_of(pairs, wish.epochs))
-    seconds = _seconds(made, rates, pairs, pictures, ranks, head=head)
+    seconds = told(made, rates, pairs, pictures, ranks, head=head)
     table = Table("stage", "about")
     for name, length in seconds.items():
         table.add_row(name, span(length))

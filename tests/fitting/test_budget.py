@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from efficientclip.fitting.trial import Rates
 from efficientclip.recipes import recipe
 from tests import tiny
 
-RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0)
+RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0, step=0.1, text=6.0)
 
 
 @pytest.mark.parametrize("name", ["demo", "efficientclip"])
@@ -38,12 +39,33 @@ def test_the_demos_number_of_pairs_is_trained_as_the_demo() -> None:
         assert made["confidence"][key] == pytest.approx(tree["confidence"][key])
 
 
-def test_a_budget_is_kept_by_what_is_told(tmp_path: object) -> None:
+def test_a_budget_is_kept_by_what_is_told() -> None:
+    tree = safe_load(recipe("demo"))
     for minutes in (5, 30):
-        visits = visits_within(60 * minutes, RATES, 10_000, 4_000, 2)
-        assert sum(told(RATES, 10_000, 4_000, visits, 0.165, ranks=2).values()) == pytest.approx(60 * minutes, rel=0.01)
+        made = sized(tree, 10_000, visits_within(60 * minutes, tree, RATES, 10_000, 4_000, 2))
+        assert sum(told(made, RATES, 10_000, 4_000, 2).values()) == pytest.approx(60 * minutes, rel=0.01)
     with pytest.raises(UserError, match=r"--budget: 1 minutes are too few .* give \d+ minutes or more"):
-        visits_within(60, RATES, 10_000, 4_000, 2)
+        visits_within(60, tree, RATES, 10_000, 4_000, 2)
+
+
+def test_steps_take_their_time_whatever_they_hold() -> None:
+    """Of 24 pairs, whose steps hold 8 and 4, and of 21,070, whose steps hold 1,024 and 128."""
+    tree, quick = safe_load(recipe("demo")), replace(RATES, step=0.0)
+    for pairs, visits, steps in (
+        (24, 2_400, {"train": 300, "cross-fit": 240}),
+        (21_070, 200_000, {"train": 196, "cross-fit": 258}),
+    ):
+        made = sized(tree, pairs, visits)
+        slow, fast = (told(made, rates, pairs, pairs, 2) for rates in (RATES, quick))
+        for stage, seconds in slow.items():
+            assert seconds - fast[stage] == pytest.approx(RATES.step * steps.get(stage, 0))
+        # Unpaired texts are read while the towers train, not by those of the folds.
+        made["mlm"]["texts_per_batch"] *= 2
+        more = told(made, RATES, pairs, pairs, 2)
+        batch = made["training"]["batch_size"]
+        texts = visits / batch * made["mlm"]["texts_per_batch"] / 2
+        assert more["train"] - slow["train"] == pytest.approx(6 * texts / RATES.pairs)
+        assert more["cross-fit"] == slow["cross-fit"]
 
 
 def test_lengths_of_time_are_read() -> None:

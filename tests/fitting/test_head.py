@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from yaml import safe_dump
+from yaml import safe_dump, safe_load
 
 from efficientclip.config import load_config
 from efficientclip.errors import UserError
 from efficientclip.fitting.budget import told, visits_within
 from efficientclip.fitting.head import Head
 from efficientclip.fitting.trial import Rates
+from efficientclip.recipes import recipe
 from efficientclip.verify import broken, verify
 from tests import formats, tiny
 from tests.model import hub
 from tests.training.launch import run
 
-RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0)
+RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0, step=0.0, text=0.0)
 PICTURES = 20
 
 
@@ -76,8 +77,9 @@ def test_a_space_has_as_many_dimensions_as_tower_and_pictures_tell(shop: Path) -
 
 
 def test_its_time_is_told_and_counts_in_a_budget() -> None:
-    seconds = told(RATES, 10_000, 4_000, 0, 0.0, ranks=2, head=True)
+    tree = safe_load(recipe("demo"))
+    seconds = told(tree, RATES, 10_000, 4_000, 2, head=True)
     assert next(iter(seconds)) == "head" and seconds["head"] == pytest.approx(40 + 6)
-    assert "head" not in told(RATES, 10_000, 4_000, 0, 0.0, ranks=2)
-    without, within = (visits_within(900, RATES, 10_000, 4_000, 2, head=head) for head in (False, True))
+    assert "head" not in told(tree, RATES, 10_000, 4_000, 2)
+    without, within = (visits_within(900, tree, RATES, 10_000, 4_000, 2, head=head) for head in (False, True))
     assert (without - within) * 1.165 / 1000 == pytest.approx(46, rel=0.01)
