@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,9 @@ def _visits(wish: Wish, out: Path, towers: Towers, store: Store, rates: Rates, r
 
 def _rates(wish: Wish, out: Path, draft: Path, pairs: int | None, ranks: int) -> Rates:
     """Measured once for each config and source; a repeated call does not wait for it."""
-    asked = [draft.read_text(encoding="utf-8"), str(wish.source), str(wish.images), ranks]
+    # Other rates would be of another version.
+    names = [field.name for field in fields(Rates)]
+    asked = [draft.read_text(encoding="utf-8"), str(wish.source), str(wish.images), ranks, names]
     kept = _remembered(out, "rates", asked)
     if kept is None:
         kept = asdict(measure(draft, wish.source, wish.images, wish.columns, pairs, ranks))
