@@ -111,6 +111,11 @@ class Ties:
             total += np.bincount(row, np.log1p(together / expected), n)
         return Company(others, witnesses, met, total / np.maximum(witnesses, 1))
 
+    def settled(self, company: Company) -> Integers:
+        """On how many other pictures each pair's caption is in company, int64 [pairs]; `company` is that of all."""
+        met = company.met > 0
+        return np.asarray(np.bincount(self.caption_ids, met)[self.caption_ids].astype(np.int64) - met)
+
     def _meetings(self, image_ids: Integers, caption_ids: Integers) -> tuple[Integers, Integers]:
         """Each caption with each other one of its picture that is heard: its place, and both as one number."""
         degree = self._degree[image_ids]

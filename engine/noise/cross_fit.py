@@ -150,11 +150,11 @@ def read_rates(folder: Path) -> list[SourceRate]:
 def read_near(folder: Path) -> str:
     """What `folder` tells of near misses, in words; "" where it tells of none."""
     near = json.loads(_told_without_pairs(folder).get("near", "null"))
-    return near_in_words(SourceRate(*near)) if near else ""
+    return near_in_words(near and SourceRate(*near))
 
 
-def near_in_words(near: SourceRate) -> str:
-    if not near.droppable:
+def near_in_words(near: SourceRate | None) -> str:
+    if near is None or not near.droppable:
         return ""
     return (
         f"{near.rate:.1%} more ({near.low:.1%} to {near.high:.1%}) are near misses, or rare names of what a picture"

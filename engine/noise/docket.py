@@ -108,7 +108,7 @@ class Docket:
         by_both = competence(found.p_with_pictures < HIT, *around)
         ties = Ties(store.image_ids, store.caption_ids)
         company = ties.company(np.arange(len(store)))
-        bins = company.bins()
+        bins, settled = company.bins(), ties.settled(company)
         subject_of = functools.cache(lambda: subjects(store.features, store.caption_edges, self.seed, device))
         odds, by_company = np.zeros(len(store)), np.zeros(len(store))
         random, rates = np.random.default_rng([self.seed, 8]), []
@@ -121,7 +121,7 @@ class Docket:
             wrong, near = source.droppable, None
             # Beside a rate that is not known, wrong pairs would be taken for near misses.
             if not source.open:
-                near = near_miss_interval(ties, company, subject_of, rows, source.rate, self.seed)
+                near = near_miss_interval(ties, company, settled, subject_of, rows, source.rate, self.seed)
             if near is not None:
                 low, rate, high = near
                 few = SourceRate(name, len(rows), rate, max(0.0, low - BESIDE * source.rate), high)

@@ -40,19 +40,25 @@ class _Strata(NamedTuple):
 
 
 def near_miss_interval(
-    ties: Ties, company: Company, subject_of: Callable[[], Integers], rows: Integers, wrong: float, seed: int
+    ties: Ties,
+    company: Company,
+    settled: Integers,
+    subject_of: Callable[[], Integers],
+    rows: Integers,
+    wrong: float,
+    seed: int,
 ) -> list[float] | None:
     """Low end, rate and high end, as INTERVAL has them, of near misses among the pairs `rows`, of a source, beside a
     share of `wrong` whose captions are from anywhere in it, or more: rare captions come alone more often than those
     that are tried. None where too few pairs could be in company.
 
-    company: of all pairs; subject_of: of each caption, as `subjects` tells, asked only if needed. Captions of pictures
-    that look alike may fit, and then keep company, so that too many near misses are told: the low end is for those that
-    come alone as captions from anywhere do.
+    company and settled: of all pairs; subject_of: of each caption, as `subjects` tells, asked only if needed. Captions
+    of pictures that look alike may fit, and then keep company, so that too many near misses are told: the low end is
+    for those that come alone as captions from anywhere do.
     """
     n, random = len(rows), np.random.default_rng([seed, 9])
-    settled = np.bincount(ties.caption_ids, company.met > 0)[ties.caption_ids].astype(np.int64) - (company.met > 0)
-    found, tried = _strata(company.of(rows), settled[rows]), []
+    here = company.of(rows)
+    found, tried = _strata(here, settled[rows]), []
     if found.pairs.sum() < COVERED * n:
         return None
     some = random.choice(rows, min(n, DRAWN), replace=False, shuffle=False)
@@ -63,8 +69,8 @@ def near_miss_interval(
         # Those that had no other one are taken to be like these.
         weight = n / max(int(np.count_nonzero(drawn)), 1)
         tried.append(_strata(ties.company(some[drawn], pair[drawn]), settled[pair[drawn]], weight))
-    stratum, alone = _stratum(company.of(rows), settled[rows]), company.met[rows] == 0
-    dispersion = DISPERSION * design_effect(stratum, alone, stratum >= 0, ties.caption_ids[rows])
+    stratum = _stratum(here, settled[rows])
+    dispersion = DISPERSION * design_effect(stratum, here.met == 0, stratum >= 0, ties.caption_ids[rows])
     least, told = (quantiles(_posterior(found, tried[0], one, wrong, dispersion), INTERVAL) for one in tried)
     return [min(least[0], told[0]), *told[1:]]
 
@@ -133,13 +139,13 @@ def _strata(company: Company, settled: Integers, weight: float = 1.0) -> _Strata
 def _others(ties: Ties, key: Integers, rows: Integers, some: Integers, random: np.random.Generator) -> Integers:
     """For each of `some` of the pairs `rows` another one of these with the same key of its caption, which the picture
     has not; -1 where there is none."""
-    of = key[ties.caption_ids]
-    order = rows[np.argsort(of[rows], kind="stable")]
-    low, high = (np.searchsorted(of[order], of[some], side) for side in ("left", "right"))
+    of = key[ties.caption_ids[rows]]
+    by_key = np.argsort(of, kind="stable")
+    low, high = (np.searchsorted(of[by_key], key[ties.caption_ids[some]], side) for side in ("left", "right"))
     found = np.full(len(some), -1, np.int64)
     for _ in range(TRIES):
         missing = np.flatnonzero(found < 0)
-        drawn = order[random.integers(low[missing], high[missing])]
+        drawn = rows[by_key[random.integers(low[missing], high[missing])]]
         free = ~ties.hold(ties.image_ids[some[missing]], ties.caption_ids[drawn])
         found[missing[free]] = drawn[free]
     return found

@@ -277,7 +277,7 @@ def _tell(folder: Path, found: CrossFit) -> None:
         print(f"{folder}: {_told(found.whole)}")
     for source in found.sources if len(found.sources) > 1 else ():
         print(f"  {source.name}: {_told(source)}")
-    if found.near is not None and (near := near_in_words(found.near)):
+    if near := near_in_words(found.near):
         print(f"  {near}")
     if any(source.open for source in found.sources):
         print("  More visits (confidence.cross_fit_share) or more pairs may tell more.")

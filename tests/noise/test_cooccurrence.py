@@ -88,7 +88,8 @@ def told_of(made: tuple[Any, Any, Any, Any], wrong: float, seed: int) -> list[fl
     features, images, captions, _ = made
     ties, rows = Ties(images, captions), np.arange(len(images))
     subject = subjects(features, edges(captions, images, int(captions.max()) + 1), seed)
-    found = near_miss_interval(ties, ties.company(rows), lambda: subject, rows, wrong, seed)
+    company = ties.company(rows)
+    found = near_miss_interval(ties, company, ties.settled(company), lambda: subject, rows, wrong, seed)
     assert found is not None and 0 <= found[0] <= found[1] <= found[2] <= 1
     return found
 
@@ -130,7 +131,8 @@ def test_where_captions_stand_alone_nothing_is_told() -> None:
     ties = Ties(images, captions)
     company, rows = ties.company(np.arange(2500)), np.arange(2500)
     assert not company.known.any() and not company.bins()[0].any()
-    assert near_miss_interval(ties, company, lambda: pytest.fail("asks for subjects"), rows, 0.1, 0) is None
+    settled = ties.settled(company)
+    assert near_miss_interval(ties, company, settled, lambda: pytest.fail("asks for subjects"), rows, 0.1, 0) is None
 
 
 def test_lift_tells_near_misses_from_right_captions() -> None:
