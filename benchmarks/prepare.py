@@ -1,17 +1,21 @@
 """`prepare` with a frozen tower of no cost: time a pair, peak memory, ranks, and one shard of twenty that changes.
 
     python -m benchmarks.prepare [--pairs 200000,1000000] [--base CHECKOUT] [--rounds 1] [--folder F]
+    python -m benchmarks.prepare --tower vit-b-32 --pairs 8000
 
 Tars hold JPEGs of 32 x 32 pixels, all different, and captions of 12 characters and a number. The tower's features, 512
 wide, are there before it is asked. `--base` is another checkout, whose code takes turns with ours. One rank has two
 cores; beside two ranks of a core each it has one. Times hold the start of Python and torch; CPU time is that of all
 processes, peak memory that of the largest.
+
+`--tower vit-b-32`: one of random weights, in bfloat16, encodes JPEGs of 640 x 480, beside its rate on noise.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import multiprocessing
 import os
 import shutil
 import socket
@@ -30,20 +34,25 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from transformers import ResNetConfig
+from transformers import CLIPVisionConfig, ResNetConfig
 
 from benchmarks.measuring import RESULTS, Neighbours, Row, hardware, require_green, show_and_record
+from efficientclip.config import load_config
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig
+from efficientclip.model.frozen import PICTURES_AT_ONCE, FrozenImages
 
 ROOT = Path(__file__).parents[1]
-SHARDS, WIDTH, SIZE = 20, 512, 32
+SHARDS, WIDTH = 20, 512
+# Pixels of a picture, and of the tower's.
+SIZES = {"none": ((32, 32), 32), "vit-b-32": ((640, 480), 224)}
+ALONE = "the tower alone"
 REPLACED = f"one shard of {SHARDS} replaced"
 CHARACTERS = [chr(0x4E00 + number) for number in range(3000)]
 COLUMNS = (
-    "date", "hardware", "torch", "pairs", "case", "code", "ranks", "cores", "ms_a_pair", "cpu_ms_a_pair", "peak_gib",
-    "to_one_rank", "encoded", "rounds",
+    "date", "hardware", "torch", "tower", "pairs", "case", "code", "ranks", "cores", "ms_a_pair", "cpu_ms_a_pair",
+    "peak_gib", "to_one_rank", "encoded", "rounds",
 )  # fmt: skip
-KEY = ("date", "hardware", "torch", "pairs", "case", "code")
+KEY = ("date", "hardware", "torch", "tower", "pairs", "case", "code")
 # `efficientclip` of the checkout in which it runs.
 COMMAND = f"""
 import sys
@@ -53,11 +62,11 @@ import numpy as np
 from efficientclip import cli
 from efficientclip.model.frozen import FrozenImages
 rows = np.random.default_rng(0).standard_normal((256, {WIDTH})).astype(np.float32)
-encoded = 0
+tower, own, encoded = sys.argv.pop(1), FrozenImages.encode_pixels, 0
 def encode(self, pixels):
     global encoded
     encoded += len(pixels)
-    return rows[: len(pixels)]
+    return rows[: len(pixels)] if tower == "none" else own(self, pixels)
 FrozenImages.encode_pixels = encode
 try:
     sys.exit(cli.main(sys.argv[1:]))
@@ -74,12 +83,13 @@ class Spent:
     encoded: int
 
 
-def write_shards(folder: Path, pairs: int, *, first: int = 0, shards: int = SHARDS) -> Path:
-    """Tars of `pairs` pictures with captions in all, numbered from `first` on."""
+def write_shards(folder: Path, pairs: int, size: tuple[int, int], *, first: int = 0, shards: int = SHARDS) -> Path:
+    """Tars of `pairs` pictures of `size` with captions in all, numbered from `first` on."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(first)
     buffer = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (4, 4, 3), np.uint8)).resize((SIZE, SIZE)).save(buffer, "JPEG", quality=80)
+    coarse = random.integers(0, 256, (max(4, size[1] // 6), max(4, size[0] // 6), 3), np.uint8)
+    Image.fromarray(coarse).resize(size).save(buffer, "JPEG", quality=80)
     jpeg = buffer.getvalue()
     for shard in range(shards):
         words = random.integers(0, len(CHARACTERS), (pairs // shards, 12))
@@ -97,14 +107,19 @@ def write_shards(folder: Path, pairs: int, *, first: int = 0, shards: int = SHAR
     return folder
 
 
-def write_config(folder: Path) -> Path:
+def write_config(folder: Path, kind: str) -> Path:
     """A config with a tower and a tokenizer, which lie beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     vocabulary = [*special, *map(str, range(10)), *(f"##{digit}" for digit in range(10)), *CHARACTERS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    tower = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic").to_dict()
-    model = EfficientCLIP(EfficientCLIPConfig(image={**tower, "image_size": SIZE}, width=WIDTH))
+    size = SIZES[kind][1]
+    tower = (
+        ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+        if kind == "none"
+        else CLIPVisionConfig(image_size=size)
+    )
+    model = EfficientCLIP(EfficientCLIPConfig(image={**tower.to_dict(), "image_size": size}, width=WIDTH))
     model.save_pretrained(folder / "image-run" / "model")
     bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     tree = {
@@ -112,18 +127,18 @@ def write_config(folder: Path) -> Path:
         "data": {"tokenizer": str(folder / "vocab.txt"), "store": str(folder / "store")},
         "model": {
             "width": WIDTH,
-            "image_tower": {"pretrained": str(folder / "image-run"), "size": SIZE},
+            "image_tower": {"pretrained": str(folder / "image-run"), "size": size},
             "text_tower": {"architecture": bert},
         },
         "optimizer": {"lr": 1e-3},
-        "training": {"pair_visits": 1, "batch_size": 1},
+        "training": {"pair_visits": 1, "batch_size": 1, "precision": "fp32" if kind == "none" else "bf16"},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))
     return folder / "config.yaml"
 
 
 def spent(checkout: Path, arguments: Sequence[str], log: Path, *, ranks: int = 1, cores: Sequence[int]) -> Spent:
-    """By `efficientclip ARGUMENTS` of `checkout` on so many ranks, which share the cores out."""
+    """By COMMAND with `arguments` of `checkout` on so many ranks, which share the cores out."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -131,7 +146,8 @@ def spent(checkout: Path, arguments: Sequence[str], log: Path, *, ranks: int = 1
     started, processes = time.perf_counter(), []
     for rank in range(ranks):
         among = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "DS_ACCELERATOR": "cpu"}
+        environment["OMP_NUM_THREADS"] = str(len(cores) // ranks)
         environment |= {name: str(value) for name, value in among.items()} if ranks > 1 else {}
         mine = ",".join(map(str, cores[rank::ranks]))
         with log.open("ab") as file:
@@ -151,9 +167,21 @@ def spent(checkout: Path, arguments: Sequence[str], log: Path, *, ranks: int = 1
     return Spent(seconds, cpu, peak, encoded)
 
 
+def seconds_alone(config: Path) -> float:
+    """Of a picture by the config's tower, in this process; the median of 8 batches, once one is encoded."""
+    frozen, spent = FrozenImages(load_config(config)), list[float]()
+    pixels = torch.randn(PICTURES_AT_ONCE, 3, frozen.tower.size, frozen.tower.size)
+    for _ in range(9):
+        started = time.perf_counter()
+        frozen.encode_pixels(pixels)
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[1:]) / len(pixels)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", default="200000,1000000")
+    parser.add_argument("--tower", default="none", choices=SIZES)
     parser.add_argument("--base", type=Path, help="another checkout, with its loader built")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="where tars and stores go, 6 GB a million pairs")
@@ -163,18 +191,19 @@ def main() -> None:
     codes = {"ours": ROOT, **({"base": given.base.resolve()} if given.base else {})}
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         here = Path(scratch)
-        arguments = ["--config", str(write_config(here / "config"))]
+        config = write_config(here / "config", given.tower)
         for pairs in map(int, given.pairs.split(",")):
-            shards = write_shards(here / f"shards-{pairs}", pairs)
-            measure(shards, pairs, here, arguments, codes, cores, given.rounds)
+            shards = write_shards(here / f"shards-{pairs}", pairs, SIZES[given.tower][0])
+            measure(given.tower, shards, pairs, here, config, codes, cores, given.rounds)
             shutil.rmtree(shards)
 
 
 def measure(
+    tower: str,
     shards: Path,
     pairs: int,
     here: Path,
-    arguments: list[str],
+    config: Path,
     codes: dict[str, Path],
     cores: list[int],
     rounds: int,
@@ -187,8 +216,9 @@ def measure(
         (REPLACED, "ours", 1, tuple(cores)): ROOT,
     }
     found: dict[tuple[str, str, int, tuple[int, ...]], list[Spent]] = {case: [] for case in cases}
-    store, other = here / "store", write_shards(here / "other", pairs // SHARDS, first=pairs, shards=1) / "00000.tar"
-    command = ["prepare", str(shards), str(store), *arguments]
+    size, store = SIZES[tower][0], here / "store"
+    other = write_shards(here / "other", pairs // SHARDS, size, first=pairs, shards=1) / "00000.tar"
+    command = [tower, "prepare", str(shards), str(store), "--config", str(config)]
     for _ in range(rounds):
         for case, root in cases.items():
             _, _, ranks, held = case
@@ -209,16 +239,19 @@ def measure(
     busy = neighbours.busy(
         len(cores), {" ".join(case[:2]): [one.seconds for one in all_] for case, all_ in found.items()}
     )
+    common = {"date": date.today().isoformat(), "hardware": hardware("cpu"), "torch": torch.__version__}
+    common |= {"tower": tower, "pairs": pairs, "rounds": rounds}
     rows: list[Row] = []
+    if tower != "none":
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            alone_s = process.apply(seconds_alone, (config,))
+        rows.append(common | {"case": ALONE, "code": "ours", "cores": len(cores), "ms_a_pair": f"{1e3 * alone_s:.3f}"})
     for (case, code, ranks, held), all_ in found.items():
         seconds = statistics.median(one.seconds for one in all_)
         alone = found["one rank, a core", "ours", 1, (cores[0],)]
         rows.append(
-            {
-                "date": date.today().isoformat(),
-                "hardware": hardware("cpu"),
-                "torch": torch.__version__,
-                "pairs": pairs,
+            common
+            | {
                 "case": case,
                 "code": code,
                 "ranks": ranks,
@@ -228,11 +261,10 @@ def measure(
                 "peak_gib": f"{max(one.peak_bytes for one in all_) / 2**30:.2f}",
                 "to_one_rank": f"{statistics.median(one.seconds for one in alone) / seconds:.2f}" if ranks > 1 else "",
                 "encoded": all_[0].encoded,
-                "rounds": rounds,
             }
         )
     shown = ("pairs", "case", "code", "ms_a_pair", "cpu_ms_a_pair", "peak_gib", "to_one_rank", "encoded")
-    show_and_record(rows, shown, "prepare, a tower of no cost", busy, RESULTS / "prepare.csv", KEY, COLUMNS)
+    show_and_record(rows, shown, f"prepare, tower: {tower}", busy, RESULTS / "prepare.csv", KEY, COLUMNS)
 
 
 if __name__ == "__main__":

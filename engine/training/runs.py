@@ -122,17 +122,9 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
     store = Store(config.data.store)
     _check_store(config, store)
     stores: dict[str, TextStore] = {"store": store}
-    masked = None
-    if config.mlm.texts_per_batch and config.mlm.texts is not None:
-        texts = stores["texts"] = TextStore(config.mlm.texts)
-        _same_tokenizer("mlm.texts", texts, store)
-        masked = MaskedTexts(
-            texts,
-            per_batch=config.mlm.texts_per_batch,
-            mask_share=config.mlm.mask_share,
-            max_tokens=config.data.max_text_tokens,
-            whole_words=config.mlm.whole_word,
-        )
+    if (masked := masked_texts(config)) is not None:
+        stores["texts"] = masked.texts
+        _same_tokenizer("mlm.texts", masked.texts, store)
     held_out = {name: Store(_local(name, path)) for name, path in config.data.validation.items()}
     for name, held in held_out.items():
         _check_store(config, held)
@@ -168,6 +160,19 @@ def text_run(config: Config, rows: npt.NDArray[np.int64] | None = None) -> Input
 
     pairs = CaptionPairs(store, masked, rows, weights, by_hand)
     return Inputs(pairs, validate, identity, store.manifest["vocabulary"], store.path / "tokenizer")
+
+
+def masked_texts(config: Config) -> MaskedTexts | None:
+    """The unpaired texts of a run; None: it has none."""
+    if config.mlm.texts is None or not config.mlm.texts_per_batch:
+        return None
+    return MaskedTexts(
+        TextStore(config.mlm.texts),
+        per_batch=config.mlm.texts_per_batch,
+        mask_share=config.mlm.mask_share,
+        max_tokens=config.data.max_text_tokens,
+        whole_words=config.mlm.whole_word,
+    )
 
 
 def _local(name: str, path: Location) -> Path:
