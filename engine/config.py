@@ -181,7 +181,7 @@ class Confidence(Section):
         None, description="calibrated: folder that `efficientclip cross-fit` writes, and the run starts from"
     )
     cross_fit_share: float = Field(
-        0.08, gt=0, le=10, description="most visits of both fold towers / training.pair_visits, on top"
+        0.08, gt=0, le=10, description="visits of both fold towers / training.pair_visits, on top"
     )
     cross_fit_batch_size: int | None = Field(
         None, ge=1, le=COUNT, description="of the fold towers; they want many small steps"

@@ -26,7 +26,7 @@ from .files.lock import NAME as LOCK
 from .files.ownership import MARK, RESULTS, kind_of
 from .hardware import read_hardware
 from .noise.cross_fit import FILE as CROSS_FIT
-from .noise.cross_fit import ROUNDS, read_cross_fit, read_doubts
+from .noise.cross_fit import read_cross_fit
 from .prepare.parts import held_in
 from .prepare.writer import ORIGIN
 from .training.run_folder import run_config, run_identity
@@ -147,12 +147,10 @@ def _model(folder: Path, root: Path) -> Iterator[Part]:
 
 
 def _cross_fit(folder: Path, root: Path) -> Iterator[Part]:
-    covered = {CROSS_FIT, ROUNDS}
+    covered = {CROSS_FIT}
     if (folder / CROSS_FIT).is_file():
         yield _checked(folder / CROSS_FIT, root, lambda: read_cross_fit(folder))
-    if (folder / ROUNDS).is_file():
-        yield _checked(folder / ROUNDS, root, lambda: read_doubts(folder), sound=NOT_COVERED)
-    for inside in (folder / "model", *sorted(folder.glob("fold-*"))):
+    for inside in (folder / "model", folder / "fold-0", folder / "fold-1"):
         if inside.is_dir():
             yield from (_model if inside.name == "model" else _run)(inside, root)
             covered |= {path.relative_to(folder).as_posix() for path in inside.rglob("*")}

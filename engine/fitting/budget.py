@@ -7,7 +7,6 @@ import re
 from copy import deepcopy
 
 from ..errors import UserError
-from ..noise.cross_fit import round_ends
 from ..planning.plan import JUDGE_SECONDS, MERGE_SECONDS
 from .head import PICTURES as HEAD_PICTURES
 from .towers import Tree
@@ -16,13 +15,13 @@ from .trial import Rates
 EPOCHS = 10.0
 # A small table is visited oftener: in fewer steps nothing settles; the smallest would be learned by heart.
 LEAST_VISITS, MOST_EPOCHS, LEAST_STEPS, LEAST_BATCH = 20_000, 100, 150, 16
-# Of both fold towers, at most, and a least number of that.
+# Of both fold towers: what the demo's rate no longer falls behind, and a least number.
 FOLD_SHARE, FOLD_VISITS, FOLD_EPOCHS, FOLD_BATCH = 0.165, 8_000, 40, 128
 HELD_SHARE, HELD_LEAST, HELD_MOST, TOO_FEW = 0.03, 50, 2_500, 400
 # Seconds on the clock of a command, in starts of a process: its imports, a launcher and its ranks, and its end.
 ALONE, LAUNCHED = 1.2, 2.0
-# Validations, checkpoints, the judge's groups, a round of the fold towers, pages with their pictures.
-TRAINING_ENDS, ROUND, PAGE = 6.0, 3.0, 4.0
+# Validations, checkpoints, the judge's groups, pages with their pictures.
+TRAINING_ENDS, PAGE = 6.0, 4.0
 
 
 def held_out(pairs: int, share: float | None, parts: int) -> int:
@@ -86,7 +85,7 @@ def told(tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, hea
     """Seconds of each stage that `tree` asks for; `head`: with that of an image tower which lacks one."""
     alone, launched = ALONE * rates.start, LAUNCHED * rates.start
     training, ecl = tree["training"], tree["confidence"]
-    visits = training["pair_visits"]
+    visits, folds = training["pair_visits"], ecl.get("cross_fit_share", 0.0) * training["pair_visits"]
 
     def steps(visits: float, batch: int, texts: int = 0) -> float:
         return visits * (1 + texts / batch * rates.text) / rates.pairs + math.ceil(visits / batch) * rates.step
@@ -97,13 +96,8 @@ def told(tree: Tree, rates: Rates, pairs: int, pictures: int, ranks: int, *, hea
         "split": 1.0 + pairs * MERGE_SECONDS,
     }
     if ecl.get("selection") == "calibrated":
-        batch = ecl.get("cross_fit_batch_size") or training["batch_size"]
-        rounds = round_ends(round(ecl["cross_fit_share"] * visits / 2), batch)
-        if tree["model"].get("start_from"):
-            # A tower that knows the space is soon in no less doubt than a round before.
-            rounds = rounds[:2]
-        judged = len(rounds) * (ROUND + pairs * JUDGE_SECONDS / ranks)
-        found["cross-fit"] = launched + TRAINING_ENDS + 2 * steps(rounds[-1], batch) + judged
+        fold_steps = steps(folds, ecl.get("cross_fit_batch_size") or training["batch_size"])
+        found["cross-fit"] = launched + TRAINING_ENDS + fold_steps + pairs * JUDGE_SECONDS / ranks
     return found | {
         "train": launched
         + TRAINING_ENDS

@@ -1,11 +1,10 @@
-"""cross_fit.parquet: what `efficientclip cross-fit` found of each pair and source; rounds.json: how it got there."""
+"""cross_fit.parquet: what `efficientclip cross-fit` found of each pair and each source."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,14 +20,12 @@ from ..errors import UserError, reading
 from ..files.atomic import written_aside
 from .answers import Floats
 
-FILE, ROUNDS = "cross_fit.parquet", "rounds.json"
+FILE = "cross_fit.parquet"
 ANEW = "remove the folder and run `efficientclip cross-fit CONFIG` again"
 COLUMNS = ("fold", "score", "p", "competence", "clean_log_odds")
 NEGLIGIBLE = 0.03  # a smaller rate is no ground to drop anything,
 TOLD_FROM_NONE = 0.02  # nor is one whose interval reaches below this
 UNTOLD = 0.25  # an interval as wide leaves the rate open
-SETTLED = 0.95  # as large a share of the doubt before: more visits would tell no more
-HALVINGS, LEAST_STEPS = 4, 8  # of the most visits, for the first round, and in it
 
 
 class SourceRate(NamedTuple):
@@ -71,13 +68,6 @@ class CrossFit:
     made_of: str = ""
     near: SourceRate | None = None  # misses beside these
     company: Floats | None = None  # of each pair, log of how much likelier a right one keeps it than a wrong one
-
-    @property
-    def doubt(self) -> float | None:
-        """The share of the pairs that the verdicts themselves expect to be wrong about; None: a rate is open."""
-        if any(source.open for source in self.sources):
-            return None
-        return float((1 / (1 + np.exp(np.abs(self.clean_log_odds)))).mean())
 
 
 def write_cross_fit(folder: Path, store: Store, found: CrossFit) -> None:
@@ -134,30 +124,6 @@ def read_cross_fit(folder: Path, store: Store | None = None) -> CrossFit:
         made_of=made_of,
         near=near and SourceRate(*near),
     )
-
-
-def read_doubts(folder: Path) -> list[float | None]:
-    """`CrossFit.doubt` after each round so far; none before the first has ended."""
-    file = folder / ROUNDS
-    if not file.is_file():
-        return []
-    with reading("confidence.cross_fit:", file, ANEW):
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, list) or not all(one is None or isinstance(one, float) for one in found):
-            raise ValueError("is no list of shares")
-        return found
-
-
-def round_ends(visits: int, batch_size: int) -> list[int]:
-    """How many of at most `visits` a tower has had by the end of each round."""
-    halvings = sum(visits >> halved >= LEAST_STEPS * batch_size for halved in range(1, HALVINGS + 1))
-    return [visits >> halved for halved in range(halvings, -1, -1)]
-
-
-def settled(doubts: Sequence[float | None]) -> bool:
-    """Whether the last round told no more than the one before."""
-    before, now = [None, None, *doubts][-2:]
-    return before is not None and now is not None and now >= SETTLED * before
 
 
 def read_rate(folder: Path) -> float | None:

@@ -42,7 +42,7 @@ def advice(made: Plan, config: Config) -> list[str]:
         notes += _profiled(made, config, made.settings.profile)
     if config.confidence.selection == "calibrated":
         share = config.confidence.cross_fit_share
-        notes.append(f"cross-fit comes before: two towers, {share:.0%} of the visits at most, of captions alone")
+        notes.append(f"cross-fit comes before: two towers, {share:.0%} of the visits in all, of captions alone")
     if config.model.start_from is not None:
         notes.append(f"the start, {config.model.start_from}, is a run of its own: plan it too")
     return notes

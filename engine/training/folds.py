@@ -1,9 +1,7 @@
-"""Two fold towers and what they say about the pairs: rounds of three stages, each of which goes on where it was cut.
+"""Two fold towers and what they say about the pairs: three stages, each of which goes on where it was cut short.
 
 CROSS_FIT/groups.npz         the group of each pair, and the store that they are of, until the verdicts stand
           fold-0, fold-1     ordinary runs on half of the pairs each
-          fold-0-1, …        the same towers, trained on in round 1, …
-          rounds.json        how many pairs were in doubt after each round
           judging/           what encoding and judging have finished, until then
               made_of.json   store, towers and settings; of others all is made anew
               captions-0.bin, captions-1.bin    fp16 [captions, width], by fold 0's and 1's tower
@@ -11,19 +9,17 @@ CROSS_FIT/groups.npz         the group of each pair, and the store that they are
           model/             the mean of the two towers: the joint run's start
           cross_fit.parquet  a row a pair: fold, score, p, competence, clean_log_odds, company; rates in its metadata
 
-All ranks train together; then each encodes and judges parts of its own, and rank 0 sums up. Each round doubles the
-visits, up to the share that the config allows, for as long as that leaves fewer pairs in doubt.
+All ranks train together; then each encodes and judges parts of its own; rank 0 sums up when the others have left.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import itertools
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,20 +42,9 @@ from ..hardware import compute_dtype
 from ..model.efficientclip import check_model, load_model
 from ..model.encode import BATCH, encode_rows
 from ..noise.answers import Answers
-from ..noise.cross_fit import (
-    ROUNDS,
-    CrossFit,
-    SourceRate,
-    near_in_words,
-    read_cross_fit,
-    read_doubts,
-    round_ends,
-    settled,
-    write_cross_fit,
-)
+from ..noise.cross_fit import CrossFit, SourceRate, near_in_words, read_cross_fit, write_cross_fit
 from ..noise.docket import VERDICTS, Docket
 from ..noise.neighbourhoods import folds, near, pair_groups
-from ..values import Place
 from .distributed import process_group
 from .ranks import assembled, told
 from .run_folder import finished, owned, place_model, proven
@@ -85,74 +70,46 @@ def cross_fit(config: Config) -> int:
         identity = proven({"store": store})["store"]
         groups = _groups(folder / GROUPS, store, identity, config.seed, rank)
         fold = folds(groups, config.seed)
-        rounds, doubts = _rounds(config, folder), read_doubts(folder)
-        for number in range(max(0, min(len(doubts) - settled(doubts), len(rounds) - 1)), len(rounds)):
-            for half, fold_config in enumerate(rounds[number]):
-                if stopped := _train(fold_config, np.flatnonzero(fold == half), rank):
-                    return stopped
-            towers, last = rounds[number], number + 1 == len(rounds)
-            judging = folder / "judging"
-            # The others may be here before rank 0 has written the towers.
-            made_of = _made_of(config, store, identity, [tower.run for tower in towers]) if rank == 0 else {}
-            standing = _standing(folder, store, made_of) if rank == 0 else None
+        runs = [folder / f"fold-{number}" for number in range(2)]
+        fold_configs = [_fold_config(config, run) for run in runs]
+        for number, fold_config in enumerate(fold_configs):
+            if stopped := _train(fold_config, np.flatnonzero(fold == number), rank):
+                return stopped
+        judging = folder / "judging"
+        # The others may be here before rank 0 has written the towers.
+        made_of = _made_of(config, store, identity, runs) if rank == 0 else {}
+        standing = _standing(folder, store, made_of) if rank == 0 else None
+        if told(standing is not None):
             if standing is not None:
-                _leave(folder, standing)
-            if told(standing is not None):
-                return 0
-            if rank == 0:
-                begin(judging, made_of)
-            docket, answers = _judged(judging, config, towers, store, fold)
-            if rank == 0:
-                visits = sum(_visits(tower) for earlier in rounds[: number + 1] for tower in earlier)
-                found = docket.verdicts(answers.read(), groups, visits)
-                doubts = [*doubts[:number], found.doubt]
-                write_atomically(folder / ROUNDS, json.dumps(doubts).encode())
-                if last or settled(doubts):
-                    save_mean(folder / "model", [tower.run for tower in towers])
-                    write_cross_fit(folder, store, replace(found, made_of=_digest(made_of)))
-                    _leave(folder, found)
-                else:
-                    _tell_round(folder, found)
-            if last:
-                # No rank waits for rank 0.
-                break
-            assembled()
-            doubts = read_doubts(folder)
-            if settled(doubts):
-                break
-    return 0
-
-
-def _rounds(config: Config, folder: Path) -> list[list[Config]]:
-    """Configs of both fold towers in each round, which goes on from the one before."""
-    size = config.confidence.cross_fit_batch_size or config.training.batch_size
-    most = max(1, round(config.confidence.cross_fit_share * config.training.pair_visits / 2))
-    rounds: list[list[Config]] = []
-    for number, (begin, end) in enumerate(itertools.pairwise([0, *round_ends(most, size)])):
-        names = [f"fold-{half}" + (f"-{number}" if number else "") for half in range(2)]
-        starts = [tower.run for tower in rounds[-1]] if rounds else [config.model.start_from] * 2
-        rounds.append(
-            [_fold_config(config, folder / name, end - begin, start) for name, start in zip(names, starts, strict=True)]
+                # It may have been cut short right after the verdicts were written.
+                if (judging / MADE_OF).is_file():
+                    end(judging)
+                (folder / GROUPS).unlink()
+                _tell(folder, standing)
+            return 0
+        if rank == 0:
+            begin(judging, made_of)
+        encoded = [
+            _encoded(judging / f"captions-{number}.bin", fold_config, store, number)
+            for number, fold_config in enumerate(fold_configs)
+        ]
+        assembled()
+        docket = Docket(store, fold, [parts.read() for parts in encoded], config.seed, _device())
+        answers = Parts(
+            judging / "answers.bin", [end - begin for _, begin, end in docket.parts], len(Answers._fields), np.float64
         )
-    return rounds
-
-
-def _judged(
-    judging: Path, config: Config, towers: Sequence[Config], store: Store, fold: npt.NDArray[np.int8]
-) -> tuple[Docket, Parts]:
-    """The docket before the fold towers, and the answers that all ranks have written."""
-    encoded = [
-        _encoded(judging / f"captions-{number}.bin", tower, store, number) for number, tower in enumerate(towers)
-    ]
-    assembled()
-    docket = Docket(store, fold, [parts.read() for parts in encoded], config.seed, _device())
-    answers = Parts(
-        judging / "answers.bin", [end - begin for _, begin, end in docket.parts], len(Answers._fields), np.float64
-    )
-    for part in _dealt(answers, 0, "judging", "pair"):
-        answers.write(part, docket.answers(part))
-    assembled()
-    return docket, answers
+        for part in _dealt(answers, 0, "judging", "pair"):
+            answers.write(part, docket.answers(part))
+        assembled()
+        # From here on no rank waits for this one.
+        if rank == 0:
+            found = docket.verdicts(answers.read(), groups, sum(map(_visits, fold_configs)))
+            save_mean(folder / "model", runs)
+            write_cross_fit(folder, store, replace(found, made_of=_digest(made_of)))
+            end(judging)
+            (folder / GROUPS).unlink()
+            _tell(folder, found)
+    return 0
 
 
 def _groups(file: Path, store: Store, identity: str, seed: int, rank: int) -> npt.NDArray[np.int64]:
@@ -171,13 +128,15 @@ def _read_groups(file: Path) -> tuple[str, npt.NDArray[np.int64]]:
         return str(found["of"]), found["groups"]
 
 
-def _fold_config(config: Config, run: Path, visits: int, start: Place | None) -> Config:
+def _fold_config(config: Config, run: Path) -> Config:
     """That of a run of a text tower on half of the pairs."""
     training, judging = config.training, config.confidence
-    budget = {"pair_visits": visits, "batch_size": judging.cross_fit_batch_size or training.batch_size}
+    budget = {
+        "pair_visits": max(1, round(judging.cross_fit_share * training.pair_visits / 2)),
+        "batch_size": judging.cross_fit_batch_size or training.batch_size,
+    }
     changes = {
         "run": run,
-        "model": config.model.model_copy(update={"start_from": start}),
         "confidence": Confidence(),
         "data": config.data.model_copy(update={"validation": {}}),
         "mlm": MaskedLanguageModelling(),
@@ -313,14 +272,6 @@ def save_mean(folder: Path, runs: list[Path]) -> None:
     place_model(model, folder)
 
 
-def _leave(folder: Path, found: CrossFit) -> None:
-    """Remove what stood until the verdicts did, also that of a call which was cut short right after."""
-    if (folder / "judging" / MADE_OF).is_file():
-        end(folder / "judging")
-    (folder / GROUPS).unlink()
-    _tell(folder, found)
-
-
 def _tell(folder: Path, found: CrossFit) -> None:
     if found.whole is not None:
         print(f"{folder}: {_told(found.whole)}")
@@ -330,11 +281,6 @@ def _tell(folder: Path, found: CrossFit) -> None:
         print(f"  {near}")
     if any(source.open for source in found.sources):
         print("  More visits (confidence.cross_fit_share) or more pairs may tell more.")
-
-
-def _tell_round(folder: Path, found: CrossFit) -> None:
-    known = "how many are wrong is open" if found.doubt is None else f"{found.doubt:.1%} of the pairs are in doubt"
-    print(f"{folder}: after {found.visits:,} pair visits {known}: the towers train on", flush=True)
 
 
 def _told(source: SourceRate) -> str:

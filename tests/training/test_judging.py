@@ -105,7 +105,7 @@ def back_to_training(folder: Path) -> None:
 
 def test_a_finished_cross_fit_leaves_no_parts(folder: Path) -> None:
     left = {path.name for path in (folder / "whole").iterdir()}
-    assert left == {".efficientclip.json", "fold-0", "fold-1", "model", "cross_fit.parquet", "rounds.json"}
+    assert left == {".efficientclip.json", "fold-0", "fold-1", "model", "cross_fit.parquet"}
     assert {name.split()[0] for name in written(folder)} == {"captions-0.bin", "captions-1.bin", "answers.bin"}
     assert len(written(folder)) > 12 and {*written(folder).values()} == {1}
 
