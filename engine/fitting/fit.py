@@ -99,7 +99,7 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     by = ["--config", str(draft)]
     if wish.texts is not None:
         everywhere.run_anyway(Stage("texts", ["prepare", str(wish.texts), str(out / "texts"), "--replace", *by]))
-    rates = _rates(wish, out, draft, found.pairs, ranks)
+    rates = _rates(wish, out, draft, found, ranks)
     seconds: dict[str, float] = {}
     if found.pairs is not None and found.pictures is not None:
         seconds = _told_before(wish, towers, rates, found.pairs, found.pictures, ranks, console)
@@ -199,14 +199,14 @@ def _visits(wish: Wish, out: Path, towers: Towers, store: Store, rates: Rates, r
     return int(kept)
 
 
-def _rates(wish: Wish, out: Path, draft: Path, pairs: int | None, ranks: int) -> Rates:
+def _rates(wish: Wish, out: Path, draft: Path, found: Found, ranks: int) -> Rates:
     """Measured once for each config and source; a repeated call does not wait for it."""
     # Other rates would be of another version.
     names = [field.name for field in fields(Rates)]
     asked = [draft.read_text(encoding="utf-8"), str(wish.source), str(wish.images), ranks, names]
     kept = _remembered(out, "rates", asked)
     if kept is None:
-        kept = asdict(measure(draft, wish.source, wish.images, wish.columns, pairs, ranks))
+        kept = asdict(measure(draft, wish.source, wish.images, wish.columns, found.pairs, found.pictures, ranks))
         _remember(out, "rates", asked, kept)
     return Rates(**kept)
 

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..data.tables import Columns
 from ..errors import UserError
@@ -31,11 +32,18 @@ class Rates:
 
 
 def measure(
-    config: Path, source: Location, images: Location | None, columns: Columns, pairs: int | None, ranks: int
+    config: Path,
+    source: Location,
+    images: Location | None,
+    columns: Columns,
+    pairs: int | None,
+    pictures: int | None,
+    ranks: int,
 ) -> Rates:
     """Rates of the config at `config` on the first pictures of `source`, on as many `ranks` as will train; UserError
-    where these cannot be read. `pairs`: how many it has, if that is known."""
-    asked = {"source": str(source), "images": images and str(images), "columns": vars(columns), "pairs": pairs}
+    where these cannot be read. `pairs` and `pictures`: how many it has, if that is known."""
+    asked: dict[str, Any] = {"source": str(source), "images": images and str(images), "columns": vars(columns)}
+    asked |= {"pairs": pairs, "pictures": pictures}
     words = [sys.executable, "-m", "efficientclip.fitting.trial_rank", str(config), json.dumps(asked)]
     shared = environment(Stage("", (), ranks=ranks))
     shared |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -1,6 +1,6 @@
 """A rank of a trial: some pictures of the source, and some of the run's own steps.
 
-    python -m efficientclip.fitting.trial_rank CONFIG '{"source": …, "images": …, "columns": …, "pairs": 24}'
+    python -m efficientclip.fitting.trial_rank CONFIG '{"source": …, "images": …, "columns": …, "pairs": 24, …}'
 
 on each of the ranks: the first prints `{}` as soon as all is imported, and the Rates as JSON in its last line.
 """
@@ -49,7 +49,7 @@ FEW, LEAST = 128, 16
 
 def _measure(config: Config, asked: dict[str, Any], rank: int, ranks: int) -> Rates:
     captions, pictures = told(_pictures_a_second(config, asked) if rank == 0 else ([], 0.0))
-    return Rates(0.0, pictures, *_pairs_a_second(config, captions, asked["pairs"]))
+    return Rates(0.0, pictures, *_pairs_a_second(config, captions, asked["pairs"], asked["pictures"]))
 
 
 def _pictures_a_second(config: Config, asked: dict[str, Any]) -> tuple[list[str], float]:
@@ -103,18 +103,23 @@ class _Timed(Trainer):
 
 
 class _Sample(PairSource):
-    """`pairs` pairs of captions that come again and random pictures, each of its own."""
+    """`pairs` captions, which come again, and random pictures."""
 
-    def __init__(self, captions: Sequence[Sequence[int]], pairs: int, width: int, masked: MaskedTexts | None) -> None:
+    def __init__(
+        self, captions: Sequence[Sequence[int]], pairs: int, pictures: int, width: int, masked: MaskedTexts | None
+    ) -> None:
         own = np.arange(pairs, dtype=np.int32)
-        rows_RD = np.random.default_rng(0).standard_normal((min(pairs, 4096), width), np.float32)
+        rows_RD = np.random.default_rng(0).standard_normal((min(pictures, 4096), width), np.float32)
         rows_RD /= np.linalg.norm(rows_RD, axis=1, keepdims=True)
-        features = rows_RD.astype(np.float16)[own % len(rows_RD)]
-        super().__init__(trained_ids=own, frozen_ids=own, features=features, edges=edges(own, own, pairs))
+        features = rows_RD.astype(np.float16)[np.arange(pictures) % len(rows_RD)]
+        shown = own % pictures
+        super().__init__(trained_ids=own, frozen_ids=shown, features=features, edges=edges(own, shown, pairs))
         self.captions, self.masked = Texts.of([captions[at % len(captions)] for at in range(pairs)]), masked
 
 
-def _pairs_a_second(config: Config, captions: list[str], pairs: int | None) -> tuple[float, float, float]:
+def _pairs_a_second(
+    config: Config, captions: list[str], pairs: int | None, pictures: int | None
+) -> tuple[float, float, float]:
     """Of all ranks, in the run's own steps; a step's seconds beside its pairs; and the pairs that an unpaired text is
     worth."""
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -122,14 +127,17 @@ def _pairs_a_second(config: Config, captions: list[str], pairs: int | None) -> t
     batch, bank, masked = config.training.batch_size, config.objective.bank_size, masked_texts(config)
     if pairs is not None:
         # Of a small table there are small batches.
-        batch, bank = min(batch, max(LEAST, pairs // 4)), min(bank, pairs)
+        batch = min(batch, max(LEAST, pairs // 4))
+    if pictures is not None:
+        bank = min(bank, pictures)
     world = dist.get_world_size()
     few = max(1, min(FEW, batch // 2) // world) * world
     batch = max(1, batch // world) * world
 
     def seconds(size: int, masked: MaskedTexts | None) -> float:
         """Of one step of `size` pairs."""
-        source = _Sample(ids, max(STEPS * size, bank), config.model.width, masked)
+        sampled = max(STEPS * size, bank)
+        source = _Sample(ids, sampled, min(sampled, pictures or sampled), config.model.width, masked)
         inputs = Inputs(source, lambda module: {}, {}, len(tokenizer))
         with tempfile.TemporaryDirectory() as folder:
             made = _config(config, Path(told(folder)) / "run", size, bank, mlm=masked is not None)

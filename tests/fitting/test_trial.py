@@ -29,9 +29,9 @@ def test_two_ranks_tell_what_a_step_costs_beside_its_pairs(tmp_path: Path) -> No
         model__image_tower=tower,
         training__batch_size=256,
     )
-    rates = measure(config, tmp_path / "products.csv", None, USUAL, 20, 2)
+    rates = measure(config, tmp_path / "products.csv", None, USUAL, 20, 20, 2)
     assert min(rates.start, rates.pictures, rates.pairs, rates.step) > 0 and rates.text == 0
     # What one rank finds, both end with.
     (tmp_path / "tower" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^model\.image_tower\.pretrained: .* holds no weights of a model"):
-        measure(config, tmp_path / "products.csv", None, USUAL, 20, 2)
+        measure(config, tmp_path / "products.csv", None, USUAL, 20, 20, 2)
