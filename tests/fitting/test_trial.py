@@ -15,7 +15,7 @@ from tests.model import hub
 
 def test_two_ranks_tell_what_a_step_costs_beside_its_pairs(tmp_path: Path) -> None:
     hub.clip_vision(tmp_path / "tower")
-    tiny.tokenizer(tmp_path)
+    tiny.text_store(tmp_path / "texts")
     rows = ["image,caption"]
     for number in range(20):
         (tmp_path / f"{number}.png").write_bytes(formats.picture(number, hub.PIXELS))
@@ -25,12 +25,13 @@ def test_two_ranks_tell_what_a_step_costs_beside_its_pairs(tmp_path: Path) -> No
     config = tiny.config(
         tmp_path,
         data={"tokenizer": str(tmp_path / "vocab.txt")},
-        mlm={},
         model__image_tower=tower,
-        training__batch_size=256,
+        mlm__texts_per_batch=56,
+        training__batch_size=16,
     )
     rates = measure(config, tmp_path / "products.csv", None, USUAL, 20, 20, 2)
-    assert min(rates.start, rates.pictures, rates.pairs, rates.step) > 0 and rates.text == 0
+    # 56 texts of some 20 tokens, beside 16 captions of 4.
+    assert min(rates.start, rates.pictures, rates.pairs, rates.step, rates.text) > 0
     # What one rank finds, both end with.
     (tmp_path / "tower" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^model\.image_tower\.pretrained: .* holds no weights of a model"):
