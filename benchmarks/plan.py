@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import torch
 
 from benchmarks.measuring import RESULTS, Neighbours, Row, hardware, record
 from efficientclip.config import load_config
+from efficientclip.launchers import free_port
 from efficientclip.planning.measured import read_profile
 from efficientclip.planning.plan import DAY, Plan, plan
 from efficientclip.planning.settings import GIB, settings_of
@@ -37,14 +37,11 @@ KEY = ("date", "hardware", "torch", "command", "ranks")
 
 def launched(ranks: int, module: str, *arguments: str) -> tuple[str, float]:
     """Runs a module by the `deepspeed` launcher; what it printed, and the peak bytes of its largest process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--quiet", "--num_accelerators", str(ranks)]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [*launcher, "--master_port", str(port), "--module", module, *arguments],
+            [*launcher, "--master_port", str(free_port()), "--module", module, *arguments],
             env=os.environ | {"PATH": path},
             stdout=output,
             stderr=subprocess.STDOUT,

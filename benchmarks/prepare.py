@@ -1,7 +1,7 @@
 """`prepare` with a frozen tower of no cost: time a pair, peak memory, ranks, and one shard of twenty that changes.
 
     python -m benchmarks.prepare [--pairs 200000,1000000] [--base CHECKOUT] [--rounds 1] [--folder F]
-    python -m benchmarks.prepare --tower vit-b-32 --pairs 8000
+    python -m benchmarks.prepare --tower vit-b-32 --pairs 6000
 
 Tars hold JPEGs of 32 x 32 pixels, all different, and captions of 12 characters and a number. The tower's features, 512
 wide, are there before it is asked. `--base` is another checkout, whose code takes turns with ours. One rank has two
@@ -18,7 +18,6 @@ import io
 import multiprocessing
 import os
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from transformers import CLIPVisionConfig, ResNetConfig
 
 from benchmarks.measuring import RESULTS, Neighbours, Row, hardware, require_green, show_and_record
 from efficientclip.config import load_config
+from efficientclip.launchers import free_port
 from efficientclip.model.efficientclip import EfficientCLIP, EfficientCLIPConfig
 from efficientclip.model.frozen import PICTURES_AT_ONCE, FrozenImages
 
@@ -139,9 +139,7 @@ def write_config(folder: Path, kind: str) -> Path:
 
 def spent(checkout: Path, arguments: Sequence[str], log: Path, *, ranks: int = 1, cores: Sequence[int]) -> Spent:
     """By COMMAND with `arguments` of `checkout` on so many ranks, which share the cores out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     log.unlink(missing_ok=True)
     started, processes = time.perf_counter(), []
     for rank in range(ranks):

@@ -68,4 +68,4 @@ def measure(
     if any(codes):
         errors = [line.removeprefix("error: ") for line in printed if line.startswith("error: ")]
         raise UserError([*errors, printed[-1]][0])
-    return Rates(**{**json.loads(told[0]), "start": start})
+    return Rates(start, **json.loads(told[0]))

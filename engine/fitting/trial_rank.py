@@ -2,12 +2,11 @@
 
     python -m efficientclip.fitting.trial_rank CONFIG '{"source": …, "images": …, "columns": …, "pairs": 24, …}'
 
-on each of the ranks: the first prints `{}` as soon as all is imported, and the Rates as JSON in its last line.
+on each of the ranks: the first prints `{}` as soon as all is imported, and in its last line the other Rates as JSON.
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 
 from ..config import Config, MaskedLanguageModelling, load_config
 from ..data.pairs import MaskedTexts, PairSource
@@ -33,23 +31,22 @@ from ..data.tables import Columns
 from ..data.tokenizer import load_tokenizer
 from ..files.places import location
 from ..model.frozen import FrozenImages
-from ..training.distributed import end_process, process_group
+from ..training.distributed import end_process, process_group, release_memory
 from ..training.ranks import together, told
 from ..training.run_folder import owned
 from ..training.runs import Inputs, masked_texts, new_trainer
 from ..training.trainer import Trainer
-from .trial import Rates
+from .budget import FOLD_BATCH, LEAST_BATCH
 
 PICTURES, AT_ONCE, SECONDS = 256, 16, 1.5
 # Steps, the first of which do not count; fewer of those that take longer than SLOW seconds.
 STEPS, WARM_UP, SLOW = 12, 3, 1.0
-# Pairs of the smaller of two batches, and of the least that a table makes.
-FEW, LEAST = 128, 16
 
 
-def _measure(config: Config, asked: dict[str, Any], rank: int, ranks: int) -> Rates:
+def _measure(config: Config, asked: dict[str, Any], rank: int) -> dict[str, float]:
     captions, pictures = told(_pictures_a_second(config, asked) if rank == 0 else ([], 0.0))
-    return Rates(0.0, pictures, *_pairs_a_second(config, captions, asked["pairs"], asked["pictures"]))
+    pairs, step, text = _pairs_a_second(config, captions, asked["pairs"], asked["pictures"])
+    return {"pictures": pictures, "pairs": pairs, "step": step, "text": text}
 
 
 def _pictures_a_second(config: Config, asked: dict[str, Any]) -> tuple[list[str], float]:
@@ -127,11 +124,11 @@ def _pairs_a_second(
     batch, bank, masked = config.training.batch_size, config.objective.bank_size, masked_texts(config)
     if pairs is not None:
         # Of a small table there are small batches.
-        batch = min(batch, max(LEAST, pairs // 4))
+        batch = min(batch, max(LEAST_BATCH, pairs // 4))
     if pictures is not None:
         bank = min(bank, pictures)
     world = dist.get_world_size()
-    few = max(1, min(FEW, batch // 2) // world) * world
+    few = max(1, min(FOLD_BATCH, batch // 2) // world) * world
     batch = max(1, batch // world) * world
 
     def seconds(size: int, masked: MaskedTexts | None) -> float:
@@ -147,8 +144,7 @@ def _pairs_a_second(
                     trainer.train()
             found = told(median(trainer.seconds[WARM_UP:]))
         del trainer
-        gc.collect()
-        get_accelerator().empty_cache()
+        release_memory()
         return found
 
     of_few = seconds(few, None)
@@ -177,8 +173,7 @@ def _config(config: Config, run: Path, size: int, bank: int, *, mlm: bool) -> Co
         update={
             "run": run,
             "training": training,
-            "data": config.data.model_copy(update={"validation": {}, "sources": {}}),
-            "confidence": config.confidence.model_copy(update={"selection": "none", "cross_fit": None}),
+            "confidence": config.confidence.model_copy(update={"selection": "none"}),
             "model": config.model.model_copy(update={"start_from": None}),
             "mlm": config.mlm if mlm else MaskedLanguageModelling(),
             "objective": config.objective.model_copy(update={"bank_size": bank}),
@@ -193,9 +188,9 @@ def _tell() -> None:
     def work() -> int:
         config, asked = load_config(Path(sys.argv[1])), json.loads(sys.argv[2])
         with process_group(config) as rank:
-            rates = _measure(config, asked, rank, dist.get_world_size())
+            rates = _measure(config, asked, rank)
             if rank == 0:
-                print(json.dumps(asdict(rates)), flush=True)
+                print(json.dumps(rates), flush=True)
         return 0
 
     end_process(together(work))

@@ -14,7 +14,6 @@ All ranks train together; then each encodes and judges parts of its own; rank 0 
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -45,7 +44,7 @@ from ..noise.answers import Answers
 from ..noise.cross_fit import CrossFit, SourceRate, near_in_words, read_cross_fit, write_cross_fit
 from ..noise.docket import VERDICTS, Docket
 from ..noise.neighbourhoods import folds, near, pair_groups
-from .distributed import process_group
+from .distributed import process_group, release_memory
 from .ranks import assembled, told
 from .run_folder import finished, owned, place_model, proven
 from .runs import new_trainer, text_run, told_to_stop
@@ -156,10 +155,8 @@ def _train(config: Config, rows: npt.NDArray[np.int64], rank: int) -> int:
         stopped_by = trainer.train()
         if stopped_by is not None:
             return told_to_stop(trainer, stopped_by)
-    # The engine holds itself by hooks, and a device's memory with it.
     del trainer
-    gc.collect()
-    get_accelerator().empty_cache()
+    release_memory()
     return 0
 
 

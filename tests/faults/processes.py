@@ -21,8 +21,9 @@ from unittest.mock import patch
 
 import psutil
 
+from efficientclip.launchers import free_port
 from tests.faults.namespace import Namespace, enter
-from tests.training.launch import SERVER, environment, free_port
+from tests.training.launch import SERVER, environment
 
 MARK = "EFFICIENTCLIP_FAULT"
 # Seconds that anything may take to end after it was told to.

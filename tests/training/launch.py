@@ -8,7 +8,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+from efficientclip.launchers import free_port
 
 # Imports take ten seconds: a server does them once, and ranks are forked from it.
 SERVER = multiprocessing.get_context("forkserver")
@@ -116,13 +117,6 @@ def run(
     if codes != [code] * len(codes):
         raise RuntimeError(f"exit codes {codes}, expected {code}:\n{output[-6000:]}")
     return output
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def launcher(ranks: int, *arguments: str, script: Path | None, module: str) -> list[str]:

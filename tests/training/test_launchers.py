@@ -15,9 +15,10 @@ from unittest.mock import patch
 
 import pytest
 
+from efficientclip.launchers import free_port
 from tests import tiny
 from tests.training import launch
-from tests.training.launch import ended, environment, free_port, metrics, run, start, start_ranks
+from tests.training.launch import ended, environment, metrics, run, start, start_ranks
 from tests.training.test_ranks import wait_for
 
 # A rank 0 that cannot be reached is waited for a minute otherwise, and who waits for a launcher's end 3 seconds.
