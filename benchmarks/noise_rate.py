@@ -4,12 +4,13 @@
     python -m benchmarks.noise_rate CONFIG --store STORE
 
 Cases are KIND-RATE, of the kinds that `benchmarks.planting` describes; a figure is the mean over seeds, with the least
-and the greatest. The judge was developed on seeds 0 to 4: `--first-seed` is 5 by default. Wrong captions are planted
-in the pairs of the demo's store, or of any STORE whose captions are held to be right; its features stay. The labels
-only judge. Near misses are 0 where none are told. The centroid of a caption's other pictures needs no training: it
-shows what redundancy gives away, and tells nothing where each caption has one picture. F1 is that of the wrong pairs:
-where both drop as many as are estimated, and at the best threshold of each. Cross-fits that are there already are not
-made again: remove `--folder` after a change of the engine.
+and the greatest. `source off` is the greatest error among the rates of a store's sources. The judge was developed on
+seeds 0 to 4: `--first-seed` is 5 by default. Wrong captions are planted in the pairs of the demo's store, or of any
+STORE whose captions are held to be right; its features stay. The labels only judge. Near misses are 0 where none are
+told. The centroid of a caption's other pictures needs no training: it shows what redundancy gives away, and tells
+nothing where each caption has one picture. F1 is that of the wrong pairs: where both drop as many as are estimated,
+and at the best threshold of each. Cross-fits that are there already are not made again: remove `--folder` after a
+change of the engine.
 """
 
 from __future__ import annotations
@@ -34,16 +35,17 @@ from efficientclip.config import load_config
 from efficientclip.data.store import Store
 from efficientclip.evaluation.verdicts import caption_centroid_scores, separation
 from efficientclip.noise.cross_fit import CrossFit, read_cross_fit
+from efficientclip.noise.docket import sources
 from efficientclip.planning.settings import parse_count
 
 CASES = (
     "random-0", "random-0.1", "random-0.3", "random-0.5", "permute-0.3", "category-0.3", "noun-0.3", "near-0.3",
-    "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2",
+    "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2", "source-1", "rare-0.03", "rare-1",
 )  # fmt: skip
 NEAR = ("near", "near low", "near high")
 KEY = ("hardware", "store", "pairs", "visits", "case", "seeds")
 COLUMNS = (
-    *KEY, "true", "estimated", "low", "high", "held", *NEAR, "skill", "mean p of wrong", "cross-fit AUC",
+    *KEY, "true", "estimated", "low", "high", "held", "source off", *NEAR, "skill", "mean p of wrong", "cross-fit AUC",
     "centroid AUC", "cross-fit F1", "centroid F1", "cross-fit best F1", "centroid best F1",
     "cross-fit noise dropped", "centroid noise dropped", "cross-fit clean dropped", "centroid clean dropped",
     "date", "command",
@@ -88,6 +90,8 @@ def figures(store: Store, found: CrossFit) -> dict[str, float]:
         raise SystemExit(f"noise_rate: the cross-fit of {store.path} is of an earlier version; remove --folder")
     row = {"pairs": len(store), "visits": found.visits, "true": true, "estimated": whole.rate, "low": whole.low}
     row |= {"high": whole.high, "held": float(whole.low <= true <= whole.high), "skill": whole.skill}
+    shares = {name: float(noise[rows].mean()) for name, rows in sources(store)}
+    row["source off"] = max(abs(source.rate - shares[source.name]) for source in found.sources)
     near = found.near if found.near is not None and found.near.droppable else None
     row |= {"near": near.rate, "near low": near.low, "near high": near.high} if near else dict.fromkeys(NEAR, 0.0)
     if noise.any():

@@ -4,7 +4,8 @@
 with Noisy Correspondence"; what comes back right by chance is right). The others need the demo's concepts: `category`
 draws from the same subgroup of emoji, `noun` from the concepts that share one of the English names and keywords
 (after LEMoN's kinds), `near` from the NEIGHBOURS concepts whose pictures are most alike. `one` is `random` with one
-picture a concept, `cor` puts the same wrong caption on all pictures of a concept, `source` spares all sources but one.
+picture a concept, `cor` puts the same wrong caption on all pictures of a concept, `source` spares all sources but one,
+`rare` all but a little one of RARE pairs, which is made of pictures of that one. A rate is always one of all pairs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from efficientclip.data.tokenizer import load_tokenizer
 from efficientclip.demo.concepts import Concept, Picture
 from efficientclip.prepare.writer import finish, write_ids, write_tokens
 
-NOISY_SOURCE, NEIGHBOURS, TRIES = "twitter", 10, 64
+NOISY_SOURCE, NEIGHBOURS, TRIES, RARE = "twitter", 10, 64, 2000
 
 Random = np.random.Generator
 
@@ -102,10 +103,14 @@ def demo_pictures(shards: Iterable[Path]) -> list[Picture]:
 
 def some_pictures(pairs: Pairs, count: int, seed: int) -> Pairs:
     """The pairs of pictures drawn at random, `count` of them or as many as there are, and those of the last picture."""
-    images = np.array(pairs.images)
-    order = np.random.default_rng([seed, 21]).permutation(np.unique(images))
+    return pairs.only(of_some(np.array(pairs.images), count, np.random.default_rng([seed, 21])).tolist())
+
+
+def of_some(images: npt.NDArray[np.int64], count: int, random: Random) -> npt.NDArray[np.int64]:
+    """Places of pictures drawn at random, `count` or all, and those of the last picture."""
+    order = random.permutation(np.unique(images))
     enough = np.searchsorted(np.cumsum(np.bincount(images)[order]), count) + 1
-    return pairs.only(np.flatnonzero(np.isin(images, order[:enough])).tolist())
+    return np.flatnonzero(np.isin(images, order[:enough]))
 
 
 def planted(right: Pairs, kind: str, rate: float, seed: int) -> tuple[Pairs, npt.NDArray[np.bool_]]:
@@ -187,6 +192,23 @@ def same_caption(pairs: Pairs) -> Iterable[Sequence[int]]:
     return found.values()
 
 
+def of_source(pairs: Pairs, name: str) -> npt.NDArray[np.int64]:
+    return np.flatnonzero(np.array(pairs.sources) == name)
+
+
+def with_rare_source(pairs: Pairs, random: Random) -> Pairs:
+    """RARE pairs of NOISY_SOURCE, those of pictures drawn at random, as a source of their own."""
+    rows = of_source(pairs, NOISY_SOURCE)
+    sources = np.array(pairs.sources, object)
+    sources[rows[of_some(np.array(pairs.images)[rows], RARE, random)]] = "rare"
+    return replace(pairs, sources=sources.tolist())
+
+
+def in_source(pairs: Pairs, name: str, rate: float, random: Random) -> Pairs:
+    """`replaced`, of a source's pairs alone."""
+    return replaced(pairs, rate, random, units=of_source(pairs, name)[:, None].tolist())
+
+
 def sharing(pairs: Pairs, traits: Callable[[Concept], Iterable[str]]) -> dict[str, set[str]]:
     """By concept: the others that have a trait in common with it."""
     have = defaultdict(set)
@@ -219,9 +241,8 @@ KINDS = OF_ANY_STORE | {
     "near": lambda pairs, rate, random: replaced(pairs, rate, random, donors=nearest(pairs)),
     "one": lambda pairs, rate, random: replaced(one_picture(pairs, random), rate, random),
     "cor": lambda pairs, rate, random: replaced(pairs, rate, random, units=same_caption(pairs)),
-    "source": lambda pairs, rate, random: replaced(
-        pairs, rate, random, units=[[row] for row, name in enumerate(pairs.sources) if name == NOISY_SOURCE]
-    ),
+    "source": lambda pairs, rate, random: in_source(pairs, NOISY_SOURCE, rate, random),
+    "rare": lambda pairs, rate, random: in_source(with_rare_source(pairs, random), "rare", rate, random),
 }
 
 

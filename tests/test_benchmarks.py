@@ -461,6 +461,7 @@ def test_planted_captions_are_wrong_and_of_their_kind(
     right: planting.Pairs, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planting, "NEIGHBOURS", 2)
+    monkeypatch.setattr(planting, "RARE", 16)
     true = {(name, caption) for name in GROUP_OF for caption in (f"{name}甲", f"{name}乙", "东西")}
     assert {*zip(right.shows, right.captions, strict=True)} == true
     assert not planting.planted(right, kind, 0, seed=3)[1].any()
@@ -485,6 +486,11 @@ def test_planted_captions_are_wrong_and_of_their_kind(
         assert len({*pairs.images}) == len(GROUP_OF)
     elif kind == "source":
         assert {name for name, is_wrong in zip(pairs.sources, wrong, strict=True) if is_wrong} == {"twitter"}
+    elif kind == "rare":
+        assert {name for name, is_wrong in zip(pairs.sources, wrong, strict=True) if is_wrong} == {"rare"}
+        # Sixteen pairs and those of the last picture, all of Twitter's.
+        assert 16 <= pairs.sources.count("rare") <= 18
+        assert Counter(pairs.sources)["google"] == Counter(right.sources)["google"]
     elif kind == "cor":
         assert {*Counter(planted).values()} <= {3, 6}
     elif kind == "permute":
