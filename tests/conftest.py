@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 CACHE = Path(__file__).parent.parent / ".cache" / "tests"
-# DeepSpeed imports MLflow wherever it is installed, and MLflow's import reports itself.
+# Of packages that few users have, and what tests start does without.
+ABSENT = str(Path(__file__).parent / "absent")
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 WANDB_FOLDERS = ("CACHE", "CONFIG", "DATA")
 # In pytest's cache.
@@ -40,6 +41,11 @@ class Durations:
 
     def pytest_sessionfinish(self) -> None:
         self.cache.set(DURATIONS, self.known | {name: took for name, took in self.took.items() if took})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_without() -> None:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ABSENT, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_configure(config: pytest.Config) -> None:

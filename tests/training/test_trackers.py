@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import os
 import re
 import signal
 import threading
@@ -20,6 +21,7 @@ from efficientclip.errors import UserError
 from efficientclip.training import trackers
 from efficientclip.training.trackers import Aside, opened, require_installed
 from tests import tiny
+from tests.conftest import ABSENT
 from tests.training.boards import Scalars, in_mlflow, in_tensorboard, in_wandb
 from tests.training.launch import ended, metrics, run, start, start_ranks
 from tests.training.test_resume import kill_at
@@ -39,6 +41,12 @@ def failing(*arguments, **options):
 
 MlflowClient.log_batch = failing
 """
+
+
+@pytest.fixture(autouse=True)
+def with_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = os.environ["PYTHONPATH"].split(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != ABSENT))
 
 
 @pytest.fixture(scope="module")
