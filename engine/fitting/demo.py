@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -29,8 +30,9 @@ def demo(folder: Path, ranks: int | None) -> Path:
     return folder / "runs" / "demo" / "report.html"
 
 
-def tower_stages(folder: Path, ranks: int) -> list[Stage]:
-    """An ImageNet tower with a head, and a text tower that a dictionary taught the space of that."""
+def tower_stages(folder: Path, ranks: int, head: Sequence[str] = ()) -> list[Stage]:
+    """An ImageNet tower with a head, and a text tower that a dictionary taught the space of that; `head` overrides the
+    recipe of the former."""
     files = shipped()
     distill = str(files["demo-distill"])
     prepared = ["--replace", "--config"]
@@ -41,7 +43,8 @@ def tower_stages(folder: Path, ranks: int) -> list[Stage]:
               folder=folder, made=[folder / "stores/texts"]),
         Stage("dictionary", ["prepare", "data/demo/parallel.tsv", "stores/parallel", *prepared, distill],
               folder=folder, made=[folder / "stores/parallel"]),
-        Stage("head", ["fit-head", str(files["demo-head"])], folder=folder, made=[folder / "runs/demo-head/model"]),
+        Stage("head", ["fit-head", str(files["demo-head"]), *head], folder=folder,
+              made=[folder / "runs/demo-head/model"]),
         Stage("distillation", ["train", distill], ranks=ranks, folder=folder,
               made=[folder / "runs/demo-distill/model"]),
     ]  # fmt: skip

@@ -37,7 +37,7 @@ from .head import Head
 from .look import Found, look
 from .split import TRAIN, split
 from .stages import Stage, Stages, devices, on_cpu, span
-from .towers import Towers, Tree, choose, of_config
+from .towers import HEAD, Towers, Tree, choose, of_config
 from .trial import Rates, measure
 
 MEMORY = "fit.json"
@@ -85,7 +85,8 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
         tree["data"]["verdicts"] = str(wish.verdicts)
     everywhere = Stages(out / "stages.json", out / "logs", console)
     if towers.start is not None:
-        Stages(towers.start / "stages.json", towers.start / "logs", console).run(tower_stages(towers.start, ranks))
+        beside = Stages(towers.start / "stages.json", towers.start / "logs", console)
+        beside.run(tower_stages(towers.start, ranks, HEAD))
     if wish.texts is not None:
         tree["mlm"] = {"texts": str(out / "texts"), "texts_per_batch": round(TEXTS * tree["training"]["batch_size"])}
     draft = _written(out / "draft.yaml", tree, wish.overrides)

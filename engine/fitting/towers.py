@@ -25,6 +25,8 @@ from ..training.run_folder import run_config
 IMAGE, TEXT = "openai/clip-vit-base-patch32", "hfl/chinese-roberta-wwm-ext"
 PATIENCE_SECONDS = 5
 START = ("demo", "demo-distill", "demo-head")
+# Of the demo's head: users have photographs, which the ImageNet tower has words for.
+HEAD = ("head.classes=0.05",)
 Tree = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ def choose(image: str | None, text: str | None) -> Towers:
 
 def embedded() -> Towers:
     """An ImageNet tower and a text tower that was distilled on a dictionary, made once from package registries."""
-    digest = hashlib.sha256("".join([__version__, *map(recipe, START)]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join([__version__, *map(recipe, START), *HEAD]).encode()).hexdigest()[:12]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     start = cache / "efficientclip" / f"towers-{digest}"
     tree: Tree = safe_load(recipe("demo"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, initialization
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 # Blocks, kernel, stride, expansion and channels of each stage, as EfficientNet-B0 has them.
 STAGES = (
@@ -85,7 +85,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     config_class = EfficientNetLiteConfig
     main_input_name = "pixel_values"
-    base_model_prefix = ""
+    base_model_prefix = "efficientnet_lite"
 
     def __init__(self, config: EfficientNetLiteConfig) -> None:
         super().__init__(config)
@@ -120,12 +120,33 @@ class EfficientNetLiteModel(PreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled, hidden_states=hidden)
 
 
-def from_released(weights: Mapping[str, torch.Tensor]) -> EfficientNetLiteModel:
-    """Lite0 with `weights` as its PyTorch releases name them; the classifier's stay behind. ValueError where one lacks
-    or is left."""
-    model = EfficientNetLiteModel(EfficientNetLiteConfig())
-    names: dict[str, str] = {}
-    for ours in model.state_dict():
+class EfficientNetLiteForImageClassification(PreTrainedModel):
+    """The tower and what it was trained by: logits [M, num_labels] of the pooled features."""
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "efficientnet_lite"
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self.efficientnet_lite = EfficientNetLiteModel(config)
+        self.classifier = nn.Linear(config.hidden_size, len(config.id2label or {}))
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> ImageClassifierOutput:
+        return ImageClassifierOutput(logits=self.classifier(self.efficientnet_lite(pixel_values).pooler_output))
+
+
+def from_released(weights: Mapping[str, torch.Tensor], labels: Sequence[str]) -> EfficientNetLiteForImageClassification:
+    """Lite0 with `weights` as its PyTorch releases name them, and its classes' names. ValueError where a weight lacks
+    or is left, or the names are not as many as the classes."""
+    if len(labels) != len(weights.get("_fc.bias", ())):
+        raise ValueError(f"{len(labels)} names are not those of {len(weights.get('_fc.bias', ()))} classes")
+    named = dict(enumerate(labels))
+    config = EfficientNetLiteConfig(id2label=named, label2id={label: at for at, label in named.items()})
+    model = EfficientNetLiteForImageClassification(config)
+    names = {f"_fc.{part}": f"classifier.{part}" for part in ("weight", "bias")}
+    for ours in model.efficientnet_lite.state_dict():
         place, rest = ours.rsplit(".", 2)[0], ours.rsplit(".", 2)[1:]
         norm = rest[0] == "1"
         if place.startswith("blocks."):
@@ -134,8 +155,8 @@ def from_released(weights: Mapping[str, torch.Tensor]) -> EfficientNetLiteModel:
             theirs = f"_blocks.{number}.{bn if norm else f'_{part}_conv'}"
         else:
             theirs = {"stem": ("_conv_stem", "_bn0"), "head": ("_conv_head", "_bn1")}[place][norm]
-        names[f"{theirs}.{rest[1]}"] = ours
-    left = {name for name in weights if not name.startswith("_fc.")} ^ names.keys()
+        names[f"{theirs}.{rest[1]}"] = f"efficientnet_lite.{ours}"
+    left = weights.keys() ^ names.keys()
     if left:
         raise ValueError(f"{len(left)} weights are not those of an EfficientNet-Lite0, {min(left)} for one")
     model.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()})

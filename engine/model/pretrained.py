@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     CLIPModel,
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
@@ -83,6 +84,28 @@ def load_image_tower(field: str, tower: settings.ImageTower) -> Loaded:
     model, projection = _half(model, "vision_model", "visual_projection")
     _require_eyes(f"{field}.pretrained: {tower.pretrained}", model)
     return model, projection
+
+
+def load_classes(field: str, tower: settings.ImageTower) -> tuple[torch.Tensor, list[str]]:
+    """Of an image classifier: weight float32 [classes, features] of its last layer, and what the classes are called."""
+    config = _config(field, tower)
+    named = f"{field}.pretrained: {tower.pretrained}"
+    wanted = "save a *ForImageClassification with its id2label there"
+    if not any(name.endswith("ForImageClassification") for name in config.architectures or ()):
+        raise UserError(f"{named} was saved without a classifier, whose names head.classes reads; {wanted}")
+    called: dict[Any, str] = config.id2label or {}
+    labels = [called[number] for number in range(len(called))]
+    if labels[0] == "LABEL_0":
+        raise UserError(f"{named} does not tell what its {len(labels)} classes are called; {wanted}")
+    with _loading(f"{field}.pretrained", tower.pretrained or ""):
+        model = AutoModelForImageClassification.from_pretrained(
+            tower.pretrained or "", config=config, revision=tower.revision or "main", dtype=torch.float32
+        )
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and len(layer.weight) == len(labels)]
+    if not layers:
+        raise UserError(f"{named}: its classifier does not end in a linear layer; leave head.classes out")
+    require_finite(layers[-1], named, ANEW)
+    return layers[-1].weight.detach(), labels
 
 
 def image_width(named: str, config: PreTrainedConfig) -> tuple[int, bool]:

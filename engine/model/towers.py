@@ -16,6 +16,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
+    AutoModelForImageClassification,
     ChineseCLIPTextConfig,
     ChineseCLIPTextModel,
     PreTrainedConfig,
@@ -29,7 +30,7 @@ from transformers.models.xlm_roberta.modeling_xlm_roberta import XLMRobertaSelfO
 from ..data.batches import Segments
 from ..errors import UserError
 from . import packed
-from .lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from .lite import EfficientNetLiteConfig, EfficientNetLiteForImageClassification, EfficientNetLiteModel
 from .published import EfficientCLIPTextConfig, EfficientCLIPTextModel
 
 # Hugging Face knows Chinese-CLIP's text half only as a part of the whole.
@@ -38,6 +39,7 @@ AutoConfig.register(EfficientCLIPTextConfig.model_type, EfficientCLIPTextConfig)
 AutoModel.register(EfficientCLIPTextConfig, EfficientCLIPTextModel)
 AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig)
 AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel)
+AutoModelForImageClassification.register(EfficientNetLiteConfig, EfficientNetLiteForImageClassification)
 
 # What follows attention in a BERT's layer: from there on each token is computed by itself.
 BEHIND_ATTENTION = (BertSelfOutput, RobertaSelfOutput, XLMRobertaSelfOutput, ChineseCLIPTextSelfOutput)

@@ -5,6 +5,10 @@ end to end) is centred and projected on its principal directions, each divided b
 normalised rows are then turned by the orthogonal matrix that brings them nearest to what the teacher makes of the
 pictures' English names (Schönemann 1966): a text tower that was distilled from that teacher knows this space already.
 
+A tower that was trained as a classifier knows words: with `head.classes`, the teacher's features of its classes' names,
+each times the class's row (a linear form of ConSE, 1312.5650), are added in the directions in which the pictures hardly
+vary. Pictures of another kind than those fitted on, photographs where these are drawings, differ just there.
+
 The folder that it leaves is that of a finished image run: model.image_tower.pretrained takes it.
 """
 
@@ -32,7 +36,7 @@ from ..files.places import Location
 from ..hardware import compute_dtype, record_hardware
 from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, backbone_config, load_model
 from ..model.frozen import image_tower_name, teacher_name
-from ..model.pretrained import load_image_tower
+from ..model.pretrained import load_classes, load_image_tower
 from ..model.teacher import Teacher
 from .distributed import process_group
 from .records import Metrics
@@ -40,6 +44,8 @@ from .run_folder import describe, finished, owned, place_model, seal
 from .runs import listed, opened_sources, picture_reports
 
 Floats = npt.NDArray[np.float64]
+# Of the mean variance of what the tower says: the classes' names come in where the pictures vary less.
+HARDLY = 0.03
 # Before the first step: no line of a call that was cut short stays.
 NEVER = -1
 
@@ -54,6 +60,8 @@ def fit_head(config: Config, images: Location | None = None, columns: Columns = 
     tower = config.model.image_tower
     if tower is None or tower.pretrained is None or config.training.tower != "image":
         raise UserError("fit-head: needs training.tower=image and model.image_tower.pretrained, the tower to be fitted")
+    if config.head.classes and config.model.teacher is None:
+        raise UserError("head.classes: needs model.teacher, which reads what the tower's classes are called")
     with process_group(config), owned(config.run, "run", "fit-head"):
         if dist.get_world_size() > 1:
             raise UserError("fit-head: runs on one rank; start it without a launcher")
@@ -87,6 +95,8 @@ def fit_head(config: Config, images: Location | None = None, columns: Columns = 
 
 def _fitted(config: Config, tower: ImageTower, teacher: Teacher | None, sources: Sequence[Source]) -> EfficientCLIP:
     """The tower with its head."""
+    # Before hours of pictures.
+    classes = load_classes("model.image_tower", tower) if config.head.classes else None
     run = Path(tower.pretrained or "")
     image = load_model(run).image if (run / "model" / "config.json").is_file() else None
     loaded = load_image_tower("model.image_tower", tower)[0] if image is None else image.backbone
@@ -99,6 +109,10 @@ def _fitted(config: Config, tower: ImageTower, teacher: Teacher | None, sources:
     pooled_NF, names = _pooled(config, tower, model, sources)
     targets = None if teacher is None else teacher.encode(names)
     weight_DF, bias_D = principal_head(pooled_NF, targets, config.model.width)
+    if classes is not None and teacher is not None:
+        rows_CP, labels = classes
+        named_CD = teacher.encode(labels)
+        weight_DF, bias_D = with_classes(pooled_NF, weight_DF, rows_CP.numpy(), named_CD, config.head.classes)
     projection: torch.nn.Linear = model.image.projection  # type: ignore[union-attr, assignment]
     with torch.no_grad():
         projection.weight.copy_(torch.from_numpy(weight_DF))
@@ -176,4 +190,38 @@ def principal_head(
         rows_ND /= np.linalg.norm(rows_ND, axis=1, keepdims=True)
         left, _, right = np.linalg.svd(rows_ND.T @ targets_ND)
         weight_DF = (left @ right).T @ weight_DF
+    return weight_DF, -weight_DF @ centre_F
+
+
+def with_classes(
+    pooled_NF: npt.NDArray[np.float32],
+    weight_DF: Floats,
+    rows_CP: npt.NDArray[np.float32],
+    named_CD: npt.NDArray[np.float32],
+    share: float,
+) -> tuple[Floats, Floats]:
+    """Weight [D, F] and bias [D] of the head weight_DF with what the classes tell: rows_CP are the classifier's,
+    named_CD the features of the classes' names.
+
+    Added is the B [D, P] that minimises the mean of |B x|² over the pictures' pooled outputs x, centred, plus HARDLY
+    times their mean variance times |B - named_CD^T rows_CP|², scaled: on the pictures it is `share` as long as what the
+    head says. UserError where the classifier reads other features than the pooled output, the first P of the F.
+    """
+    centre_F = pooled_NF.mean(0, dtype=np.float64)
+    width = rows_CP.shape[1]
+    first_NP = pooled_NF[:, :width]
+    # Each part of what a head reads has length 1.
+    if first_NP.shape[1] < width or np.abs(np.linalg.norm(first_NP, axis=1) - 1).max() > 1e-3:
+        raise UserError(
+            f"head.classes: the tower's classifier reads {width} features, which are not its pooled output; set it to 0"
+        )
+    offset_NP = first_NP - centre_F[:width]
+    variance_PP = offset_NP.T @ offset_NP / len(offset_NP)
+    ridge_PP = HARDLY * variance_PP.trace() / width * np.eye(width)
+    told_DP = (named_CD - named_CD.mean(0, dtype=np.float64)).T @ (rows_CP - rows_CP.mean(0, dtype=np.float64))
+    added_DP = np.linalg.solve(variance_PP + ridge_PP, ridge_PP @ told_DP.T).T
+    said, added = (pooled_NF - centre_F) @ weight_DF.T, offset_NP @ added_DP.T
+    lengths = [np.linalg.norm(rows_ND, axis=1).mean() for rows_ND in (said, added)]
+    weight_DF = weight_DF.copy()
+    weight_DF[:, :width] += share * lengths[0] / max(lengths[1], 1e-12) * added_DP
     return weight_DF, -weight_DF @ centre_F

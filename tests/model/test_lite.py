@@ -7,10 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForImageClassification
 
+from efficientclip import config as settings
+from efficientclip.errors import UserError
 from efficientclip.model import towers
-from efficientclip.model.lite import STAGES, EfficientNetLiteConfig, EfficientNetLiteModel, from_released
+from efficientclip.model.lite import (
+    STAGES,
+    EfficientNetLiteConfig,
+    EfficientNetLiteForImageClassification,
+    EfficientNetLiteModel,
+    from_released,
+)
+from efficientclip.model.pretrained import load_classes, load_image_tower
 
 Weights = dict[str, torch.Tensor]
 
@@ -79,10 +88,16 @@ def naive(weights: Weights, pixels: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("size", [33, 64])
 def test_features_are_those_of_the_released_weights(size: int) -> None:
     weights, pixels = released(), torch.randn(2, 3, size, size)
-    model, pixels = from_released(weights).double(), pixels.double()
+    labels = [f"thing {number}" for number in range(1000)]
+    whole, pixels = from_released(weights, labels).double(), pixels.double()
+    model = whole.efficientnet_lite
     with torch.no_grad():
         output = model(pixels, output_hidden_states=True)
         assert model(pixels).hidden_states is None
+        logits = whole(pixels).logits
+    expected = naive(weights, pixels)[-1] @ weights["_fc.weight"].double().T + weights["_fc.bias"].double()
+    assert (logits - expected).norm() <= 1e-12 * expected.norm()
+    assert whole.config.id2label[999] == "thing 999"
     assert output.hidden_states is not None and len(output.hidden_states) == len(STAGES)
     for mine, expected in zip((*output.hidden_states, output.pooler_output), naive(weights, pixels), strict=True):
         assert (mine - expected).norm() <= 1e-12 * expected.norm()
@@ -90,9 +105,12 @@ def test_features_are_those_of_the_released_weights(size: int) -> None:
 
 def test_other_weights_are_refused() -> None:
     weights = released()
+    labels = ["thing"] * 1000
     for wrong in (weights | {"_se.weight": torch.ones(1)}, {k: v for k, v in weights.items() if k != "_bn1.bias"}):
         with pytest.raises(ValueError, match=r"1 weights are not those of an EfficientNet-Lite0, (_se|_bn1)"):
-            from_released(wrong)
+            from_released(wrong, labels)
+    with pytest.raises(ValueError, match="999 names are not those of 1000 classes"):
+        from_released(weights, labels[1:])
 
 
 def test_a_saved_tower_opens_by_its_type(tmp_path: Path) -> None:
@@ -103,6 +121,32 @@ def test_a_saved_tower_opens_by_its_type(tmp_path: Path) -> None:
     opened = AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(opened(pixels).pooler_output, model(pixels).pooler_output)
+
+
+def test_a_saved_classifier_opens_as_a_tower_too(tmp_path: Path) -> None:
+    config = EfficientNetLiteConfig(
+        stages=[[1, 3, 2, 6, 8]], stem_channels=8, hidden_size=24, id2label={0: "cat", 1: "dog", 2: "saw"}
+    )
+    model, pixels = EfficientNetLiteForImageClassification(config).eval(), torch.randn(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    tower = AutoModel.from_pretrained(tmp_path).eval()
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(tower(pixels).pooler_output, model.efficientnet_lite(pixels).pooler_output)
+        assert torch.equal(opened(pixels).logits, model(pixels).logits)
+    described = settings.ImageTower(pretrained=str(tmp_path), size=16)
+    weight_CP, labels = load_classes("model.image_tower", described)
+    assert torch.equal(weight_CP, model.classifier.weight) and labels == ["cat", "dog", "saw"]
+    assert load_image_tower("model.image_tower", described)[1] is None
+
+
+def test_a_tower_without_named_classes_is_told(tmp_path: Path) -> None:
+    config = EfficientNetLiteConfig(stages=[[1, 3, 2, 6, 8]], stem_channels=8, hidden_size=24)
+    EfficientNetLiteModel(config).save_pretrained(tmp_path / "tower")
+    EfficientNetLiteForImageClassification(config).save_pretrained(tmp_path / "unnamed")
+    for name, message in (("tower", "was saved without a classifier"), ("unnamed", "what its 2 classes are called")):
+        with pytest.raises(UserError, match=rf"image_tower\.pretrained: .*{name} .*{message}"):
+            load_classes("model.image_tower", settings.ImageTower(pretrained=str(tmp_path / name), size=16))
 
 
 def test_it_learns_from_scratch() -> None:

@@ -16,7 +16,8 @@ from efficientclip.data.sources import open_source
 from efficientclip.errors import UserError
 from efficientclip.model.efficientclip import load_model
 from efficientclip.model.frozen import FrozenImages, image_tower_name
-from efficientclip.training.head import principal_head
+from efficientclip.model.lite import EfficientNetLiteConfig, EfficientNetLiteForImageClassification
+from efficientclip.training.head import HARDLY, principal_head, with_classes
 from efficientclip.verify import broken, verify
 from tests import formats, tiny
 from tests.model import hub
@@ -54,6 +55,38 @@ def test_too_few_directions_are_refused() -> None:
             principal_head(rows, None, width)
     with pytest.raises(UserError, match=r"model\.width: 4, but the teacher's features are 3 wide"):
         principal_head(pooled_NF, pooled_NF[:, :3], 4)
+
+
+def test_names_of_classes_are_told_where_the_pictures_hardly_vary() -> None:
+    random = np.random.default_rng()
+    noise_NF = random.standard_normal((400, 20)) * np.repeat([1, 0.01, 1], [6, 6, 8])
+    # Pooled output and the mean of a layer, each normalised.
+    pooled_NF = np.concatenate([normalised(noise_NF[:, :12] + 2), normalised(noise_NF[:, 12:])], 1).astype(np.float32)
+    weight_DF, _ = principal_head(pooled_NF, None, 8)
+    rows_CP = random.standard_normal((30, 12)).astype(np.float32)
+    named_CD = normalised(random.standard_normal((30, 8))).astype(np.float32)
+    named_DF, named_D = with_classes(pooled_NF, weight_DF, rows_CP, named_CD, 0.2)
+    offset_NF = pooled_NF.astype(np.float64) - pooled_NF.mean(0, dtype=np.float64)
+    np.testing.assert_allclose(named_DF @ pooled_NF.mean(0, dtype=np.float64), -named_D, atol=1e-9)
+    added_DP = named_DF[:, :12] - weight_DF[:, :12]
+    assert (named_DF[:, 12:] == weight_DF[:, 12:]).all()
+    lengths = [
+        np.linalg.norm(rows, axis=1).mean() for rows in (offset_NF @ weight_DF.T, offset_NF[:, :12] @ added_DP.T)
+    ]
+    np.testing.assert_allclose(lengths[1], 0.2 * lengths[0], rtol=1e-6)
+    # The ridge as a least squares of the pictures, which shall say nothing, and of the classes' directions.
+    ridge = HARDLY * (offset_NF[:, :12] ** 2).sum() / len(offset_NF) / 12
+    told_PD = (rows_CP - rows_CP.mean(0)).T.astype(np.float64) @ (named_CD - named_CD.mean(0))
+    asked = np.concatenate([offset_NF[:, :12] / len(offset_NF) ** 0.5, ridge**0.5 * np.eye(12)])
+    wanted = np.concatenate([np.zeros((len(offset_NF), 8)), ridge**0.5 * told_PD])
+    expected_DP = np.linalg.lstsq(asked, wanted, rcond=None)[0].T
+    expected_DP *= np.linalg.norm(added_DP) / np.linalg.norm(expected_DP)
+    np.testing.assert_allclose(added_DP, expected_DP, rtol=1e-4, atol=1e-5 * np.abs(expected_DP).max())
+    # It says most of a picture that differs as none of these does.
+    quiet, loud = (np.linalg.norm(added_DP[:, part], axis=0).mean() for part in (slice(6, 12), slice(6)))
+    assert quiet > 3 * loud
+    with pytest.raises(UserError, match=r"head\.classes: the tower's classifier reads 11 features, which are not its"):
+        with_classes(pooled_NF, weight_DF, rows_CP[:, :11], named_CD, 0.2)
 
 
 @pytest.fixture
@@ -120,6 +153,31 @@ def test_the_folder_is_a_frozen_tower(file: Path, tmp_path: Path) -> None:
     assert "head.layers differ" in run(1, str(file), "head.layers=[1]", module="efficientclip.fit_head", code=2)
 
 
+def test_a_classifier_tells_what_its_classes_are_called(file: Path, tmp_path: Path) -> None:
+    described = EfficientNetLiteConfig(
+        stages=[[1, 3, 2, 6, 8]],
+        stem_channels=8,
+        hidden_size=24,
+        id2label=dict(enumerate(["cat", "dog", "saw", "pear"])),
+    )
+    torch.manual_seed(0)
+    EfficientNetLiteForImageClassification(described).save_pretrained(tmp_path / "lite")
+    tower = [f"model.image_tower.pretrained={tmp_path / 'lite'}", "head.layers=[-1]"]
+    run(1, str(file), *tower, module="efficientclip.fit_head")
+    plain = load_model(tmp_path / "head").image
+    named = [*tower, f"run={tmp_path / 'named'}", "head.classes=0.5"]
+    assert "a head of 16 dimensions; same t2i R@10" in run(1, str(file), *named, module="efficientclip.fit_head")
+    told = load_model(tmp_path / "named").image
+    pixels = torch.randn(3, 3, hub.PIXELS, hub.PIXELS)
+    with torch.no_grad():
+        pooled_MF = plain.pooled(pixels)  # type: ignore[union-attr]
+        assert torch.equal(pooled_MF, told.pooled(pixels))  # type: ignore[union-attr]
+        before, after = (image.projection(pooled_MF) for image in (plain, told))  # type: ignore[union-attr]
+    assert 0 < (after - before).norm() < before.norm()
+    message = run(1, str(file), *named, "model.teacher=null", module="efficientclip.fit_head", code=2)
+    assert "head.classes: needs model.teacher, which reads what the tower's classes are called" in message
+
+
 def test_what_was_cut_short_is_made_again(file: Path, tmp_path: Path) -> None:
     run(1, str(file), module="efficientclip.fit_head")
     head = tmp_path / "head"
@@ -144,6 +202,7 @@ def test_what_was_cut_short_is_made_again(file: Path, tmp_path: Path) -> None:
             r"30 pictures with `captions_en`, which model\.teacher reads, in .*; a head of model\.width=32",
         ),
         ("training.tower=text", r"fit-head: needs training\.tower=image and model\.image_tower\.pretrained"),
+        ("head.classes=0.1", r"model\.image_tower\.pretrained: \S+tower was saved without a classifier, whose names"),
         ("head.layers=[0,3]", r"head\.layers: 3, but this tower tells 3 hidden states, 0 the first"),
         ("head.layer=[1]", r"head\.layer.*did you mean `layers`"),
     ],
