@@ -94,9 +94,9 @@ def _write_tower(folder: Path, wheel: Path, names: Path) -> None:
 
 def imagenet_classes(wheel: Path) -> list[str]:
     """What ImageNet's 1,000 classes are called, in their order."""
-    folder = "timm/data/_info/imagenet_synset"
+    start = "timm/data/_info/imagenet_synset"
     with zipfile.ZipFile(wheel) as opened:
-        synsets, lemmas = (opened.read(f"{folder}{end}.txt").decode().splitlines() for end in ("s", "_to_lemma"))
+        synsets, lemmas = (opened.read(f"{start}{end}.txt").decode().splitlines() for end in ("s", "_to_lemma"))
     called = dict(line.split("\t", 1) for line in lemmas)
     return [called[synset] for synset in synsets]
 

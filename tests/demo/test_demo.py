@@ -248,6 +248,14 @@ def test_manual_page_without_its_markup() -> None:
     assert list(manual_paragraphs(page)) == ["列出目录内容。第二行", "不要忽略"]
 
 
+def test_classes_are_called_what_wordnet_calls_them_in_imagenets_order(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "timm.whl", "w") as wheel:
+        wheel.writestr("timm/data/_info/imagenet_synsets.txt", "n2\nn1\nn3\n")
+        lemmas = "n1\tdog, hound\nn2\ttench, Tinca tinca\nn3\tcrane\nn4\tcrane\n"
+        wheel.writestr("timm/data/_info/imagenet_synset_to_lemma.txt", lemmas)
+    assert build.imagenet_classes(tmp_path / "timm.whl") == ["tench, Tinca tinca", "dog, hound", "crane"]
+
+
 def test_missing_command_is_named_before_any_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda command: None if command == "npm" else f"/bin/{command}")
     with pytest.raises(UserError, match=r"npm is missing.*apt-get install npm"):
