@@ -103,7 +103,7 @@ claim-step: .venv/.ready # 3 minutes
 claim-plan: stores/demo-own-test_vendor/manifest.json # 6 minutes
 	$(CLAIM)plan configs/demo-own.yaml --ranks 2
 claim-resources: stores/demo-test_vendor/manifest.json # 5 hours
-	$(CLAIM)resources --clip-visits 500000 --most-visits 500000
+	$(CLAIM)resources --clip-visits 500000 --most-visits 500000 --wenlan-visits 500000 --budgets 1,1.5,2,4
 	$(CLAIM)resources --count all --wenlan-visits 700000
 claim-noise-rate: stores/demo-test_vendor/manifest.json # 39 cross-fits
 	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train

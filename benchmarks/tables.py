@@ -302,7 +302,11 @@ TABLES = {
                 "{pairs_per_s:,.0f}", "{1[pairs_per_s]:,.0f}", "{1[ratio_of_ours]:.0f}",
                 pick("pair_loader", implementation="PairLoader, 1 thread"),
                 pick("pair_loader", implementation="torch DataLoader, 2 workers")),
-            row("CPU seconds until CLIP's recall on the demo, image tower trained too: a tenth is **missed**",
+            row("CPU seconds until CLIP's recall on the demo, image tower given, as the paper counts",
+                "{cpu_seconds}", "{1[cpu_seconds]}", "{cpu_over_clip:.3f}",
+                pick("resources", count="given", until="val_seen", recipe="efficientclip", reached="yes", budget="2"),
+                pick("resources", count="given", until="val_seen", recipe="clip")),
+            row("the same, image tower trained too: a tenth is **missed**",
                 "{cpu_seconds}", "{1[cpu_seconds]}", "{cpu_over_clip:.2f}",
                 pick("resources", count="all", until="val_seen", recipe="efficientclip", reached="yes", budget="2"),
                 pick("resources", count="all", until="val_seen", recipe="clip")),
@@ -401,6 +405,7 @@ TABLES = {
         PAID,
         [
             paid("`clip`", "given", "clip"),
+            paid("`wenlan`, after 240,000 visits of `clip`'s recipe", "given", "wenlan"),
             paid("`efficientclip`", "given", "efficientclip", "1"),
             paid("", "given", "efficientclip", "1.5"),
             paid("", "given", "efficientclip", "2"),
@@ -530,8 +535,9 @@ CHINESE = {
     "the same in fp32": "同上，fp32",
     "pairs a second from the store, one thread, beside a torch `Dataset` with 2 workers":
         "从特征库读取，每秒图文对，1 线程，相对带 2 个工作进程的 torch `Dataset`",
-    "CPU seconds until CLIP's recall on the demo, image tower trained too: a tenth is **missed**":
-        "在示例上达到 CLIP 召回率的 CPU 秒数，图像塔也从头训练：**未达到**十分之一",
+    "CPU seconds until CLIP's recall on the demo, image tower given, as the paper counts":
+        "在示例上达到 CLIP 召回率的 CPU 秒数，按论文的算法，图像塔为已有",
+    "the same, image tower trained too: a tenth is **missed**": "同上，图像塔也从头训练：**未达到**十分之一",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from ..config import Confidence
 from ..data.store import Store
 from ..files.atomic import written_aside
 from ..files.ownership import SUSPECTS
-from ..noise.confidence import together
+from ..noise.confidence import standardised, together
 from ..noise.cross_fit import FILE, read_cross_fit
 from ..noise.docket import sources
 from ..noise.rate import HIT
@@ -37,16 +37,19 @@ class Evidence:
 
 
 def evidence_of(confidence: Confidence, store: Store, verdicts: Verdicts) -> Evidence:
-    """As `selection: calibrated` weighs it: the run's own scores, and the towers' of a cross-fit where there is one."""
+    """As `selection: calibrated` weighs it: the run's own scores, and the towers' of a cross-fit where there is one; by
+    the latter alone where they cannot tell the rate."""
     folder = confidence.cross_fit
     if folder is None or not (folder / FILE).is_file():
         return Evidence(verdicts.score)
     found = read_cross_fit(folder, store)
-    probability = expit(-found.clean_log_odds)
+    score, probability = together(found.clean_log_odds, verdicts.score), expit(-found.clean_log_odds)
     for (_, rows), rate in zip(sources(store), found.sources, strict=False):
         if rate.open:
             probability[rows] = np.nan
-    return Evidence(together(found.clean_log_odds, verdicts.score), probability, found.p, found.company)
+            # Without a rate all odds are alike, and the run has so few pairs by heart, wrong ones, too.
+            score[rows] = standardised(-found.p[rows]) + standardised(found.score[rows])
+    return Evidence(score, probability, found.p, found.company)
 
 
 def write_suspects(file: Path, store: Store, verdicts: Verdicts, evidence: Evidence) -> None:

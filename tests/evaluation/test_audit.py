@@ -196,13 +196,16 @@ def test_suspects_stand_in_the_order_of_the_evidence(audited: Audited, tmp_path:
     assert main(["audit", str(run), str(tmp_path / "alone")]) == 0
     alone = {int(line["row"]): line["reason"] for line in suspects(tmp_path / "alone")}
     assert alone[7].endswith("seldom or nowhere else: a near miss, or a rare name") and "nowhere else" not in alone[3]
-    # Where the rate is not known, neither is a pair's chance.
+    # Where the rate is not known, neither is a pair's chance; the towers that did not train on it tell the order.
     open_rate = SourceRate("tiny", len(store), 0.4, 0.1, 0.8)
-    found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), p, p, p, odds, (open_rate,))
+    p[[4, 5]], cosine = 0.9, np.full(len(store), 0.25)
+    cosine[[4, 6]] = -0.1, 0.1
+    found = CrossFit(0.1, 7, np.zeros(len(store), np.int8), cosine, p, p, odds, (open_rate,))
     write_cross_fit(tmp_path / "judged", store, found)
     assert main(["audit", str(run), str(tmp_path / "open")]) == 0
     untold = suspects(tmp_path / "open")
-    assert {line["wrong_probability"] for line in untold} == {""} and [int(untold[0]["row"])] == [7]
+    assert {line["wrong_probability"] for line in untold} == {""}
+    assert int(untold[0]["row"]) == 4 and {int(line["row"]) for line in untold[1:3]} == {5, 6}
     assert pq.read_table(tmp_path / "open" / "audit.parquet")["wrong_probability"].null_count == len(store)
     # It is ours, and another program's is not replaced.
     assert main(["audit", str(run), str(tmp_path / "both")]) == 0
