@@ -40,6 +40,7 @@ from efficientclip.demo.concepts import Concept, Picture, assign_noise
 from efficientclip.demo.pictures import write_shard
 from efficientclip.model.efficientclip import build_model
 from efficientclip.noise.cross_fit import CrossFit, SourceRate
+from efficientclip.noise.docket import sources
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -510,8 +511,11 @@ def test_the_estimate_is_told_beside_the_truth(tmp_path: Path) -> None:
     store = Store(tiny.pair_store(tmp_path / "store"))
     odds = np.where(store.pairs()["noise"].to_numpy(zero_copy_only=False), -1.0, 1.0)
     told = SourceRate("all", len(store), 0.2, 0.05, 0.4, 0.9)
-    found = CrossFit(0.15, 7, np.zeros(len(store), np.int8), odds, odds, odds, odds, whole=told)
+    ((name, _),) = sources(store)
+    by_source = (SourceRate(name, len(store), 0.5, 0.05, 0.6),)
+    found = CrossFit(0.15, 7, np.zeros(len(store), np.int8), odds, odds, odds, odds, by_source, told)
     row = noise_rate.figures(store, found)
+    assert row["source off"] == pytest.approx(0.5 - row["true"])
     assert (row["estimated"], row["low"], row["high"], row["skill"]) == (0.2, 0.05, 0.4, 0.9)
     assert row["held"] == 1 and row["true"] == pytest.approx(0.1, abs=0.04)
     assert row["cross-fit AUC"] == 1 and row["cross-fit best F1"] == 1
