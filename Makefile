@@ -105,8 +105,10 @@ claim-plan: stores/demo-own-test_vendor/manifest.json # 6 minutes
 claim-resources: stores/demo-test_vendor/manifest.json # 5 hours
 	$(CLAIM)resources --clip-visits 500000 --most-visits 500000 --wenlan-visits 500000 --budgets 1,1.5,2,4
 	$(CLAIM)resources --count all --wenlan-visits 700000
-claim-noise-rate: stores/demo-test_vendor/manifest.json # 39 cross-fits
+claim-noise-rate: stores/demo-test_vendor/manifest.json # 114 cross-fits
 	$(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train
+	for pairs in 300 1000 3000 10000; do $(CLAIM)noise_rate configs/demo.yaml --shards data/demo/train \
+		--pairs $$pairs --cases random-0,random-0.1,random-0.3,random-0.5 || exit 1; done
 claim-ecl: claim-noise-rate # 50 minutes
 	$(CLAIM)ecl configs/demo.yaml --test stores/demo-test_vendor --arms none,oracle,schedule,calibrated
 	for rate in 0.1 0.5; do $(CLAIM)ecl configs/demo.yaml data.store=runs/noise-rate/stores/random-$$rate-5 --seeds 3 \

@@ -39,8 +39,9 @@ from efficientclip.noise.docket import sources
 from efficientclip.planning.settings import parse_count
 
 CASES = (
-    "random-0", "random-0.1", "random-0.3", "random-0.5", "permute-0.3", "category-0.3", "noun-0.3", "near-0.3",
-    "one-0", "one-0.1", "one-0.3", "cor-0.3", "source-0.2", "source-1", "rare-0.03", "rare-1",
+    "random-0", "random-0.1", "random-0.3", "random-0.5", "permute-0.2", "permute-0.4", "permute-0.6", "category-0.2",
+    "category-0.4", "category-0.6", "noun-0.2", "noun-0.4", "noun-0.6", "near-0.3", "one-0", "one-0.1", "one-0.3",
+    "cor-0.3", "source-0.2", "source-1", "rare-0.03", "rare-1",
 )  # fmt: skip
 NEAR = ("near", "near low", "near high")
 KEY = ("hardware", "store", "pairs", "visits", "case", "seeds")

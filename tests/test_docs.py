@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import noise_rate, tables
 from efficientclip import cli
 from efficientclip.config import Config, Section, load_config
 from efficientclip.data import tables as columns
@@ -123,6 +123,12 @@ def test_what_was_measured_stands_in_the_pages_as_in_the_results(capsys: pytest.
     assert tables.main(["--check"]) == 0, capsys.readouterr().err
     shown = {found[2] for page in tables.PAGES for found in tables.BLOCK.finditer(page.read_text(encoding="utf-8"))}
     assert shown == tables.TABLES.keys()
+
+
+def test_claims_make_each_kind_of_noise_that_a_table_shows() -> None:
+    picks = [pick for table in tables.TABLES.values() for row in table.rows for pick in row.picks]
+    shown = {where["case"] for pick in picks if pick.file == "noise_rate" for where in pick.wheres}
+    assert len(shown) > 10 and shown <= {*noise_rate.CASES}
 
 
 def test_a_figure_that_was_changed_is_told_and_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,8 +140,8 @@ class EfficientNetLiteForImageClassification(PreTrainedModel):
 def from_released(weights: Mapping[str, torch.Tensor], labels: Sequence[str]) -> EfficientNetLiteForImageClassification:
     """Lite0 with `weights` as its PyTorch releases name them, and its classes' names. ValueError where a weight lacks
     or is left, or the names are not as many as the classes."""
-    if len(labels) != len(weights.get("_fc.bias", ())):
-        raise ValueError(f"{len(labels)} names are not those of {len(weights.get('_fc.bias', ()))} classes")
+    if len(labels) != (classes := len(weights.get("_fc.bias", ()))):
+        raise ValueError(f"{len(labels)} names are not those of {classes} classes")
     named = dict(enumerate(labels))
     config = EfficientNetLiteConfig(id2label=named, label2id={label: at for at, label in named.items()})
     model = EfficientNetLiteForImageClassification(config)
