@@ -8,6 +8,7 @@ A thread does it: Python's own handlers wait for the main thread, which may be i
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import shutil
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import NoReturn
 
@@ -122,6 +124,13 @@ def leave_stopped(signum: int | None = None) -> NoReturn:
         saying.start()
         saying.join(WORD_SECONDS)
     leave(128 + found, None if _stop.quiet else f"stopped by {name_of(found)}; {GOES_ON}")
+
+
+def end_with_parent() -> None:
+    """A process of a pool whose parent was killed would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def end_children() -> None:

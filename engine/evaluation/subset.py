@@ -33,8 +33,9 @@ from ..files.lock import held
 from ..files.ownership import claim, mark
 from ..files.places import location
 from ..hardware import cores_of_rank
+from ..stopping import end_with_parent
 from .audit import Audit
-from .kept import Export, Share, aside, end_with_parent, write_share
+from .kept import Export, Share, aside, write_share
 
 
 def export_kept(audit: Audit, folder: Path, *, samples: int, size: int) -> tuple[int, int]:

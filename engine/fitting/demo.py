@@ -26,7 +26,7 @@ def demo(folder: Path, ranks: int | None) -> Path:
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     stages = Stages(folder / "runs" / "demo-stages.json", folder / "runs" / "demo-logs", Console(stderr=True))
-    stages.run_all([*tower_stages(folder, ranks), *_trained(folder, ranks)])
+    stages.run_anyway(*tower_stages(folder, ranks), *_trained(folder, ranks))
     return folder / "runs" / "demo" / "report.html"
 
 
@@ -40,13 +40,13 @@ def tower_stages(folder: Path, ranks: int, head: Sequence[str] = ()) -> list[Sta
         Stage("packages", ["demo-data", "data/demo", "--config", str(files["demo"])], folder=folder,
               made=[folder / "data/demo/manifest.json"]),
         Stage("prose", ["prepare", "data/demo/texts.txt", "stores/texts", *prepared, str(files["demo"])],
-              folder=folder, made=[folder / "stores/texts"]),
+              folder=folder, made=[folder / "stores/texts"], waits=["packages"]),
         Stage("dictionary", ["prepare", "data/demo/parallel.tsv", "stores/parallel", *prepared, distill],
-              folder=folder, made=[folder / "stores/parallel"]),
+              folder=folder, made=[folder / "stores/parallel"], waits=["packages"]),
         Stage("head", ["fit-head", str(files["demo-head"]), *head], folder=folder,
-              made=[folder / "runs/demo-head/model"]),
+              made=[folder / "runs/demo-head/model"], waits=["packages"]),
         Stage("distillation", ["train", distill], ranks=ranks, folder=folder,
-              made=[folder / "runs/demo-distill/model"]),
+              made=[folder / "runs/demo-distill/model"], waits=["dictionary"]),
     ]  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def _trained(folder: Path, ranks: int) -> list[Stage]:
     return [
         *(
             Stage(name, ["prepare", f"data/demo/{part}", f"stores/{name}", "--replace", "--config", config],
-                  folder=folder)
+                  folder=folder, waits=["head"])
             for name, part in stores.items()
         ),
         Stage("cross-fit", ["cross-fit", config], ranks=ranks, folder=folder),

@@ -30,7 +30,7 @@ from ..files.ownership import claim, mark
 from ..files.places import Location, resolved
 from ..model.frozen import image_tower_name, tower_difference
 from ..noise.cross_fit import read_near, read_rates
-from .budget import held_out, sized, told, visits_of, visits_within
+from .budget import PAGES, held_out, sized, told, visits_of, visits_within
 from .cleaned import write_cleaned
 from .demo import tower_stages
 from .head import Head
@@ -42,6 +42,7 @@ from .trial import Rates, measure
 
 MEMORY = "fit.json"
 VALIDATION, TEST = "validation", "test"
+REPORT, AUDIT = ("report.html", "results.json"), ("audit.html", "audit.parquet", "suspects.csv")
 # The paper's unpaired texts to a pair.
 TEXTS = 40 / 256
 
@@ -264,17 +265,15 @@ def _stages(
     if config.confidence.selection == "calibrated" and config.confidence.cross_fit is not None:
         verdicts = config.confidence.cross_fit / "cross_fit.parquet"
         trained.insert(0, Stage("cross-fit", ["cross-fit", of], seconds["cross-fit"], ranks, [verdicts]))
+    pages = {
+        "report": (["report", run, "--data", f"{name}={measured}", "--output", str(out / "report.html")], REPORT),
+        "audit": (["audit", run, str(out)], AUDIT),
+        "export": (["export", run, str(out / "model"), "--replace"], ["model"]),
+    }
     shown = [
-        Stage(
-            "report", ["report", run, "--data", f"{name}={measured}", "--output", str(out / "report.html")],
-            seconds["report"], made=[out / "report.html", out / "results.json"],
-        ),
-        Stage(
-            "audit", ["audit", run, str(out)], seconds["audit"],
-            made=[out / name for name in ("audit.html", "audit.parquet", "suspects.csv")],
-        ),
-        Stage("export", ["export", run, str(out / "model"), "--replace"], seconds["export"], made=[out / "model"]),
-    ]  # fmt: skip
+        Stage(stage, words, seconds[PAGES], made=[out / made for made in left], waits=["train"])
+        for stage, (words, left) in pages.items()
+    ]
     return trained, shown
 
 

@@ -1,4 +1,7 @@
-"""Stages of `fit`: commands of this package, in a process each, or a rank a device, with a line of progress."""
+"""Stages of `fit`: commands of this package, in a process each, or a rank a device, with a line of progress.
+
+A stage begins when those before it that it waits for are done: on a CPU the start of a process leaves cores idle.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from .. import stopping
 from ..errors import UserError
@@ -33,7 +36,8 @@ BREAKS = re.compile(r"[\r\n]+")
 @dataclass(frozen=True)
 class Stage:
     """`words` is a command of this package; on `ranks`, where that is more than 0, by the deepspeed launcher. It shall
-    take `seconds` (None: not told), and is done once `made` is there."""
+    take `seconds` (None: not told), and is done once `made` is there. Of the stages before it, it waits for those named
+    in `waits` (None: for all)."""
 
     name: str
     words: Sequence[str]
@@ -41,6 +45,22 @@ class Stage:
     ranks: int = 0
     made: Sequence[Path] = ()
     folder: Path | None = None
+    waits: Sequence[str] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A stage that runs."""
+
+    stage: Stage
+    title: str
+    process: subprocess.Popen[bytes]
+    started: float
+    bar: TaskID
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self.started
 
 
 class Stages:
@@ -54,7 +74,7 @@ class Stages:
             self.done = json.loads(file.read_text(encoding="utf-8"))
 
     def log_of(self, stage: Stage) -> Path:
-        return self.logs / f"{stage.name.rpartition(' ')[2]}.log"
+        return self.logs / f"{stage.name}.log"
 
     def finished(self, stage: Stage) -> bool:
         return stage.name in self.done and all(made.exists() for made in stage.made)
@@ -76,60 +96,98 @@ class Stages:
     def run(self, stages: Sequence[Stage], *, after: int = 0, of: int = 0) -> None:
         """Those that are not done yet, of `of` in all, `after` others; UserError with what the command said where one
         fails."""
-        for number, stage in enumerate(stages, after + 1):
-            if self.finished(stage):
-                continue
-            left = sum(later.seconds or 0 for later in stages[number - after - 1 :] if not self.finished(later))
-            title = f"{number}/{of or len(stages)} {stage.name}"
-            spent = self._run(stage, title, left)
+
+        def ended(stage: Stage, title: str, spent: float) -> None:
             self.note(stage.name, spent)
             told = "" if stage.seconds is None else f" (told: {span(stage.seconds)})"
             self.console.print(f"{title}: {span(spent)}{told}", highlight=False)
 
-    def run_anyway(self, stage: Stage) -> None:
-        """One that finds out by itself whether there is anything to do."""
-        spent = self._run(stage, stage.name, stage.seconds or 0)
-        said = last_line(self.log_of(stage))
-        self.console.print(f"{stage.name}: {span(spent)}; {said}", highlight=False, soft_wrap=True)
+        numbered = {
+            f"{number}/{of or len(stages)} {stage.name}": stage for number, stage in enumerate(stages, after + 1)
+        }
+        self._run({title: stage for title, stage in numbered.items() if not self.finished(stage)}, ended)
 
-    def run_all(self, stages: Sequence[Stage]) -> None:
-        """Each of them anyway, in turn."""
-        for number, stage in enumerate(stages, 1):
-            self.run_anyway(replace(stage, name=f"{number}/{len(stages)} {stage.name}"))
+    def run_anyway(self, *stages: Stage) -> None:
+        """Such as find out by themselves whether there is anything to do."""
 
-    def _run(self, stage: Stage, title: str, left: float) -> float:
-        """Seconds that the stage took."""
+        def ended(stage: Stage, title: str, spent: float) -> None:
+            said = last_line(self.log_of(stage))
+            self.console.print(f"{title}: {span(spent)}; {said}", highlight=False, soft_wrap=True)
+
+        of = len(stages)
+        self._run(
+            {f"{number}/{of} {stage.name}" if of > 1 else stage.name: stage for number, stage in enumerate(stages, 1)},
+            ended,
+        )
+
+    def _run(self, waiting: dict[str, Stage], ended: Callable[[Stage, str, float], None]) -> None:
+        """All of `waiting`, by title, each as soon as it may begin."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        log = self.log_of(stage)
+        waiting, running = dict(waiting), list[_Job]()
+        began, told = time.monotonic(), _ends([*waiting.values()])
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}")
         with (
-            log.open("wb") as stream,
             stopping.finishing(GRACE_SECONDS),
             Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars,
         ):
-            bar = bars.add_task(title, total=stage.seconds, said="")
-            started = time.monotonic()
+            try:
+                while waiting or running:
+                    unfinished = [job.stage.name for job in running]
+                    for title, stage in list(waiting.items()):
+                        if not any(name in unfinished for name in (unfinished if stage.waits is None else stage.waits)):
+                            running.append(self._begun(stage, title, bars))
+                            del waiting[title]
+                        unfinished.append(stage.name)
+                    time.sleep(POLL_SECONDS)
+                    if (signum := stopping.requested()) is not None:
+                        _end(running)
+                        stopping.leave_stopped(signum)
+                    left = _ends([*(job.stage for job in running), *waiting.values()], running)
+                    for job in list(running):
+                        self._show(job, bars, left)
+                        if job.process.poll() is not None:
+                            self._require_done(job)
+                            bars.remove_task(job.bar)
+                            running.remove(job)
+                            ended(job.stage, job.title, job.spent)
+            finally:
+                _end(running)
+        self.told, self.took = self.told + told, self.took + time.monotonic() - began
+
+    def _begun(self, stage: Stage, title: str, bars: Progress) -> _Job:
+        bar = bars.add_task(title, total=stage.seconds, said="")
+        with self.log_of(stage).open("wb") as log:
             process = subprocess.Popen(
-                command(stage), stdout=stream, stderr=subprocess.STDOUT, env=environment(stage), cwd=stage.folder
+                command(stage), stdout=log, stderr=subprocess.STDOUT, env=environment(stage), cwd=stage.folder
             )
-            while process.poll() is None:
-                if (signum := stopping.requested()) is not None:
-                    _end(process)
-                    stopping.leave_stopped(signum)
-                time.sleep(POLL_SECONDS)
-                spent = time.monotonic() - started
-                remaining = f"{span(max(left - spent, 0))} left in all" if left else ""
-                bars.update(bar, completed=spent, said=f"{span(spent)}  {remaining}  {_lines(log)[-1][:90]}")
-        if process.returncode:
-            if (signum := stopping.requested()) is not None:
-                stopping.leave_stopped(signum)
+        return _Job(stage, title, process, time.monotonic(), bar)
+
+    def _show(self, job: _Job, bars: Progress, left: float) -> None:
+        remaining = f"{span(left)} left in all" if left else ""
+        said = f"{span(job.spent)}  {remaining}  {_lines(self.log_of(job.stage))[-1][:90]}"
+        bars.update(job.bar, completed=job.spent, said=said)
+
+    def _require_done(self, job: _Job) -> None:
+        """UserError with what a stage said that did not end well."""
+        code, log = job.process.returncode, self.log_of(job.stage)
+        if code and (signum := stopping.requested()) is not None:
+            stopping.leave_stopped(signum)
+        if code:
             raise UserError(
-                f"{stage.name}: ended with code {process.returncode}: {_said(log)}; all it said is in {log}; the same"
-                " command goes on from here"
+                f"{job.stage.name}: ended with code {code}: {_said(log)}; all it said is in {log}; the same command"
+                " goes on from here"
             )
-        spent = time.monotonic() - started
-        self.told, self.took = self.told + (stage.seconds or 0), self.took + spent
-        return spent
+
+
+def _ends(stages: Sequence[Stage], running: Sequence[_Job] = ()) -> float:
+    """Seconds until all `stages` are done, as they are told to take; `running` have spent some of theirs."""
+    spent = {job.stage.name: job.spent for job in running}
+    ends: dict[str, float] = {}
+    for stage in stages:
+        before = [ends[name] for name in (ends if stage.waits is None else stage.waits) if name in ends]
+        begins = 0.0 if stage.name in spent else max(before, default=0.0)
+        ends[stage.name] = begins + max((stage.seconds or 0.0) - spent.get(stage.name, 0.0), 0.0)
+    return max(ends.values(), default=0.0)
 
 
 def command(stage: Stage) -> list[str]:
@@ -147,10 +205,11 @@ def command(stage: Stage) -> list[str]:
 
 
 def environment(stage: Stage) -> dict[str, str]:
-    """That of its process: threads share the cores among the ranks of a CPU."""
+    """That of its process: threads share the cores among the ranks of a CPU, and leave some to a stage beside it."""
     found = dict(os.environ)
-    cores = len(os.sched_getaffinity(0))
-    found["OMP_NUM_THREADS"] = str(max(1, cores // max(1, stage.ranks)))
+    # Threads of two processes that wait for each other, spinning, on the same cores are slower than one each.
+    processes = stage.ranks or (1 if stage.waits is None else 2)
+    found["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // processes))
     if on_cpu():
         found.setdefault("DS_ACCELERATOR", "cpu")
     return found
@@ -165,10 +224,14 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE_SECONDS / 2)
+def _end(jobs: Sequence[_Job]) -> None:
+    """Tell them to end, and wait until they have."""
+    for job in jobs:
+        job.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS / 2
+    for job in jobs:
+        with suppress(subprocess.TimeoutExpired):
+            job.process.wait(max(0.0, deadline - time.monotonic()))
 
 
 def last_line(log: Path) -> str:

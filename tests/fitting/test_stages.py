@@ -17,7 +17,7 @@ from efficientclip.fitting.stages import Stage, Stages, command, environment, la
 
 def test_the_demos_stages_are_commands_on_files_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run: list[Stage] = []
-    monkeypatch.setattr(Stages, "run_all", lambda self, given: run.extend(given))
+    monkeypatch.setattr(Stages, "run_anyway", lambda self, *given: run.extend(given))
     assert demo.demo(tmp_path, ranks=2) == tmp_path / "runs" / "demo" / "report.html"
     taken: list[object] = []
     monkeypatch.setattr(cli, "reported", lambda command: taken.append(command) or 0)
@@ -26,6 +26,9 @@ def test_the_demos_stages_are_commands_on_files_that_ship(tmp_path: Path, monkey
         assert all(Path(word).is_file() for word in stage.words if word.endswith(".yaml")) and stage.folder == tmp_path
     assert len(taken) == len(run) == 11
     assert [stage.ranks for stage in run if stage.words[0] in ("train", "cross-fit")] == [2, 2, 2]
+    # Each waits for such as come before it.
+    names = [stage.name for stage in run]
+    assert all({*(stage.waits or ())} <= {*names[:at]} for at, stage in enumerate(run))
 
 
 @pytest.fixture
@@ -64,6 +67,33 @@ def test_a_stage_that_fails_says_why_and_those_before_it_stay(made: Stages, tmp_
     assert (tmp_path / "made").read_text() == "x\n"
 
 
+def test_a_stage_begins_when_those_that_it_waits_for_are_done(made: Stages, tmp_path: Path) -> None:
+    """Two wait for each other's file: they run beside each other, the third after both."""
+
+    def meets(own: str, other: str) -> str:
+        return f"touch {tmp_path / own}; until [ -e {tmp_path / other} ]; do sleep 0.05; done; echo {own} is done"
+
+    before = Stage("before", [f"sleep 0.3; touch {tmp_path / 'stands'}"], 1.0)
+    one = Stage("one", [f"[ -e {tmp_path / 'stands'} ] && {meets('1', '2')}"], 2.0, waits=["before"])
+    two = Stage("two", [f"[ -e {tmp_path / 'stands'} ] && {meets('2', '1')}"], 3.0, waits=["before"])
+    last = Stage("last", [f"[ -e {tmp_path / '1'} ] && echo whole"], 4.0)
+    made.run_anyway(before, one, two, last)
+    assert isinstance(made.console.file, io.StringIO)
+    told = made.console.file.getvalue().splitlines()
+    assert told[0].startswith("1/4 before: ") and told[-1].endswith("; whole") and len(told) == 4
+    # What is told is the longest way through them.
+    assert made.told == 8.0 and 0.3 <= made.took < 8.0
+
+
+def test_one_that_fails_ends_those_beside_it(made: Stages, tmp_path: Path) -> None:
+    long = Stage("long", [f"trap 'touch {tmp_path / 'ended'}; exit 1' TERM; sleep 60 & wait"], waits=[])
+    broken = Stage("broken", ["sleep 0.3; echo 'error: it is broken' >&2; exit 2"], waits=[])
+    after = Stage("after", [f"touch {tmp_path / 'after'}"])
+    with pytest.raises(UserError, match=r"^broken: ended with code 2: it is broken"):
+        made.run([long, broken, after])
+    assert (tmp_path / "ended").exists() and not (tmp_path / "after").exists() and not made.done
+
+
 def test_the_last_line_is_that_of_no_bar(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("a store: 3 pairs\nx:  10%|#  |\rx: 100%|###|\n\n", encoding="utf-8")
@@ -75,7 +105,8 @@ def test_the_last_line_is_that_of_no_bar(tmp_path: Path) -> None:
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages.os, "sched_getaffinity", lambda _: range(8))
     assert environment(Stage("", ["train"], ranks=2))["OMP_NUM_THREADS"] == "4"
-    assert environment(Stage("", ["report"]))["OMP_NUM_THREADS"] == "8"
+    assert environment(Stage("", ["prepare"]))["OMP_NUM_THREADS"] == "8"
+    assert environment(Stage("", ["report"], waits=["train"]))["OMP_NUM_THREADS"] == "4"
     assert command(Stage("", ["cross-fit", "c.yaml"], ranks=2))[-3:] == [
         "--module",
         "efficientclip.cross_fit",

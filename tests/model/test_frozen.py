@@ -53,6 +53,18 @@ def test_names_of_an_earlier_version_are_compared_by_what_they_tell() -> None:
     assert tower_difference(f"image-run@{A}{OTHER}", f"moved@{A}{PIXELS}", earlier=True) is not None
 
 
+def test_a_batch_of_any_size_has_the_features_of_each(built: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoded few at once, the last part shorter, or all together."""
+    images = FrozenImages(load_config(built.run / "config.yaml", saved=True))
+    pixels = torch.rand(5, 3, images.tower.size, images.tower.size)
+    whole_MD = images.encode_pixels(pixels)
+    sizes: list[int] = []
+    images.model.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(frozen, "ON_A_CPU", 2)
+    np.testing.assert_allclose(images.encode_pixels(pixels), whole_MD, atol=1e-6)
+    assert sizes == ([2, 2, 1] if images.device.type == "cpu" else [5])
+
+
 def test_a_tower_that_was_copied_is_the_same(built: World, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(built.store, store)

