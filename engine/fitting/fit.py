@@ -94,7 +94,8 @@ def _fit(wish: Wish, out: Path, found: Found, console: Console) -> None:
     config = load_config(draft)
     tower, head = config.model.image_tower, None
     if towers.headless and tower is not None:
-        asked = config.model.start_from is not None or any(word.startswith("model.width=") for word in wish.overrides)
+        overridden = any(word.startswith("model.width=") for word in wish.overrides)
+        asked = towers.asked or config.model.start_from is not None or overridden
         head = Head.of(out / "head", config, tower, asked=asked)
         tower = head.on_tower
     _require_same(out / "store", wish, tower)

@@ -15,7 +15,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from yaml import safe_load
 
 from .. import __version__
-from ..config import ImageTower, load_config
+from ..config import ImageTower, Model, load_config
 from ..errors import UserError
 from ..model.efficientclip import is_ours
 from ..model.pretrained import image_width
@@ -34,13 +34,14 @@ Tree = dict[str, Any]
 class Towers:
     """`tree` is a config's, without what belongs to one source of data; `start` is the folder of the towers that come
     with this package, where those are taken. `headless`: the image tower has no space of its own, and model.width
-    is that of its pooled output, or of a text run's space."""
+    is that of its pooled output, or of a text run's space, or what a config `asked` for."""
 
     tree: Tree
     image: str
     text: str
     start: Path | None = None
     headless: bool = False
+    asked: bool = False
 
 
 def choose(image: str | None, text: str | None) -> Towers:
@@ -86,7 +87,16 @@ def of_config(file: Path, overrides: Sequence[str]) -> Towers:
     config = load_config(file, overrides)
     if config.model.image_tower is None or config.model.text_tower is None or config.training.tower != "text":
         raise UserError(f"--config {file}: fit trains a text tower against an image tower; name both in it")
-    return Towers(config.model_dump(mode="json", exclude_none=True), "of the config", "of the config")
+    tree: Tree = config.model_dump(mode="json", exclude_none=True)
+    asked, name = config.model.width != Model.model_fields["width"].default, config.model.image_tower.pretrained
+    headless = False
+    if name is not None and not is_ours(Path(name)):
+        field = "model.image_tower.pretrained:"
+        width, projects = image_width(f"{field} {name}", _described(field, name, config.model.image_tower.revision))
+        headless = not projects
+        if headless and not asked:
+            tree["model"]["width"] = width
+    return Towers(tree, "of the config", "of the config", headless=headless, asked=asked)
 
 
 def _image_tower(name: str) -> tuple[Tree, int, bool]:
@@ -115,9 +125,9 @@ def _image_tower(name: str) -> tuple[Tree, int, bool]:
     return tower.model_dump(mode="json", exclude_none=True), width, projects
 
 
-def _described(option: str, name: str) -> Any:
+def _described(option: str, name: str, revision: str | None = None) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {name}: no model folder, run or reachable hub id ({error})") from error
 

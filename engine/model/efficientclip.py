@@ -77,6 +77,8 @@ class EfficientCLIP(PreTrainedModel):
     """
 
     compute: torch.dtype | None = None
+    # Whether the seed drew the image tower's projection, since the tower came without one.
+    drawn = False
 
     config_class = EfficientCLIPConfig
     _keys_to_ignore_on_load_missing = [r"text\.mlm_head\.decoder\.weight"]
@@ -264,6 +266,8 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
         _project(model.text.projection, text_projection, "model.text_tower")
     if image_projection is not None and model.image is not None:
         _project(model.image.projection, image_projection, "model.image_tower")
+    elif model.image is not None and image_run is None:
+        model.drawn = model.image.projection is not None
     if image_run is not None:
         _same_width(image_run, config.width, "model.image_tower.pretrained")
         model.image, model.config.image = image_run.image, image_run.config.image
@@ -276,8 +280,7 @@ def build_model(config: settings.Model, *, seed: int, vocabulary: int | None, si
                 f" with {start.text.pooling}; set it to that"
             )
         if model.text is not None and model.image is not None:
-            drawn = image_run is None and image_projection is None and model.image.projection is not None
-            if start.image is None and drawn:
+            if start.image is None and model.drawn:
                 raise UserError(
                     f"model.image_tower: {image.pretrained if image else None} has no projection, and that which"
                     f" model.start_from {config.start_from} learned behind was drawn; start from a text run against a"

@@ -35,7 +35,8 @@ TOWER = re.compile(
 class FrozenImages:
     """`encode` maps square pictures uint8 [M, S, S, 3] to L2-normalised float32 [M, width].
 
-    `model` is the tower, `description` the Hugging Face config it is built from.
+    `model` is the tower, `description` the Hugging Face config it is built from; `drawn`: it came without a projection,
+    and has a random one.
     """
 
     def __init__(self, config: settings.Config) -> None:
@@ -49,7 +50,7 @@ class FrozenImages:
         whole = build_model(settings_without_start, seed=config.seed, vocabulary=None, sides=("image",))
         if whole.image is None:
             raise UserError("model.image_tower: could not be built")
-        self.model, self.description = whole.image.eval().to(self.device), whole.config.image
+        self.model, self.description, self.drawn = whole.image.eval().to(self.device), whole.config.image, whole.drawn
 
     def encode(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
         return self.encode_pixels(normalise(torch.from_numpy(np.stack(pictures)), self.tower.mean, self.tower.std))

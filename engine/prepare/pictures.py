@@ -37,7 +37,7 @@ def picture_recipe(
         raise UserError("model.image_tower: not set; pictures cannot be encoded without it")
     name = image_tower_name(config.model.image_tower)
     # Loaded when the first part is to be made, if one is.
-    encoder = cache(lambda: FrozenImages(config))
+    encoder = cache(partial(_encoder, config))
     files: list[Location] = []
     known: list[Described | None] = []
     parts: list[Part] = []
@@ -80,6 +80,17 @@ def picture_recipe(
         outside |= not opened.of_tars
     total = None if None in counts else sum(count or 0 for count in counts)
     return Recipe(files, known, name, parts, total, outside)
+
+
+def _encoder(config: Config) -> FrozenImages:
+    """UserError where the tower has no space of its own."""
+    frozen = FrozenImages(config)
+    if frozen.drawn:
+        raise UserError(
+            f"model.image_tower.pretrained: {frozen.tower.pretrained} has no projection, and a random one would be the"
+            " space that texts learn; make it one by `efficientclip fit-head`, and name that run here"
+        )
+    return frozen
 
 
 def _part_of(piece: Source, found: Sequence[Described | None], at: int) -> list[Any]:

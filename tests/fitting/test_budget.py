@@ -14,6 +14,7 @@ from efficientclip.fitting.towers import of_config
 from efficientclip.fitting.trial import Rates
 from efficientclip.recipes import recipe
 from tests import tiny
+from tests.model import hub
 
 RATES = Rates(start=5.0, pictures=100.0, pairs=1000.0, step=0.1, text=6.0)
 
@@ -80,7 +81,8 @@ def test_too_few_pairs_are_all_trained_on() -> None:
 
 
 def test_a_config_of_few_keys_is_sized_alike(tmp_path: Path) -> None:
-    file = tiny.config(tmp_path, model__image_tower={"pretrained": "some/tower"})
+    hub.clip_vision(tmp_path / "tower")
+    file = tiny.config(tmp_path, model__image_tower={"pretrained": str(tmp_path / "tower")})
     towers = of_config(file, ["training.batch_size=64"])
     made = sized(towers.tree, 100, 10_000)
     assert made["training"]["batch_size"] == 16 and made["objective"]["bank_size"] == 24

@@ -11,6 +11,7 @@ from efficientclip.config import load_config
 from efficientclip.errors import UserError
 from efficientclip.fitting.budget import told, visits_within
 from efficientclip.fitting.head import Head
+from efficientclip.fitting.towers import of_config
 from efficientclip.fitting.trial import Rates
 from efficientclip.recipes import recipe
 from efficientclip.verify import broken, verify
@@ -74,6 +75,18 @@ def test_a_space_has_as_many_dimensions_as_tower_and_pictures_tell(shop: Path) -
     head = head_of(shop)
     assert [head.width(pictures) for pictures in (1, 20, 62, 64, 10**6, None)] == [1, 10, 31, 31, 31, 31]
     assert [head_of(shop, asked=True).width(pictures) for pictures in (20, None)] == [32, 32]
+
+
+def test_a_config_names_a_tower_without_a_space(shop: Path) -> None:
+    tower = {"pretrained": str(shop / "tower"), "size": hub.PIXELS}
+    text = {"data": {}, "mlm": {}}
+    # The usual width is no wish: of this tower 32 are the most.
+    for width, most, asked in ((512, 32, False), (8, 8, True)):
+        towers = of_config(tiny.config(shop, **text, model__image_tower=tower, model__width=width), [])
+        assert (towers.headless, towers.tree["model"]["width"], towers.asked) == (True, most, asked)
+    hub.clip_vision(shop / "clip")
+    towers = of_config(tiny.config(shop, **text, model__image_tower=tower | {"pretrained": str(shop / "clip")}), [])
+    assert not towers.headless
 
 
 def test_its_time_is_told_and_counts_in_a_budget() -> None:

@@ -14,6 +14,8 @@ from efficientclip.config import Config, load_config
 from efficientclip.errors import UserError
 from efficientclip.evaluation.evaluate import evaluate
 from efficientclip.model.efficientclip import EfficientCLIP, build_model, load_model
+from efficientclip.model.frozen import FrozenImages
+from efficientclip.prepare import pictures
 from efficientclip.prepare.build import prepare
 from efficientclip.training.run_folder import describe
 from efficientclip.training.runs import Inputs, both_towers
@@ -157,9 +159,13 @@ def test_a_run_that_holds_no_pair_is_refused(folder: Path, trained: dict[str, An
         both_towers(load_config(second_stage(folder, "refused", model__start_from=str(start))))
 
 
-def test_a_frozen_tower_whose_projection_was_drawn_is_refused(folder: Path) -> None:
+def test_a_frozen_tower_whose_projection_was_drawn_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = {"model__image_tower": tower(folder, "bare")}
     given = text_config(folder, "bare-text", data__store=str(folder / "bare-store"), training__pair_visits=32, **bare)
+    with pytest.raises(UserError, match=r"bare has no projection, .* make it one by `efficientclip fit-head`"):
+        prepare(folder / "train", folder / "bare-store", load_config(given))
+    # Earlier versions made such a store.
+    monkeypatch.setattr(pictures, "_encoder", FrozenImages)
     prepare(folder / "train", folder / "bare-store", load_config(given))
     run(1, str(given))
     with pytest.raises(UserError, match=r"bare has no projection, .*start from a text run against a tower"):
