@@ -111,7 +111,7 @@ class Stages:
         """Such as find out by themselves whether there is anything to do."""
 
         def ended(stage: Stage, title: str, spent: float) -> None:
-            said = last_line(self.log_of(stage))
+            said = last_line(self.log_of(stage)).replace(f"{Path.cwd()}/", "")
             self.console.print(f"{title}: {span(spent)}; {said}", highlight=False, soft_wrap=True)
 
         of = len(stages)
