@@ -10,6 +10,8 @@ import io
 import json
 import multiprocessing
 import shutil
+import sys
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..errors import UserError
 from ..files.atomic import as_umask, put_in_place, recover, write_atomically
@@ -74,7 +77,7 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
 @contextmanager
 def _beside(function: Callable[..., object], *arguments: object) -> Iterator[None]:
     """`function` works in a process of its own while the block does; what it raises is raised at the block's end."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_begin_beside)
     coming = pool.submit(function, *arguments)
     try:
         yield
@@ -82,9 +85,18 @@ def _beside(function: Callable[..., object], *arguments: object) -> Iterator[Non
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
+            process.join()
+        # Its bar was cut short within a line.
+        print(file=sys.stderr)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_beside() -> None:
+    """One that is terminated leaves nothing: not tqdm's lock between processes either, which Python would warn of."""
+    end_with_parent()
+    tqdm.set_lock(threading.RLock())
 
 
 def _write_all_else(directory: Path, cache: Path, noise_share: float, noise_seed: int, image_size: int) -> None:
