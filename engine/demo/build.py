@@ -15,7 +15,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -64,13 +64,12 @@ def _build(directory: Path, noise_share: float, noise_seed: int, image_size: int
     cache = directory / ".cache"
     cache.mkdir(parents=True, exist_ok=True)
     parallel, mean = directory / "parallel.tsv", directory / "teacher" / "mean.npy"
-    if parallel.is_file() and mean.is_file():
-        _write_all_else(directory, cache, noise_share, noise_seed, image_size)
-        return
-    dictionary = download(cache, DICTIONARY)[DICTIONARY]
-    check_digest(DICTIONARY, dictionary)
-    # The teacher takes longer than all else, which one core does.
-    with _beside(write_parallel, parallel, mean, dictionary):
+    with ExitStack() as beside:
+        if not (parallel.is_file() and mean.is_file()):
+            dictionary = download(cache, DICTIONARY)[DICTIONARY]
+            check_digest(DICTIONARY, dictionary)
+            # The teacher takes longer than all else, which one core does.
+            beside.enter_context(_beside(write_parallel, parallel, mean, dictionary))
         _write_all_else(directory, cache, noise_share, noise_seed, image_size)
 
 

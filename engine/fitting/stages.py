@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,6 @@ class _Job:
     """A stage that runs."""
 
     stage: Stage
-    title: str
     process: subprocess.Popen[bytes]
     started: float
     bar: TaskID
@@ -120,38 +119,38 @@ class Stages:
             ended,
         )
 
-    def _run(self, waiting: dict[str, Stage], ended: Callable[[Stage, str, float], None]) -> None:
-        """All of `waiting`, by title, each as soon as it may begin."""
+    def _run(self, unfinished: dict[str, Stage], ended: Callable[[Stage, str, float], None]) -> None:
+        """All of `unfinished`, by title and in their order, each as soon as it may begin; none is left there."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        waiting, running = dict(waiting), list[_Job]()
-        began, told = time.monotonic(), _ends([*waiting.values()])
+        running: dict[str, _Job] = {}
+        began, told = time.monotonic(), _ends(unfinished, running)
         columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[said]}")
         with (
             stopping.finishing(GRACE_SECONDS),
             Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars,
         ):
             try:
-                while waiting or running:
-                    unfinished = [job.stage.name for job in running]
-                    for title, stage in list(waiting.items()):
-                        if not any(name in unfinished for name in (unfinished if stage.waits is None else stage.waits)):
-                            running.append(self._begun(stage, title, bars))
-                            del waiting[title]
-                        unfinished.append(stage.name)
+                while unfinished:
+                    before: list[str] = []
+                    for title, stage in unfinished.items():
+                        waits = before if stage.waits is None else [name for name in before if name in stage.waits]
+                        if title not in running and not waits:
+                            running[title] = self._begun(stage, title, bars)
+                        before.append(stage.name)
                     time.sleep(POLL_SECONDS)
                     if (signum := stopping.requested()) is not None:
-                        _end(running)
+                        _end(running.values())
                         stopping.leave_stopped(signum)
-                    left = _ends([*(job.stage for job in running), *waiting.values()], running)
-                    for job in list(running):
+                    left = _ends(unfinished, running)
+                    for title, job in list(running.items()):
                         self._show(job, bars, left)
                         if job.process.poll() is not None:
                             self._require_done(job)
                             bars.remove_task(job.bar)
-                            running.remove(job)
-                            ended(job.stage, job.title, job.spent)
+                            del running[title], unfinished[title]
+                            ended(job.stage, title, job.spent)
             finally:
-                _end(running)
+                _end(running.values())
         self.told, self.took = self.told + told, self.took + time.monotonic() - began
 
     def _begun(self, stage: Stage, title: str, bars: Progress) -> _Job:
@@ -160,7 +159,7 @@ class Stages:
             process = subprocess.Popen(
                 command(stage), stdout=log, stderr=subprocess.STDOUT, env=environment(stage), cwd=stage.folder
             )
-        return _Job(stage, title, process, time.monotonic(), bar)
+        return _Job(stage, process, time.monotonic(), bar)
 
     def _show(self, job: _Job, bars: Progress, left: float) -> None:
         remaining = f"{span(left)} left in all" if left else ""
@@ -179,14 +178,13 @@ class Stages:
             )
 
 
-def _ends(stages: Sequence[Stage], running: Sequence[_Job] = ()) -> float:
-    """Seconds until all `stages` are done, as they are told to take; `running` have spent some of theirs."""
-    spent = {job.stage.name: job.spent for job in running}
+def _ends(stages: Mapping[str, Stage], running: Mapping[str, _Job]) -> float:
+    """Seconds until all `stages` are done, by title, as they are told to take; `running` have spent some of theirs."""
     ends: dict[str, float] = {}
-    for stage in stages:
+    for title, stage in stages.items():
         before = [ends[name] for name in (ends if stage.waits is None else stage.waits) if name in ends]
-        begins = 0.0 if stage.name in spent else max(before, default=0.0)
-        ends[stage.name] = begins + max((stage.seconds or 0.0) - spent.get(stage.name, 0.0), 0.0)
+        spent = running[title].spent if title in running else 0.0
+        ends[stage.name] = max(before, default=0.0) + max((stage.seconds or 0.0) - spent, 0.0)
     return max(ends.values(), default=0.0)
 
 
@@ -224,7 +222,7 @@ def on_cpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _end(jobs: Sequence[_Job]) -> None:
+def _end(jobs: Collection[_Job]) -> None:
     """Tell them to end, and wait until they have."""
     for job in jobs:
         job.process.send_signal(signal.SIGTERM)

@@ -65,13 +65,13 @@ class FrozenImages:
     def encode_pixels(self, pixels: torch.Tensor) -> npt.NDArray[np.float32]:
         """Normalised pixels float32 [M, 3, S, S] to L2-normalised features float32 [M, width]."""
         with torch.autocast(self.device.type, self.compute, enabled=self.compute is not None):
-            parts = pixels.split(at_once(self.device))
+            parts = pixels.split(pictures_at_once(self.device))
             features_MD = torch.cat([self.model(part.to(self.device, non_blocking=True)) for part in parts])
         features: npt.NDArray[np.float32] = features_MD.cpu().numpy()
         return features
 
 
-def at_once(device: torch.device) -> int:
+def pictures_at_once(device: torch.device) -> int:
     """Pictures that a tower encodes at once there."""
     return ON_A_CPU if device.type == "cpu" else PICTURES_AT_ONCE
 

@@ -35,7 +35,7 @@ from ..errors import UserError, tell
 from ..files.places import Location
 from ..hardware import compute_dtype, record_hardware
 from ..model.efficientclip import EfficientCLIP, EfficientCLIPConfig, backbone_config, load_model
-from ..model.frozen import at_once, image_tower_name, teacher_name
+from ..model.frozen import image_tower_name, pictures_at_once, teacher_name
 from ..model.pretrained import load_classes, load_image_tower
 from ..model.teacher import Teacher
 from .distributed import process_group
@@ -145,7 +145,7 @@ def _pooled(
         for batch in loader:
             chosen = [at for at, english in enumerate(batch.captions_en) if english or not named][: most - found]
             with torch.autocast(device.type, compute, enabled=compute is not None):
-                for pixels in batch.images[chosen].split(at_once(device)):
+                for pixels in batch.images[chosen].split(pictures_at_once(device)):
                     parts.append(image.pooled(pixels.to(device)).float().cpu().numpy())
             names += [batch.captions_en[at][0] for at in chosen] if named else []
             found += len(chosen)
